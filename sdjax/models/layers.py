@@ -1,0 +1,253 @@
+"""The layers every model here is made of: linear, convolution, norms, and the LoRA bypass they all share.
+
+A layer looks for its adapter in the Flax collection `lora`, at its own path beside `params`, and adds the bypass
+`scale * (x down) up` when one is there. Nothing else in the library knows that adapters exist in a forward pass.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from sdjax.models.convolution import convolution
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a model computes, as opposed to what: the one record handed down to every layer.
+
+    dtype: of activations and matrix products (norm statistics and softmax stay float32).
+    platform: "cpu", "gpu" or "tpu", which decides the fast path of attention and convolution; None asks JAX.
+    remat: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    dtype: jnp.dtype = jnp.dtype(jnp.float32)
+    platform: str | None = None
+    remat: bool = False
+
+    @property
+    def target(self) -> str:
+        """The platform computed for: the one asked for, else JAX's default backend."""
+        backend = self.platform or jax.default_backend()
+        return "gpu" if backend in ("cuda", "rocm") else backend
+
+
+class Dense(nn.Module):
+    """Linear layer, `[..., in] -> [..., features]`, with its LoRA bypass."""
+
+    features: int
+    compute: Compute
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B ... C"]) -> Float[Array, "B ... D"]:
+        dtype = self.compute.dtype
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        x = x.astype(dtype)
+        y = x @ kernel.astype(dtype)
+        if self.has_variable("lora", "down"):
+            y = _adapt(self, x, y, kernel)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(dtype)
+        return y
+
+
+class Conv(nn.Module):
+    """2-D convolution, NHWC, with its LoRA bypass; `padding` is PyTorch's: ((top, bottom), (left, right))."""
+
+    features: int
+    compute: Compute
+    size: int = 3
+    stride: int = 1
+    padding: Sequence[tuple[int, int]] | None = None  # None: size // 2 on every side
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        dtype = self.compute.dtype
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        padding = tuple(self.padding or ((self.size // 2,) * 2,) * 2)
+        x = x.astype(dtype)
+
+        def convolve(x, kernel):
+            return convolution(x, kernel.astype(dtype), self.stride, padding, self.compute.target)
+
+        y = convolve(x, kernel)
+        if self.has_variable("lora", "down"):
+            y = _adapt(self, x, y, kernel, convolve)
+        return y + bias.astype(dtype)
+
+
+def _adapt(layer: nn.Module, x, y, kernel, convolve=None):
+    """Adds the layer's adapter to its bias-free output y; `convolve` is given for convolutions.
+
+    Sources: LoRA, Hu et al. 2021, eq. 3; DoRA, Liu et al. 2024, eq. 5 and 11 (the norm is a constant in the gradient).
+    """
+    down, up, scale = (layer.get_variable("lora", name) for name in ("down", "up", "scale"))
+    dtype = y.dtype
+    per_example = up.ndim == 3
+    if layer.has_variable("lora", "dropout_key"):
+        keep = layer.get_variable("lora", "keep")
+        keys = layer.get_variable("lora", "dropout_key")
+        mask = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))(keys)
+        x = jnp.where(mask, x / keep.astype(dtype), jnp.zeros((), dtype))
+    down, up, scale = down.astype(dtype), up.astype(dtype), scale.astype(dtype)
+    if convolve is None:
+        hidden = jnp.einsum("b...i,bir->b...r", x, down) if per_example else x @ down
+    elif per_example:
+        hidden = jax.vmap(lambda x, down: convolve(x[None], down)[0])(x, down)
+    else:
+        hidden = convolve(x, down)
+    scale = scale.reshape(scale.shape + (1,) * (y.ndim - scale.ndim))
+    bypass = (jnp.einsum("b...r,bro->b...o", hidden, up) if per_example else hidden @ up) * scale
+    if not layer.has_variable("lora", "magnitude"):
+        return y + bypass
+    magnitude = layer.get_variable("lora", "magnitude")
+    norm = dora_norm(kernel, *(layer.get_variable("lora", name) for name in ("down", "up", "scale")))
+    gain = (magnitude / jax.lax.stop_gradient(norm)).astype(dtype)
+    gain = gain.reshape(gain.shape[:-1] + (1,) * (y.ndim - gain.ndim) + gain.shape[-1:]) if per_example else gain
+    return (y + bypass) * gain
+
+
+def dora_norm(kernel: Array, down: Array, up: Array, scale: Array) -> Float[Array, "*B D"]:
+    """Norm of each output's weight vector, base and bypass together: `|W + scale down up|` over all but the last axis."""
+    delta = jnp.einsum("...r,rd->...d", down, up) if up.ndim == 2 else jnp.einsum("b...r,brd->b...d", down, up)
+    scale = scale.reshape(scale.shape + (1,) * (delta.ndim - scale.ndim))
+    adapted = kernel.astype(jnp.float32) + delta.astype(jnp.float32) * scale
+    axes = tuple(range(adapted.ndim - kernel.ndim, adapted.ndim - 1))
+    return jnp.sqrt(jnp.sum(jnp.square(adapted), axis=axes))
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over `[B, H, W, C]` (Wu and He 2018), statistics in float32; optionally followed by SiLU."""
+
+    groups: int
+    epsilon: float
+    compute: Compute
+    silu: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *S C"]) -> Float[Array, "B *S C"]:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
+        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
+        mean = jnp.mean(grouped, axis=(1, 3), keepdims=True)
+        variance = jnp.mean(jnp.square(grouped - mean), axis=(1, 3), keepdims=True)
+        # One multiply-add per element: the group's statistics are folded into the channel's scale and bias first.
+        gain = jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(self.groups, -1)
+        y = (grouped * gain + (bias.reshape(self.groups, -1) - mean * gain)).reshape(x.shape)
+        if self.silu:
+            y = nn.silu(y)
+        return y.astype(self.compute.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis (Ba et al. 2016), statistics in float32."""
+
+    compute: Compute
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        mean = jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
+        y = (x - mean) * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
+        return y.astype(self.compute.dtype)
+
+
+class Embed(nn.Module):
+    """Rows of a table `[V, D]` by integer index."""
+
+    rows: int
+    width: int
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:
+        table = self.param("embedding", nn.initializers.normal(0.02), (self.rows, self.width))
+        return jnp.take(table, ids, axis=0, mode="clip").astype(self.compute.dtype)
+
+
+def timestep_embedding(
+    timesteps: Float[Array, " B"], width: int, *, flip_sin_to_cos: bool, freq_shift: float
+) -> Float[Array, "B D"]:
+    """Sinusoidal embedding of (possibly fractional) timesteps (Ho et al. 2020, after Vaswani et al. 2017, 3.5)."""
+    half = width // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None, :]
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    embedding = jnp.concatenate([cos, sin] if flip_sin_to_cos else [sin, cos], axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, width % 2)))
+
+
+def upsample_nearest(x: Float[Array, "B H W C"], height: int, width: int) -> Float[Array, "B h w C"]:
+    """Nearest-neighbour enlargement, PyTorch's rule `source = floor(i * in / out)`."""
+    batch, h, w, channels = x.shape
+    if (height, width) == (2 * h, 2 * w):
+        doubled = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, h, 2, w, 2, channels))
+        return doubled.reshape(batch, height, width, channels)
+    rows = jnp.arange(height) * h // height
+    columns = jnp.arange(width) * w // width
+    return x[:, rows][:, :, columns]
+
+
+ACTIVATIONS = {
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "relu": nn.relu,
+    "mish": lambda x: x * jnp.tanh(jax.nn.softplus(x)),
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions with the time embedding between them and a residual connection."""
+
+    features: int
+    groups: int
+    epsilon: float
+    compute: Compute
+    act_fn: str = "silu"
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], time: Float[Array, "B D"] | None = None) -> Array:
+        act = ACTIVATIONS[self.act_fn]
+        fused = self.act_fn in ("silu", "swish")
+
+        def normalised(x, name):
+            y = GroupNorm(self.groups, self.epsilon, self.compute, silu=fused, name=name)(x)
+            return y if fused else act(y)
+
+        h = Conv(self.features, self.compute, name="conv1")(normalised(x, "norm1"))
+        if time is not None:
+            h = h + Dense(self.features, self.compute, name="time_emb_proj")(act(time))[:, None, None, :]
+        h = Conv(self.features, self.compute, name="conv2")(normalised(h, "norm2"))
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, self.compute, size=1, name="conv_shortcut")(x)
+        h = x + h
+        return h if self.scale == 1.0 else h / jnp.asarray(self.scale, h.dtype)
+
+
+class Resample(nn.Module):
+    """A convolution at another size: stride 2 on the way down, after nearest-neighbour enlargement on the way up."""
+
+    compute: Compute
+    stride: int = 1
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1))
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], size: tuple[int, int] | None = None) -> Array:
+        if size is not None:
+            x = upsample_nearest(x, *size)
+        return Conv(x.shape[-1], self.compute, stride=self.stride, padding=self.padding, name="conv")(x)

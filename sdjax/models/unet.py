@@ -1,0 +1,405 @@
+"""The conditional U-Net of Stable Diffusion 1.x, 2.x and SDXL (Rombach et al. 2022; Podell et al. 2023), NHWC."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from sdjax.errors import ConfigError
+from sdjax.models.attention import Attention
+from sdjax.models.layers import (
+    ACTIVATIONS,
+    Compute,
+    Conv,
+    Dense,
+    GroupNorm,
+    LayerNorm,
+    Resample,
+    ResnetBlock,
+    timestep_embedding,
+)
+
+DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # type -> has attention
+UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+MID_BLOCKS = {"UNetMidBlock2DCrossAttn": True, "UNetMidBlock2D": False, None: None}
+
+# Options of a U-Net's config.json that change the computation in ways no Stable Diffusion uses: each with the only
+# value understood here. Anything else is refused, never ignored.
+FIXED = {
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "cross_attention_norm": None,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "num_class_embeds": None,
+    "mid_block_only_cross_attention": None,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "attention_type": "default",
+    "dropout": 0.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """What a U-Net's `config.json` says, one value a block where it may differ by block."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    layers_per_block: tuple[int, ...] = (2, 2, 2, 2)
+    transformer_layers: tuple[int, ...] = (1, 1, 1, 1)  # of the down blocks
+    up_transformer_layers: tuple[int, ...] = (1, 1, 1, 1)  # of the up blocks, in their own order
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    cross_attention_dim: tuple[int, ...] = (768, 768, 768, 768)
+    only_cross_attention: tuple[bool, ...] = (False, False, False, False)
+    sample_size: int = 64
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    norm_num_groups: int | None = 32
+    norm_eps: float = 1e-5
+    act_fn: str = "silu"
+    downsample_padding: int = 1
+    mid_block_scale_factor: float = 1.0
+    resnet_out_scale_factor: float = 1.0
+    center_input_sample: bool = False
+    conv_in_kernel: int = 3
+    conv_out_kernel: int = 3
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    time_embedding_dim: int | None = None
+    time_cond_proj_dim: int | None = None  # distilled guidance (LCM)
+    addition_embed_type: str | None = None  # "text_time" for SDXL
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "UNetConfig":
+        """Reads a diffusers `config.json`; ConfigError names an option no model here computes.
+
+        `attention_head_dim` is the number of heads unless `num_attention_heads` is given: a slip in the format's
+        history that every file lives with.
+        """
+        for name, only in FIXED.items():
+            if config.get(name, only) != only:
+                raise ConfigError(f"U-Net config: {name} = {config[name]!r} is not supported; only {only!r} is")
+        if config.get("addition_embed_type") not in (None, "text_time"):
+            raise ConfigError(f"U-Net config: addition_embed_type = {config['addition_embed_type']!r}; choices: null, text_time")
+        for name, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+            for block in config.get(name, ()):
+                if block not in known:
+                    raise ConfigError(f"U-Net config: unknown block {block!r} in {name}; choices: {', '.join(known)}")
+        if config.get("mid_block_type", "UNetMidBlock2DCrossAttn") not in MID_BLOCKS:
+            raise ConfigError(f"U-Net config: mid_block_type = {config['mid_block_type']!r}; choices: {list(MID_BLOCKS)}")
+        if config.get("act_fn", "silu") not in ACTIVATIONS:
+            raise ConfigError(f"U-Net config: act_fn = {config['act_fn']!r}; choices: {', '.join(ACTIVATIONS)}")
+        channels = tuple(config.get("block_out_channels", cls.block_out_channels))
+        blocks = len(channels)
+
+        def per_block(value):
+            values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * blocks
+            if len(values) != blocks:
+                raise ConfigError(f"U-Net config: {value!r} has {len(values)} entries for {blocks} blocks")
+            return values
+
+        heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+        depth = config.get("transformer_layers_per_block", 1)
+        nested = [d for d in (depth if isinstance(depth, (list, tuple)) else [depth]) if isinstance(d, (list, tuple))]
+        if nested:
+            raise ConfigError("U-Net config: transformer_layers_per_block with a list inside the list is not supported")
+        given = {field.name for field in dataclasses.fields(cls)} & set(config)
+        given -= {"block_out_channels", "down_block_types", "up_block_types", "layers_per_block"}
+        given -= {"cross_attention_dim", "only_cross_attention"}
+        return cls(
+            block_out_channels=channels,
+            down_block_types=per_block(config.get("down_block_types", cls.down_block_types)),
+            up_block_types=per_block(config.get("up_block_types", cls.up_block_types)),
+            layers_per_block=per_block(config.get("layers_per_block", 2)),
+            transformer_layers=per_block(depth),
+            up_transformer_layers=per_block(depth)[::-1],
+            heads=per_block(heads),
+            cross_attention_dim=per_block(config.get("cross_attention_dim", 1280)),
+            only_cross_attention=per_block(config.get("only_cross_attention", False)),
+            **{name: config[name] for name in given},
+        )
+
+
+class GEGLU(nn.Module):
+    """`a * gelu(b)` with a and b the halves of one projection (Shazeer 2020)."""
+
+    features: int
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        value, gate = jnp.split(Dense(2 * self.features, self.compute, name="proj")(x), 2, axis=-1)
+        return value * ACTIVATIONS["gelu"](gate)
+
+
+class FeedForward(nn.Module):
+    """Position-wise feed-forward layer, four times as wide inside."""
+
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S C"]) -> Array:
+        hidden = GEGLU(4 * x.shape[-1], self.compute, name="net_0")(x)
+        return Dense(x.shape[-1], self.compute, name="net_2")(hidden)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention over the context, feed-forward; each behind a norm, each residual."""
+
+    heads: int
+    only_cross_attention: bool
+    upcast: bool
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S C"], context: Float[Array, "B T D"]) -> Array:
+        attend = lambda name: Attention(self.heads, self.compute, upcast=self.upcast, name=name)
+        norm = lambda name: LayerNorm(self.compute, name=name)
+        x = x + attend("attn1")(norm("norm1")(x), context if self.only_cross_attention else None)
+        x = x + attend("attn2")(norm("norm2")(x), context)
+        return x + FeedForward(self.compute, name="ff")(norm("norm3")(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map, between two 1x1 projections."""
+
+    config: UNetConfig
+    heads: int
+    depth: int
+    only_cross_attention: bool
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], context: Float[Array, "B T D"]) -> Array:
+        channels = x.shape[-1]
+        if self.config.use_linear_projection:
+            project = lambda name: Dense(channels, self.compute, name=name)
+        else:
+            project = lambda name: Conv(channels, self.compute, size=1, name=name)
+        h = project("proj_in")(GroupNorm(self.config.norm_num_groups or 32, 1e-6, self.compute, name="norm")(x))
+        h = h.reshape(x.shape[0], -1, channels)
+        block = nn.remat(TransformerBlock) if self.compute.remat else TransformerBlock
+        for i in range(self.depth):
+            h = block(
+                self.heads,
+                self.only_cross_attention,
+                self.config.upcast_attention,
+                self.compute,
+                name=f"transformer_blocks_{i}",
+            )(h, context)
+        return x + project("proj_out")(h.reshape(x.shape))
+
+
+class Stack(nn.Module):
+    """One level of the U-Net: residual blocks, each followed by a transformer when the level attends.
+
+    On the way up, each residual block first takes one feature map of the way down from the end of `skips`.
+    Returns the last feature map and the ones the way up will want.
+    """
+
+    config: UNetConfig
+    features: int
+    layers: int
+    attends: bool
+    heads: int
+    depth: int
+    only_cross_attention: bool
+    compute: Compute
+    downsample: bool = False
+    upsample: bool = False
+
+    @nn.compact
+    def __call__(self, x, time, context, skips: tuple = (), size: tuple[int, int] | None = None):
+        config = self.config
+        resnet = nn.remat(ResnetBlock) if self.compute.remat else ResnetBlock
+        outputs = []
+        for i in range(self.layers):
+            if skips:
+                x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
+            x = resnet(
+                self.features,
+                config.norm_num_groups or 32,
+                config.norm_eps,
+                self.compute,
+                config.act_fn,
+                config.resnet_out_scale_factor,
+                name=f"resnets_{i}",
+            )(x, time)
+            if self.attends:
+                x = SpatialTransformer(
+                    config, self.heads, self.depth, self.only_cross_attention, self.compute, name=f"attentions_{i}"
+                )(x, context)
+            outputs.append(x)
+        if self.downsample:
+            padding = ((config.downsample_padding,) * 2,) * 2
+            x = Resample(self.compute, 2, padding, name="downsamplers_0")(x)
+            outputs.append(x)
+        if self.upsample:
+            x = Resample(self.compute, name="upsamplers_0")(x, size)
+        return x, tuple(outputs)
+
+
+class MidBlock(nn.Module):
+    """Residual block, transformer, residual block at the smallest size."""
+
+    config: UNetConfig
+    attends: bool
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x, time, context):
+        config = self.config
+        resnet = lambda name: ResnetBlock(
+            config.block_out_channels[-1],
+            config.norm_num_groups or min(config.block_out_channels[-1] // 4, 32),
+            config.norm_eps,
+            self.compute,
+            config.act_fn,
+            config.mid_block_scale_factor,
+            name=name,
+        )
+        x = resnet("resnets_0")(x, time)
+        if self.attends:
+            x = SpatialTransformer(
+                config, config.heads[-1], config.transformer_layers[-1], False, self.compute, name="attentions_0"
+            )(x, context)
+            x = resnet("resnets_1")(x, time)
+        return x
+
+
+class TimestepMLP(nn.Module):
+    """Two linear layers with SiLU between, for time and added embeddings."""
+
+    features: int
+    compute: Compute
+    condition_width: int | None = None
+    act_fn: str = "silu"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B D"], condition: Array | None = None) -> Array:
+        if self.condition_width is not None and condition is not None:
+            x = x + Dense(x.shape[-1], self.compute, use_bias=False, name="cond_proj")(condition)
+        x = ACTIVATIONS[self.act_fn](Dense(self.features, self.compute, name="linear_1")(x))
+        return Dense(self.features, self.compute, name="linear_2")(x)
+
+
+class UNet(nn.Module):
+    """Predicts noise, velocity or sample from noisy latents, as its scheduler's `prediction_type` says."""
+
+    config: UNetConfig
+    compute: Compute = Compute()
+
+    @nn.compact
+    def __call__(
+        self,
+        latents: Float[Array, "B h w C"],
+        timesteps: Float[Array, " B"],
+        context: Float[Array, "B T D"],
+        added: Mapping[str, Array] | None = None,
+    ) -> Float[Array, "B h w D"]:
+        """latents: unit variance; timesteps: in training steps, fractions allowed; context: from the text models.
+
+        added: `text_embeds` [B, D] and `time_ids` [B, 6] (original, crop, target size in pixels) for SDXL;
+        `timestep_cond` [B, D] for models distilled with guidance embedded (LCM).
+        """
+        config, compute = self.config, self.compute
+        added = added or {}
+        channels = config.block_out_channels
+        x = latents.astype(compute.dtype)
+        context = context.astype(compute.dtype)
+        if config.center_input_sample:
+            x = 2 * x - 1
+
+        def sinusoid(t, width):
+            return timestep_embedding(
+                t, width, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
+            ).astype(compute.dtype)
+
+        width = config.time_embedding_dim or 4 * channels[0]
+        mlp = TimestepMLP(width, compute, config.time_cond_proj_dim, config.act_fn, name="time_embedding")
+        time = mlp(sinusoid(timesteps, channels[0]), added.get("timestep_cond"))
+        if config.addition_embed_type == "text_time":
+            ids = sinusoid(added["time_ids"].reshape(-1), config.addition_time_embed_dim).reshape(x.shape[0], -1)
+            embeds = jnp.concatenate([added["text_embeds"].astype(compute.dtype), ids], axis=-1)
+            time = time + TimestepMLP(width, compute, name="add_embedding")(embeds)
+
+        x = Conv(channels[0], compute, size=config.conv_in_kernel, name="conv_in")(x)
+        skips = (x,)
+        last = len(channels) - 1
+        for i, kind in enumerate(config.down_block_types):
+            x, outputs = Stack(
+                config,
+                channels[i],
+                config.layers_per_block[i],
+                DOWN_BLOCKS[kind],
+                config.heads[i],
+                config.transformer_layers[i],
+                config.only_cross_attention[i],
+                compute,
+                downsample=i < last,
+                name=f"down_blocks_{i}",
+            )(x, time, context)
+            skips += outputs
+
+        if config.mid_block_type is not None:
+            attends = MID_BLOCKS[config.mid_block_type]
+            x = MidBlock(config, attends, compute, name="mid_block")(x, time, context)
+
+        for i, kind in enumerate(config.up_block_types):
+            j = last - i  # the level on the way down at the same size
+            layers = config.layers_per_block[j] + 1
+            taken, skips = skips[-layers:], skips[:-layers]
+            x, _ = Stack(
+                config,
+                channels[j],
+                layers,
+                UP_BLOCKS[kind],
+                config.heads[j],
+                config.up_transformer_layers[i],
+                config.only_cross_attention[j],
+                compute,
+                upsample=i < last,
+                name=f"up_blocks_{i}",
+            )(x, time, context, taken, skips[-1].shape[1:3] if skips else None)
+
+        if config.norm_num_groups is not None:
+            x = GroupNorm(config.norm_num_groups, config.norm_eps, compute, silu=config.act_fn == "silu", name="conv_norm_out")(x)
+            if config.act_fn != "silu":
+                x = ACTIVATIONS[config.act_fn](x)
+        return Conv(config.out_channels, compute, size=config.conv_out_kernel, name="conv_out")(x)
+
+
+def abstract_inputs(config: UNetConfig, batch: int = 1, size: int | None = None, tokens: int = 77) -> tuple:
+    """Shapes and dtypes of a U-Net's inputs: latents, timesteps, context, added."""
+    size = size or config.sample_size
+    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    added = {}
+    if config.addition_embed_type == "text_time":
+        embeds = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {"text_embeds": f32(batch, embeds), "time_ids": f32(batch, 6)}
+    if config.time_cond_proj_dim:
+        added["timestep_cond"] = f32(batch, config.time_cond_proj_dim)
+    context = f32(batch, tokens, config.cross_attention_dim[0])
+    return f32(batch, size, size, config.in_channels), f32(batch), context, added or None
+
+
+def abstract_params(config: UNetConfig) -> dict:
+    """The parameter tree a U-Net of this config has, as shapes: what a file must hold."""
+    inputs = abstract_inputs(config, size=2 ** len(config.block_out_channels), tokens=2)
+    return jax.eval_shape(UNet(config).init, jax.random.key(0), *inputs)["params"]
