@@ -1,0 +1,248 @@
+"""safetensors files: read by mapping the file into memory, written in one pass through a temporary file.
+
+Format: 8 bytes little-endian header length, a JSON header, then the tensors without gaps.
+Ours rather than the library's because a duplicate key must be refused, a fault must be named in one line, and a
+non-contiguous array must be written right.
+"""
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from sdjax.errors import DataError
+
+_MAX_HEADER = 100_000_000  # bytes, the reference implementation's limit
+_MAX_RANK = 16
+_MAX_SPAN = 2**60  # of the dimensions of an empty tensor, whose bytes bound nothing
+
+_DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+# How files that are something else begin, and what to say.
+_IMPOSTORS = (
+    (b"PK\x03\x04", "is a PyTorch pickle (zip) under a safetensors name; rename it to .ckpt and it is read safely"),
+    (b"\x80", "is a Python pickle under a safetensors name; rename it to .ckpt and it is read safely"),
+    (b"version https://git-lfs", "is a git-lfs pointer, not the weights; run `git lfs pull`"),
+    (b"<", "is a web page, not weights: the download went wrong"),
+    (b"GGUF", "is a GGUF file, which is not supported"),
+)
+
+
+class SafetensorsFile(NamedTuple):
+    """`tensors`: name -> read-only view into the mapped file, read when touched; `metadata`: strings by name."""
+
+    tensors: dict[str, np.ndarray]
+    metadata: dict[str, str]
+
+
+def read_safetensors(path: str | os.PathLike) -> SafetensorsFile:
+    """Maps a safetensors file; bf16 and f8 come as ml_dtypes. Every fault is one DataError naming the file."""
+    path = Path(path)
+    size, length, head = _read_head(path)
+    with path.open("rb") as file:
+        if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise DataError(f"{path}: {_impostor(head) or _bad_length(size, length)}")
+        file.seek(8)
+        header = _parse_header(path, file.read(length), head)
+        # Private so that nobody's write reaches the file; the mapping lives as long as a view of it.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise DataError(f"{path}: __metadata__ in the header is not a table of strings")
+    entries = sorted(((_parse_entry(path, name, entry), name) for name, entry in header.items()), key=_by_place)
+    position = 0
+    for (_, _, begin, end), name in entries:
+        if begin != position:
+            fault = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
+            raise DataError(f"{path}: tensor {name!r} at bytes {begin}..{end} {fault} (ends at {position})")
+        position = end
+    data = 8 + length
+    if data + position > size:
+        raise DataError(f"{path}: truncated: the tensors need {data + position} bytes, the file has {size}")
+    if data + position < size:
+        raise DataError(f"{path}: {size - data - position} trailing bytes after the last tensor")
+    tensors = {name: _view(mapped, dtype, shape, data + begin) for (dtype, shape, begin, _), name in entries}
+    return SafetensorsFile(tensors, metadata)
+
+
+def save_safetensors(
+    path: str | os.PathLike,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    dtype: Any = None,
+) -> None:
+    """Writes `tensors` (any strides; one contiguous copy at a time) through a temporary file, fsync and rename.
+
+    `dtype`: what floating tensors are written as; None keeps each one's own.
+    """
+    with replacing(Path(path)) as file:
+        for chunk in encode(tensors, metadata, dtype=dtype):
+            file.write(chunk)
+
+
+def encode(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None, *, dtype: Any = None
+) -> Iterator[bytes | memoryview]:
+    """The file piece by piece: first length and header together, then the bytes of each tensor."""
+    targets = {name: _target_dtype(array.dtype, dtype) for name, array in tensors.items()}
+    for name, target in targets.items():
+        if target not in _NAMES:
+            raise DataError(f"tensor {name!r}: safetensors has no dtype {target}; it has {', '.join(_DTYPES)}")
+    # Widest first, as the reference implementation does: every tensor then starts on a multiple of its item size.
+    names = sorted(tensors, key=lambda name: (-targets[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name in names:
+        end = position + tensors[name].size * targets[name].itemsize
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": _NAMES[targets[name]], "shape": shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        contiguous = np.ascontiguousarray(tensors[name], dtype=targets[name])
+        yield memoryview(contiguous.reshape(-1).view(np.uint8))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes `path`'s place once it is whole and on the disk; on any error `path` is untouched."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_head(path: Path) -> tuple[int, int, bytes]:
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+            return path.stat().st_size, int.from_bytes(head[:8], "little"), head
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _impostor(head: bytes) -> str | None:
+    return next((message for start, message in _IMPOSTORS if head.lstrip().startswith(start)), None)
+
+
+def _bad_length(size: int, length: int) -> str:
+    if size < 8:
+        return f"too short for a safetensors file ({size} bytes)"
+    return f"not a safetensors file, or truncated: a header of {length} bytes in a file of {size} (limit {_MAX_HEADER})"
+
+
+def _parse_header(path: Path, text: bytes, head: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text, object_pairs_hook=_reject_duplicates)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {_impostor(head) or f'the safetensors header is not JSON: {error}'}") from None
+    if not isinstance(header, dict):
+        raise DataError(f"{path}: the safetensors header is not a JSON object")
+    return header
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise DataError(f"duplicate key in the header: {next(name for name in names if names.count(name) > 1)!r}")
+    return table
+
+
+def _parse_entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """-> dtype, shape, begin, end (bytes from the start of the data)."""
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise DataError(f"{where}: the header entry must hold dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise DataError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(_DTYPES)}")
+    if not _is_sizes(shape) or len(shape) > _MAX_RANK:
+        raise DataError(f"{where}: shape must be a list of at most {_MAX_RANK} sizes")
+    if not _is_sizes(offsets) or len(offsets) != 2:
+        raise DataError(f"{where}: data_offsets must be two byte positions")
+    begin, end = offsets
+    needed = math.prod(shape) * _DTYPES[dtype].itemsize
+    if end - begin != needed:
+        raise DataError(f"{where}: {dtype} {shape} needs {needed} bytes, the header gives {end - begin}")
+    if math.prod(size or 1 for size in shape) > _MAX_SPAN:
+        raise DataError(f"{where}: shape {shape} is too large")
+    return _DTYPES[dtype], tuple(shape), begin, end
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _by_place(entry: tuple[tuple[np.dtype, tuple[int, ...], int, int], str]) -> tuple[int, int]:
+    (_, _, begin, end), _ = entry
+    return begin, end
+
+
+def _view(mapped: mmap.mmap, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
+    count = math.prod(shape)
+    if count == 0:
+        return np.empty(shape, dtype)
+    return np.frombuffer(mapped, dtype, count, offset).reshape(shape)
+
+
+def _target_dtype(own: np.dtype, wanted: Any) -> np.dtype:
+    return np.dtype(wanted) if wanted is not None and is_floating(own) else own
+
+
+def is_floating(dtype: np.dtype) -> bool:
+    """Whether numbers of this dtype are floating point, ml_dtypes' included."""
+    try:
+        ml_dtypes.finfo(dtype)
+    except (ValueError, TypeError):
+        return False
+    return True
