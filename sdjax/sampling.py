@@ -1,0 +1,627 @@
+"""Samplers: from noise to latents, giving what diffusers' schedulers of the same config give.
+
+Each sampler is linear in what it has seen: the latents, the denoised latents, a few remembered arrays and fresh
+noise. So a sampler here is its published recurrence, run once on the host in float64 on row vectors that stand for
+those arrays, and what comes out is one small matrix an evaluation: the `Plan`. The device does only `denoise` and that
+linear combination, the same for every sampler, so that another sampler, step count, strength or spacing changes
+numbers and compiles nothing.
+
+Latents are kept in the variance-preserving scaling `x = alpha x0 + sigma eps`; a sampler written for the
+variance-exploding one, `x / alpha = x0 + ve eps` with `ve = sigma / alpha`, converts in its coefficients. This keeps
+float32 safe up to zero terminal SNR.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from sdjax.errors import ConfigError
+
+
+class Level(NamedTuple):
+    """A noise level: the timestep the model is told (may be fractional) and the scales, alpha^2 + sigma^2 = 1."""
+
+    timestep: Float[Array, "..."]
+    alpha: Float[Array, "..."]
+    sigma: Float[Array, "..."]
+
+
+# (x, level) -> x0: the U-Net with guidance, its output turned into denoised latents. x is alpha x0 + sigma eps.
+Denoise = Callable[[Float[Array, "B ..."], Level], Float[Array, "B ..."]]
+
+HISTORY = 5  # arrays remembered from one evaluation to the next; pndm needs the most
+
+
+class Plan(NamedTuple):
+    """All numbers of one sampling run, padded to N entries, one for each evaluation of the denoiser.
+
+    levels: where each evaluation happens, [N]; past the end alpha = 1 and sigma = 0.
+    mix: what each evaluation makes of it, [N, 1 + HISTORY, 4 + HISTORY]: the new latents and history from the latents,
+        the history, the denoised latents as they are and limited, and noise.
+    length: evaluations that really run.
+    start_scale: what unit noise is scaled by to start from.
+    clip: denoised latents are limited to [-clip, clip]; infinity for most.
+    threshold: None, or [quantile, largest] of dynamic thresholding, which then takes the place of clip.
+    """
+
+    levels: Level
+    mix: Float[Array, "N rows columns"]
+    length: Int[Array, ""]
+    start_scale: Float[Array, ""]
+    clip: Float[Array, ""]
+    threshold: Float[Array, "2"] | None
+
+
+class State(NamedTuple):
+    """Where sampling stands; after the last evaluation `latents` is the result."""
+
+    latents: Float[Array, "B ..."]
+    history: Float[Array, "HISTORY B ..."]
+
+
+class Schedule(Protocol):
+    """What `plan` reads of a `diffusion.NoiseSchedule`."""
+
+    @property
+    def alphas_cumprod(self) -> np.ndarray: ...
+    @property
+    def betas(self) -> np.ndarray: ...
+    @property
+    def prediction_type(self) -> str: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+
+def plan(
+    schedule: Schedule,
+    sampler: str,
+    steps: int,
+    *,
+    karras: bool = False,
+    strength: float = 1.0,
+    max_steps: int = 1000,
+) -> Plan:
+    """Work out a sampling run on the host.
+
+    steps: in 1..max_steps, which sets the padding: plans of one max_steps share one compiled program. heun evaluates
+    2 steps - 1 times, pndm once or, without skip_prk_steps, nine times more than steps.
+    strength: in (0, 1]; below 1 the first steps are left out, as in diffusers' img2img.
+    karras: the noise levels of Karras et al. 2022, equation 5; also taken if the scheduler config asks for them.
+    Raises ConfigError for a sampler, step count, strength or scheduler option that cannot be had.
+    """
+    if sampler not in SAMPLERS:
+        raise ConfigError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
+    method = SAMPLERS[sampler]
+    spaces_karras = "use_karras_sigmas" in method.options
+    if karras and not spaces_karras:
+        able = ", ".join(name for name, other in SAMPLERS.items() if "use_karras_sigmas" in other.options)
+        raise ConfigError(f"sampler {sampler!r} has no Karras sigmas; these have: {able}")
+    count = len(schedule.betas)
+    if not 1 <= steps <= min(max_steps, count):
+        raise ConfigError(f"steps {steps} must lie between 1 and {min(max_steps, count)}")
+    if not 0 < strength <= 1:
+        raise ConfigError(f"strength {strength} must lie above 0 and at most at 1")
+    if (kept := int(steps * strength)) < 1:
+        raise ConfigError(f"strength {strength} of {steps} steps leaves none to run; use at least {1 / steps:.3g}")
+    if spaces_karras:
+        for option, supported in _ONLY.items():
+            if (value := schedule.config.get(option)) not in (None, supported):
+                raise ConfigError(f"scheduler option {option} = {value!r} is not supported; only {supported!r} is")
+    options = {
+        key: default if (value := schedule.config.get(key)) is None else value
+        for key, default in method.options.items()
+    }
+    options["use_karras_sigmas"] = karras or options.get("use_karras_sigmas", False)
+    if "rescale_betas_zero_snr" in options:
+        alphas_cumprod = schedule.alphas_cumprod
+    else:
+        alphas_cumprod = np.cumprod(1 - schedule.betas, dtype=np.float64).astype(np.float32)
+    task = _Task(alphas_cumprod.astype(np.float64), schedule.prediction_type, options, steps, steps - kept)
+    with np.errstate(
+        divide="ignore", invalid="ignore"
+    ):  # the last sigma may be 0; which only ever leaves coefficients finite
+        entries = list(method.entries(task))
+
+    capacity = 2 * max_steps + 10
+    levels = np.zeros((3, capacity))
+    levels[1] = 1
+    mix = np.zeros((capacity, 1 + HISTORY, 4 + HISTORY))
+    for i, (level, rows) in enumerate(entries):
+        levels[:, i] = level
+        mix[i, : len(rows)] = rows
+    scaled = method.scaled_start and options["timestep_spacing"] != "leading"
+    return Plan(
+        levels=Level(*(jnp.asarray(row, jnp.float32) for row in levels)),
+        mix=jnp.asarray(mix, jnp.float32),
+        length=jnp.asarray(len(entries), jnp.int32),
+        start_scale=jnp.asarray(levels[2, 0] if scaled else 1, jnp.float32),
+        clip=jnp.asarray(options["clip_sample_range"] if options.get("clip_sample") else np.inf, jnp.float32),
+        threshold=jnp.asarray([options["dynamic_thresholding_ratio"], options["sample_max_value"]], jnp.float32)
+        if options.get("thresholding")
+        else None,
+    )
+
+
+def initial(plan: Plan, noise: Float[Array, "B ..."]) -> State:
+    """Start from unit noise alone."""
+    return _start(plan.start_scale * noise.astype(jnp.float32))
+
+
+def initial_from_image(plan: Plan, latents: Float[Array, "B ..."], noise: Float[Array, "B ..."]) -> State:
+    """Start from an image's latents, noised to the plan's first level."""
+    return _start(noised(plan, 0, latents, noise))
+
+
+def noised(
+    plan: Plan, i: int | Int[Array, ""], latents: Float[Array, "B ..."], noise: Float[Array, "B ..."]
+) -> Float[Array, "B ..."]:
+    """True latents, float32, at the level evaluation i starts from; unchanged at i = plan.length, the end."""
+    return plan.levels.alpha[i] * latents.astype(jnp.float32) + plan.levels.sigma[i] * noise.astype(jnp.float32)
+
+
+def step(denoise: Denoise, state: State, i: int | Int[Array, ""], plan: Plan, keys: Key[Array, " B"]) -> State:
+    """One evaluation of the denoiser, the i-th of the plan, and what the sampler makes of it.
+
+    keys: one for each image; image b's noise is normal(fold_in(keys[b], i)), so it does not depend on its neighbours.
+    """
+    latents = state.latents
+    level = Level(*(values[i] for values in plan.levels))
+    denoised = denoise(latents, level).astype(jnp.float32)
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), latents.shape[1:], jnp.float32))(keys)
+    terms = [latents, *state.history, denoised, _limited(denoised, plan), noise]
+    # A sum written out, not a matrix product: accelerators round those to bfloat16 or TF32.
+    columns = jnp.reshape(plan.mix[i].T, (len(terms), 1 + HISTORY) + (1,) * latents.ndim)
+    mixed = sum(column * term for column, term in zip(columns, terms, strict=True))
+    return State(mixed[0], mixed[1:])
+
+
+def sample(denoise: Denoise, plan: Plan, state: State, keys: Key[Array, " B"]) -> Float[Array, "B ..."]:
+    """Run the whole plan in one loop on the device and return the latents, float32."""
+    return jax.lax.fori_loop(0, plan.length, lambda i, state: step(denoise, state, i, plan, keys), state).latents
+
+
+def _start(latents: Float[Array, "B ..."]) -> State:
+    return State(latents, jnp.zeros((HISTORY, *latents.shape), jnp.float32))
+
+
+def _limited(denoised: Float[Array, "B ..."], plan: Plan) -> Float[Array, "B ..."]:
+    """Clipped, or dynamically thresholded image by image (Saharia et al. 2022, section 2.3)."""
+    if plan.threshold is None:
+        return jnp.clip(denoised, -plan.clip, plan.clip)
+    quantile, largest = plan.threshold
+    bound = jnp.quantile(jnp.abs(denoised).reshape(denoised.shape[0], -1), quantile, axis=1)
+    bound = jnp.clip(bound, 1.0, largest).reshape((-1,) + (1,) * (denoised.ndim - 1))
+    return jnp.clip(denoised, -bound, bound) / bound
+
+
+# From here on everything runs on the host, in float64, on rows: `_X / 2` reads "half the latents".
+
+Row = np.ndarray  # [4 + HISTORY], a linear combination of what an evaluation has at hand
+Entry = tuple[tuple[float, float, float], list[Row]]  # the level; then the new latents and the new history
+
+_X, *_H, _RAW, _X0, _NOISE = np.eye(4 + HISTORY)  # latents, history, denoised as it is, denoised and limited, noise
+
+
+class _Task(NamedTuple):
+    """What a sampler is asked to plan; alphas_cumprod [T] is float64 and may end in 0."""
+
+    alphas_cumprod: np.ndarray
+    prediction_type: str
+    options: Mapping[str, Any]
+    steps: int
+    first: int  # the step to begin with; above 0 when strength is below 1
+
+    @property
+    def stride(self) -> int:
+        return len(self.alphas_cumprod) // self.steps
+
+    def at(self, timestep: float) -> tuple[float, float]:
+        """alpha and sigma of a training timestep; a negative one means the end of sampling."""
+        if timestep >= 0:
+            value = self.alphas_cumprod[min(int(timestep), len(self.alphas_cumprod) - 1)]
+        else:
+            value = 1.0 if self.options["set_alpha_to_one"] else self.alphas_cumprod[0]
+        return np.sqrt(value), np.sqrt(1 - value)
+
+
+def _spaced(task: _Task, points: int, last: int) -> np.ndarray:
+    """The largest `steps` of `points` timesteps over 0..last-1, largest first, unrounded (Lin et al. 2023, table 2)."""
+    spacing = task.options["timestep_spacing"]
+    if spacing == "linspace":
+        timesteps = np.linspace(0, last - 1, points)[::-1]
+    elif spacing == "leading":
+        timesteps = (np.arange(points) * (last // points))[::-1] + task.options["steps_offset"]
+    elif spacing == "trailing":
+        timesteps = np.arange(last, 0, -len(task.alphas_cumprod) / task.steps).round() - 1
+    else:
+        raise ConfigError(f"timestep_spacing {spacing!r} is not one of linspace, leading, trailing")
+    return timesteps[: task.steps]  # arange may give one too many
+
+
+def _ve_table(task: _Task) -> np.ndarray:
+    """ve of every training timestep, with 2^-24 for an alphas_cumprod of 0, as in diffusers."""
+    alphas_cumprod = np.where(task.alphas_cumprod == 0, 2.0**-24, task.alphas_cumprod)
+    return np.sqrt((1 - alphas_cumprod) / alphas_cumprod).astype(np.float32).astype(np.float64)
+
+
+def _karras(low: float, high: float, steps: int) -> np.ndarray:
+    """Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", equation 5, rho = 7."""
+    return np.linspace(high ** (1 / 7), low ** (1 / 7), steps) ** 7
+
+
+def _timestep_of(ve: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """The fractional timestep of a ve, linear in its logarithm."""
+    return np.interp(np.log(ve), np.log(table), np.arange(len(table)))
+
+
+def _with_last(ve: np.ndarray, last: float, task: _Task) -> np.ndarray:
+    kind = task.options.get("final_sigmas_type", "zero")
+    if kind not in ("zero", "sigma_min"):
+        raise ConfigError(f"final_sigmas_type {kind!r} is not one of zero, sigma_min")
+    if (np.diff(ve) >= 0).any():
+        raise ConfigError(f"{task.steps} steps put two noise levels in one place; use fewer")
+    return np.append(ve, last if kind == "sigma_min" else 0).astype(np.float32).astype(np.float64)
+
+
+def _scales(ve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """alpha and sigma from ve = sigma / alpha."""
+    alpha = 1 / np.sqrt(1 + ve**2)
+    return alpha, ve * alpha
+
+
+def _k_diffusion_grid(task: _Task) -> tuple[np.ndarray, np.ndarray]:
+    """Timesteps [steps] and ve, one more (the landing), of the samplers that interpolate ve at fractional timesteps."""
+    table = _ve_table(task)
+    timesteps = _spaced(task, task.steps, len(table))
+    kind = task.options.get("interpolation_type", "linear")
+    if kind == "linear":
+        ve = np.interp(timesteps, np.arange(len(table)), table)
+    elif kind == "log_linear":
+        ve = np.exp(np.linspace(np.log(table[-1]), np.log(table[0]), task.steps + 1))
+    else:
+        raise ConfigError(f"interpolation_type {kind!r} is not one of linear, log_linear")
+    if task.options["use_karras_sigmas"]:
+        ve = _karras(ve[-1], ve[0], task.steps)
+        timesteps = _timestep_of(ve, table)
+    return timesteps, _with_last(ve, table[0], task)
+
+
+def _ddim(task: _Task) -> Iterator[Entry]:
+    """Song et al. 2021, "Denoising Diffusion Implicit Models", equation 12 with no noise.
+
+    The noise direction is that of the denoised latents before they are limited.
+    """
+    for t in _spaced(task, task.steps, len(task.alphas_cumprod)).round()[task.first :]:
+        alpha, sigma = task.at(t)
+        alpha_next, sigma_next = task.at(t - task.stride)
+        eps = (_X - alpha * _RAW) / sigma
+        yield (t, alpha, sigma), [alpha_next * _X0 + sigma_next * eps]
+
+
+def _pndm(task: _Task) -> Iterator[Entry]:
+    """Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models on Manifolds", algorithm 2.
+
+    The multistep part remembers the model's raw outputs (eps or v). It is started by twelve Runge-Kutta evaluations or,
+    with skip_prk_steps and below four steps, by repeating the second timestep. As in diffusers, strength only leaves
+    out timesteps: the Runge-Kutta stages then still count from the first one.
+    """
+    timesteps = _spaced(task, task.steps, len(task.alphas_cumprod)).round()
+    half = task.stride // 2
+    runge_kutta = np.array([])
+    if task.options["skip_prk_steps"] or task.steps < 4:
+        timesteps = np.concatenate([timesteps[:2], timesteps[1:]])
+    else:
+        runge_kutta = np.add.outer(timesteps[:4], [half, 0]).ravel()[1:].repeat(2)[1:-1]
+        timesteps = np.concatenate([runge_kutta, timesteps[3:]])
+
+    of_v = task.prediction_type == "v_prediction"
+    for k, t in enumerate(timesteps[task.first :]):
+        alpha, sigma = task.at(t)
+        output = ((alpha * _X - _X0) if of_v else (_X - alpha * _X0)) / sigma
+        outputs, anchor, total = [output, *_H[:3]], _X, 0 * _X
+        if k < len(runge_kutta):
+            origin, target = runge_kutta[k // 4 * 4], t - (half if k % 2 == 0 else 0)
+            if k % 4 == 0:
+                total = output / 6
+            else:
+                outputs, anchor, total = _H[:3], _H[3], _H[4] + output / 3
+            slope = _H[4] + output / 6 if k % 4 == 3 else output
+        elif k == 1:
+            origin, target = t + task.stride, t
+            outputs, anchor = _H[:3], _H[3]
+            slope = (output + _H[0]) / 2
+        else:
+            origin, target = t, t - task.stride
+            known = 4 if len(runge_kutta) else max(1, min(k, 4))
+            slope = np.dot(_ADAMS_BASHFORTH[known], outputs[:known])
+        moved = _transfer(anchor, slope, task.at(origin), task.at(target), of_v)
+        yield (t, alpha, sigma), [moved, *outputs[:3], anchor, total]
+
+
+def _transfer(latents: Row, output: Row, origin: tuple[float, float], target: tuple[float, float], of_v: bool) -> Row:
+    """Latents from one (alpha, sigma) to another along a model output, eps or v (PNDM, equation 11)."""
+    alpha, sigma = origin
+    alpha_next, sigma_next = target
+    eps = alpha * output + sigma * latents if of_v else output
+    return alpha_next / alpha * latents + (sigma_next - alpha_next * sigma / alpha) * eps
+
+
+_ADAMS_BASHFORTH = {
+    1: np.array([1]),
+    2: np.array([3, -1]) / 2,
+    3: np.array([23, -16, 5]) / 12,
+    4: np.array([55, -59, 37, -9]) / 24,
+}
+
+
+def _euler(task: _Task) -> Iterator[Entry]:
+    """Karras et al. 2022, algorithm 2 without churn and correction."""
+    timesteps, ve = _k_diffusion_grid(task)
+    alpha, sigma = _scales(ve)
+    for i in range(task.first, task.steps):
+        eps = (_X - alpha[i] * _X0) / sigma[i]
+        landing = alpha[i + 1] if i + 1 < task.steps else 1  # the last step ends in the variance-exploding scaling
+        yield (timesteps[i], alpha[i], sigma[i]), [landing * (_X0 + ve[i + 1] * eps)]
+
+
+def _euler_ancestral(task: _Task) -> Iterator[Entry]:
+    """Euler to a lower level, then noise back up: ancestral sampling as in k-diffusion's `sample_euler_ancestral`."""
+    timesteps, ve = _k_diffusion_grid(task)
+    alpha, sigma = _scales(ve)
+    for i in range(task.first, task.steps):
+        up = ve[i + 1] * np.sqrt(1 - (ve[i + 1] / ve[i]) ** 2)
+        down = ve[i + 1] ** 2 / ve[i]
+        eps = (_X - alpha[i] * _X0) / sigma[i]
+        yield (timesteps[i], alpha[i], sigma[i]), [alpha[i + 1] * (_X0 + down * eps + up * _NOISE)]
+
+
+def _heun(task: _Task) -> Iterator[Entry]:
+    """Karras et al. 2022, algorithm 1: an Euler step, then again with the mean of both ends' slopes."""
+    timesteps, ve = _k_diffusion_grid(task)
+    alpha, sigma = _scales(ve)
+    for i in range(task.first, task.steps):
+        width = ve[i + 1] - ve[i]
+        begin, eps = _X / alpha[i], (_X - alpha[i] * _X0) / sigma[i]
+        yield (timesteps[i], alpha[i], sigma[i]), [alpha[i + 1] * (begin + width * eps), begin, eps]
+        if (end := i + 1) < task.steps:
+            begin, eps = _H[0], (_H[1] + (_X - alpha[end] * _X0) / sigma[end]) / 2
+            yield (timesteps[end], alpha[end], sigma[end]), [alpha[end] * (begin + width * eps)]
+
+
+def _lms(task: _Task) -> Iterator[Entry]:
+    """Linear multistep of order 4 in ve: Lagrange polynomials through the last slopes (k-diffusion's `sample_lms`).
+
+    With a strength below 1 the first steps use full-order weights on the slopes there are, as diffusers does.
+    """
+    timesteps, ve = _k_diffusion_grid(task)
+    alpha, sigma = _scales(ve)
+    nodes, node_weights = np.polynomial.legendre.leggauss(2)  # exact for the cubics at hand
+    for i in range(task.first, task.steps):
+        eps = [(_X - alpha[i] * _X0) / sigma[i], *_H[:3]]
+        width, past = ve[i + 1] - ve[i], ve[max(i - 3, 0) : i + 1][::-1]
+        points = ve[i] + width * (nodes + 1) / 2
+        moved = _X / alpha[i]
+        for k, known in enumerate(past):
+            others = np.delete(past, k)
+            basis = np.prod((points[:, None] - others) / (known - others), axis=1)
+            moved = moved + width / 2 * np.dot(node_weights, basis) * eps[k]
+        yield (timesteps[i], alpha[i], sigma[i]), [alpha[i + 1] * moved, *eps[:3]]
+
+
+class _SolverGrid(NamedTuple):
+    timesteps: np.ndarray  # [steps]
+    alpha: np.ndarray  # [steps + 1], and the two below
+    sigma: np.ndarray
+    half_log_snr: np.ndarray
+
+
+def _solver_grid(
+    task: _Task, *, lowest: float = -np.inf, floor: bool = False, karras_last: bool = False
+) -> _SolverGrid:
+    """The grid of the exponential solvers, which end one point before the last training timestep.
+
+    lowest: leave out timesteps of a smaller log(alpha / sigma). floor: cut off Karras timesteps instead of rounding.
+    karras_last: final_sigmas_type sigma_min means the smallest Karras sigma, not the smallest of training.
+    """
+    table = _ve_table(task)
+    last = len(table) - int(np.searchsorted(-np.log(table)[::-1], lowest))
+    timesteps = _spaced(task, task.steps + 1, last).round()
+    ve, lowest_ve = np.interp(timesteps, np.arange(len(table)), table), table[0]
+    if task.options["use_karras_sigmas"]:
+        ve = _karras(table[0], table[-1], task.steps)
+        timesteps = _timestep_of(ve, table)
+        timesteps = np.floor(timesteps) if floor else timesteps.round()
+        lowest_ve = ve[-1] if karras_last else lowest_ve
+    alpha, sigma = _scales(_with_last(ve, lowest_ve, task))
+    return _SolverGrid(timesteps, alpha, sigma, np.log(alpha) - np.log(sigma))
+
+
+def _dpmpp(task: _Task, *, stochastic: bool) -> Iterator[Entry]:
+    """Lu et al. 2022, "DPM-Solver++", algorithm 2 (multistep, in x0), of order 1 to 3; stochastic: its SDE form."""
+    options = task.options
+    squared_cosine = options["beta_schedule"] == "squaredcos_cap_v2"
+    grid = _solver_grid(task, lowest=float(options["lambda_min_clipped"]), floor=squared_cosine)
+    alpha, sigma, lam = grid.alpha, grid.sigma, grid.half_log_snr
+    steps = len(grid.timesteps)  # fewer than asked for, with trailing timesteps and lambda_min_clipped
+    few = options["lower_order_final"] and steps < 15
+    for i in range(task.first, steps):
+        order = min(options["solver_order"], i - task.first + 1)
+        if i == steps - 1 and (options["euler_at_final"] or few or options["final_sigmas_type"] == "zero"):
+            order = 1
+        elif i == steps - 2 and few:
+            order = min(order, 2)
+        h = lam[i + 1] - lam[i]
+        reach = 2 * h if stochastic else h
+        shrink = np.exp(-h) if stochastic else 1
+        moved = sigma[i + 1] / sigma[i] * shrink * _X - alpha[i + 1] * np.expm1(-reach) * _X0
+        if stochastic:
+            moved = moved + sigma[i + 1] * np.sqrt(-np.expm1(-2 * h)) * _NOISE
+        if order > 1:
+            r0 = (lam[i] - lam[i - 1]) / h
+            slope = (_X0 - _H[0]) / r0
+            linear = alpha[i + 1] * (np.expm1(-reach) / reach + 1)
+            if order == 3:
+                r1 = (lam[i - 1] - lam[i - 2]) / h
+                bend = (slope - (_H[0] - _H[1]) / r1) / (r0 + r1)
+                half = -0.5 if stochastic else 0.5  # diffusers' sign, for either form
+                square = alpha[i + 1] * (half - (np.expm1(-reach) + reach) / reach**2)
+                moved = moved + linear * (slope + r0 * bend) + square * bend
+            elif options["solver_type"] == "heun":
+                moved = moved + linear * slope
+            else:
+                moved = moved - alpha[i + 1] * np.expm1(-reach) / 2 * slope
+        yield (grid.timesteps[i], alpha[i], sigma[i]), [moved, _X0, _H[0]]
+
+
+def _dpmpp_2m(task: _Task) -> Iterator[Entry]:
+    return _dpmpp(task, stochastic=False)
+
+
+def _dpmpp_2m_sde(task: _Task) -> Iterator[Entry]:
+    return _dpmpp(task, stochastic=True)
+
+
+def _unipc(task: _Task) -> Iterator[Entry]:
+    """Zhao et al. 2023, "UniPC", algorithms 1 and 2 in x0: an evaluation first corrects the latents it was made at."""
+    options = task.options
+    grid = _solver_grid(task, karras_last=True)
+    order = 0
+    for i in range(task.first, task.steps):
+        latents = _X
+        if i > task.first and i - 1 not in options["disable_corrector"]:
+            latents = _unipc_update(grid, i - 1, order, options["solver_type"], _H[3], _H[:3], arrived=_X0)
+        order = min(options["solver_order"], i - task.first + 1)
+        if options["lower_order_final"]:
+            order = min(order, task.steps - i)
+        if grid.sigma[i + 1] == 0:
+            order = 1
+        seen = [_X0, *_H[:2]]
+        moved = _unipc_update(grid, i, order, options["solver_type"], latents, seen)
+        yield (grid.timesteps[i], grid.alpha[i], grid.sigma[i]), [moved, *seen, latents]
+
+
+def _unipc_update(
+    grid: _SolverGrid, i: int, order: int, kind: str, latents: Row, seen: list[Row], arrived: Row | None = None
+) -> Row:
+    """From level i to i + 1 (UniPC, equation 3) with the denoised latents seen at i, i - 1, ...
+
+    arrived: those at i + 1, to correct with; without them this is the predictor.
+    """
+    lam = grid.half_log_snr
+    h = lam[i + 1] - lam[i]
+    ratios = [(lam[i - k] - lam[i]) / h for k in range(1, order)]
+    slopes = [(seen[k] - seen[0]) / ratio for k, ratio in enumerate(ratios, 1)]
+    if arrived is not None:
+        ratios, slopes = [*ratios, 1.0], [*slopes, arrived - seen[0]]
+    scale = -h if kind == "bh1" else np.expm1(-h)
+    if len(ratios) == 1:
+        weights = [0.5]  # the paper's closed form for a single slope, rather than the system's solution
+    else:
+        phi, factorial, sides = np.expm1(-h) / -h - 1, 1, []
+        for k in range(1, len(ratios) + 1):
+            sides.append(phi * factorial / scale)
+            factorial *= k + 1
+            phi = phi / -h - 1 / factorial
+        weights = np.linalg.solve(np.vander(ratios, increasing=True).T, sides) if ratios else []
+    moved = grid.sigma[i + 1] / grid.sigma[i] * latents - grid.alpha[i + 1] * np.expm1(-h) * seen[0]
+    for weight, slope in zip(weights, slopes, strict=True):
+        moved = moved - grid.alpha[i + 1] * scale * weight * slope
+    return moved
+
+
+def _lcm(task: _Task) -> Iterator[Entry]:
+    """Luo et al. 2023, "Latent Consistency Models", algorithm 3, with the boundary scalings of its appendix."""
+    original, count = task.options["original_inference_steps"], len(task.alphas_cumprod)
+    if task.steps > original:
+        raise ConfigError(f"steps {task.steps} must be at most {original} (original_inference_steps) for 'lcm'")
+    trained = (np.arange(1, original + 1) * (count // original) - 1)[::-1]
+    timesteps = trained[np.linspace(0, original, task.steps, endpoint=False).astype(int)]
+    for i in range(task.first, task.steps):
+        alpha, sigma = task.at(timesteps[i])
+        time = timesteps[i] * task.options["timestep_scaling"]
+        skip, out = 0.25 / (time**2 + 0.25), time / np.sqrt(time**2 + 0.25)
+        moved = out * _X0 + skip * _X
+        if i + 1 < task.steps:
+            alpha_next, sigma_next = task.at(timesteps[i + 1])
+            moved = alpha_next * moved + sigma_next * _NOISE
+        yield (timesteps[i], alpha, sigma), [moved]
+
+
+class Sampler(NamedTuple):
+    """How one sampler plans, and the options of its diffusers scheduler class with that class's defaults.
+
+    scaled_start: the first level's sigma scales the initial noise, unless timesteps are spaced "leading".
+    """
+
+    entries: Callable[[_Task], Iterator[Entry]]
+    options: Mapping[str, Any]
+    scaled_start: bool = False
+
+
+# Options that no sampler here supports otherwise; only classes with Karras sigmas have them.
+_ONLY = {
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "use_flow_sigmas": False,
+    "timestep_type": "discrete",
+    "predict_x0": True,
+    "sigma_min": None,
+    "sigma_max": None,
+    "variance_type": None,
+}
+_LEADING = {"timestep_spacing": "leading", "steps_offset": 0}
+_LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 0}
+_KARRAS = {"use_karras_sigmas": False}
+_ZERO_SNR = {"rescale_betas_zero_snr": False}
+_THRESHOLD = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+_SOLVER = {"solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero"}
+_DPMPP = {
+    **(_LINSPACE | _KARRAS | _ZERO_SNR | _THRESHOLD | _SOLVER),
+    "solver_type": "midpoint",
+    "euler_at_final": False,
+    "lambda_min_clipped": -np.inf,
+    "beta_schedule": "linear",
+}
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": Sampler(
+        _ddim,
+        {
+            **(_LEADING | _ZERO_SNR | _THRESHOLD),
+            "set_alpha_to_one": True,
+            "clip_sample": True,
+            "clip_sample_range": 1.0,
+        },
+    ),
+    "pndm": Sampler(_pndm, {**_LEADING, "skip_prk_steps": False, "set_alpha_to_one": False}),
+    "lms": Sampler(_lms, {**_LINSPACE, **_KARRAS}, scaled_start=True),
+    "heun": Sampler(_heun, {**_LINSPACE, **_KARRAS, "clip_sample": False, "clip_sample_range": 1.0}, scaled_start=True),
+    "euler": Sampler(
+        _euler,
+        {**(_LINSPACE | _KARRAS | _ZERO_SNR), "interpolation_type": "linear", "final_sigmas_type": "zero"},
+        scaled_start=True,
+    ),
+    "euler_a": Sampler(_euler_ancestral, {**_LINSPACE, **_ZERO_SNR}, scaled_start=True),
+    "dpmpp_2m": Sampler(_dpmpp_2m, _DPMPP),
+    "dpmpp_2m_sde": Sampler(_dpmpp_2m_sde, _DPMPP),
+    "unipc": Sampler(
+        _unipc,
+        {**(_LINSPACE | _KARRAS | _ZERO_SNR | _THRESHOLD | _SOLVER), "solver_type": "bh2", "disable_corrector": []},
+    ),
+    "lcm": Sampler(
+        _lcm,
+        {
+            **(_ZERO_SNR | _THRESHOLD),
+            "clip_sample": False,
+            "clip_sample_range": 1.0,
+            "set_alpha_to_one": True,
+            "original_inference_steps": 50,
+            "timestep_scaling": 10.0,
+        },
+    ),
+}
