@@ -1,0 +1,204 @@
+"""Latents and prompt embeddings of a data set, computed once and memory-mapped from disk ever after.
+
+A cache entry is a folder named by the digest of all it depends on; it holds one raw file an array and index.json
+with their shapes and digests. It is written under another name and renamed when whole, so a killed run leaves nothing
+half done, and an entry that no longer matches its digests is computed again.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Shaped, UInt8
+
+from sdjax.data.images import read_image
+from sdjax.data.records import Record, file_digest
+from sdjax.errors import DataError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raised whenever what an entry holds changes its meaning."""
+
+Arrays = Mapping[str, Shaped[np.ndarray, " N *S"]]
+
+
+class Latents(NamedTuple):
+    """What the VAE made of the readable images."""
+
+    records: tuple[Record, ...]
+    moments: Float32[np.ndarray, "N F h w C2"]
+    """Mean and log-variance of the posterior, joined on the last axis; F = 2 (plain, mirrored) if flipping, else 1."""
+    skipped: tuple[str, ...]
+    """One message for each unusable image."""
+
+
+class Texts(NamedTuple):
+    """What the text models (or the tokenizer) made of each caption."""
+
+    rows: Mapping[str, int]
+    """Caption -> its row in every array; the empty caption is always there."""
+    arrays: Arrays
+
+
+def cache_latents(
+    records: Sequence[Record],
+    encode: Callable[[UInt8[np.ndarray, "B R R 3"]], Any],
+    *,
+    folder: str | Path,
+    model: str,
+    resolution: int,
+    background: str = "white",
+    flip: bool = False,
+    on_bad_image: Literal["skip", "fail"] = "fail",
+    batch_size: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Latents:
+    """The posterior moments of every image, from the cache in `folder` or else by `encode` (then cached there).
+
+    `encode` gets 8-bit images in batches of exactly `batch_size` (padded where needed, so it compiles once) and
+    returns `[B, h, w, 2C]`. `model` identifies its weights. `progress(done, total)` is called after each batch.
+    Raises DataError for a bad image unless `on_bad_image` is "skip", and if no image is left.
+    """
+    key = {"kind": "latents", "model": model, "resolution": resolution, "background": background, "flip": flip}
+    key |= {"images": [file_digest(record.path) for record in records]}
+    kept: list[int] = []
+    skipped: list[str] = []
+
+    def rows() -> Iterator[Mapping[str, np.ndarray]]:
+        for start in range(0, len(records), batch_size):
+            images = []
+            for i in range(start, min(start + batch_size, len(records))):
+                try:
+                    images.append(read_image(records[i].path, resolution, background))
+                    kept.append(i)
+                except DataError as e:
+                    if on_bad_image == "fail":
+                        raise _bad_image(e) from e
+                    log.warning("skipped: %s", e)
+                    skipped.append(str(e))
+            if images:
+                batch = np.stack(images + images[-1:] * (batch_size - len(images)))
+                views = [batch, np.ascontiguousarray(batch[:, :, ::-1])] if flip else [batch]
+                moments = np.stack([_storable(encode(view)) for view in views], axis=1)
+                yield {"moments": moments[: len(images)]}
+            if progress:
+                progress(min(start + batch_size, len(records)), len(records))
+        if not kept:
+            raise DataError(f"none of {len(records)} images can be used; the first: {skipped[0]}")
+
+    arrays, notes = _entry(Path(folder), key, rows(), {"kept": kept, "skipped": skipped})
+    if notes["skipped"]:
+        if on_bad_image == "fail":
+            raise _bad_image(notes["skipped"][0])
+        log.warning("%d of %d images skipped", len(notes["skipped"]), len(records))
+    return Latents(tuple(records[i] for i in notes["kept"]), arrays["moments"], tuple(notes["skipped"]))
+
+
+def cache_texts(
+    captions: Iterable[str],
+    encode: Callable[[list[str]], Mapping[str, Any]],
+    *,
+    folder: str | Path,
+    model: str,
+    settings: Mapping[str, Any] | None = None,
+    batch_size: int = 16,
+) -> Texts:
+    """What `encode` makes of each different caption and of the empty one, from the cache or computed and cached.
+
+    `encode` gets exactly `batch_size` captions (padded with empty ones) and returns named arrays `[B, ...]`, of the
+    same shape every time. `model` and `settings` (clip_skip and the like) identify what it computes.
+    """
+    unique = sorted({"", *captions})
+    key = {"kind": "texts", "model": model, "settings": dict(settings or {}), "captions": unique}
+
+    def rows() -> Iterator[Mapping[str, np.ndarray]]:
+        for start in range(0, len(unique), batch_size):
+            batch = unique[start : start + batch_size]
+            encoded = encode(batch + [""] * (batch_size - len(batch)))
+            yield {name: _storable(array)[: len(batch)] for name, array in encoded.items()}
+
+    arrays, _ = _entry(Path(folder), key, rows(), {})
+    return Texts({caption: row for row, caption in enumerate(unique)}, arrays)
+
+
+def _bad_image(reason: object) -> DataError:
+    return DataError(f"{reason} (data.on_bad_image = 'skip' goes on without it)")
+
+
+def _storable(array: Any) -> np.ndarray:
+    """On the host, in a number type NumPy itself knows: bfloat16 is widened."""
+    array = np.asarray(array)
+    return array.astype(np.float32) if array.dtype.kind == "V" or array.dtype.name == "bfloat16" else array
+
+
+def _entry(
+    folder: Path, key: Mapping[str, Any], rows: Iterable[Mapping[str, np.ndarray]], notes: dict[str, Any]
+) -> tuple[dict[str, np.memmap], dict[str, Any]]:
+    """The arrays and notes kept under `key`; if there are none, `rows` (which may fill `notes`) is run and kept."""
+    digest = hashlib.sha256(json.dumps({"format": FORMAT, **key}, sort_keys=True).encode()).hexdigest()
+    place = folder / f"{key['kind']}-{digest[:16]}"
+    if place.exists():
+        try:
+            return _open(place)
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            log.warning("cache %s is damaged (%s): computed again", place, e)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+    except OSError as e:
+        raise DataError(f"cannot write the cache in {folder}: {e.strerror or e}; set data.cache") from e
+    try:
+        _write(temporary, rows, notes)
+        if place.exists():
+            shutil.rmtree(place)
+        temporary.rename(place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return _open(place)
+
+
+def _write(place: Path, rows: Iterable[Mapping[str, np.ndarray]], notes: dict[str, Any]) -> None:
+    """Append the rows to one raw file an array, then write index.json: shapes, number types, digests, notes."""
+    index: dict[str, dict[str, Any]] = {}
+    digests: dict[str, Any] = {}
+    for arrays in rows:
+        for name, array in arrays.items():
+            entry = index.setdefault(name, {"dtype": array.dtype.name, "shape": [0, *array.shape[1:]]})
+            if entry["shape"][1:] != list(array.shape[1:]) or entry["dtype"] != array.dtype.name:
+                raise DataError(f"{name}: {array.dtype}{list(array.shape[1:])} a row after {entry}; rows must be alike")
+            entry["shape"][0] += len(array)
+            data = np.ascontiguousarray(array).tobytes()
+            digests.setdefault(name, hashlib.sha256()).update(data)
+            with (place / f"{name}.bin").open("ab") as file:
+                file.write(data)
+    for name, entry in index.items():
+        entry["sha256"] = digests[name].hexdigest()
+    (place / "index.json").write_text(json.dumps({"arrays": index, "notes": notes}), encoding="utf-8")
+
+
+def _open(place: Path) -> tuple[dict[str, np.memmap], dict[str, Any]]:
+    """Memory-map an entry after comparing every digest; ValueError if one differs."""
+    index = json.loads((place / "index.json").read_text(encoding="utf-8"))
+    arrays = {}
+    for name, entry in index["arrays"].items():
+        path = place / f"{name}.bin"
+        if file_digest(path) != entry["sha256"]:
+            raise ValueError(f"{path.name} does not match its digest")
+        arrays[name] = np.memmap(path, dtype=entry["dtype"], mode="r", shape=tuple(entry["shape"]))
+    return arrays, index["notes"]
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed runs left behind; a day old, so that no other run is still writing it."""
+    for path in folder.glob(".new-*"):
+        if time.time() - path.stat().st_mtime > 86400:
+            shutil.rmtree(path, ignore_errors=True)

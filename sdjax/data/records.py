@@ -1,0 +1,167 @@
+"""A folder of images -> an immutable list of (image, caption), and the part of it that is held out."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from sdjax.errors import DataError
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+
+
+class Record(NamedTuple):
+    """One training example."""
+
+    name: str
+    """Path below the data folder, with forward slashes."""
+    path: Path
+    caption: str
+
+
+def scan(
+    folder: str | Path, *, caption: str = "", missing_caption: Literal["fail", "empty", "skip"] = "fail"
+) -> tuple[Record, ...]:
+    """The images of a folder and its sub-folders with their captions, sorted by name.
+
+    With a metadata.jsonl (`{"file_name": ..., "text": ...}` a line) the images are the ones it lists; else every image
+    counts and NAME.txt beside NAME.png is its caption. `caption` stands in where an image has none. A caption that is
+    absent, blank or not UTF-8 is a missing one: `missing_caption` decides. Nothing outside the folder is read.
+
+    Raises DataError: no folder, no images, a path or link that leaves the folder, a malformed metadata.jsonl line.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"data.path = {str(folder)!r} is not a folder")
+    metadata = root / "metadata.jsonl"
+    found = _listed(root, metadata) if metadata.is_file() else _beside(root)
+    records, missing = [], []
+    for name, (path, own_caption) in sorted(found.items()):
+        text = own_caption or caption
+        if not text:
+            missing.append(name)
+        if text or missing_caption == "empty":
+            records.append(Record(name, path, text))
+    if missing and missing_caption == "fail":
+        raise DataError(
+            f"{root}: no caption for {_some(missing)}; "
+            "write NAME.txt or metadata.jsonl, set data.caption, or data.missing_caption = 'empty' or 'skip'"
+        )
+    if missing:
+        done = "skipped" if missing_caption == "skip" else "taken with an empty caption"
+        log.warning("%s: no caption for %s: %s", root, _some(missing), done)
+    if not records:
+        raise DataError(f"{root}: no images with captions; expected {', '.join(sorted(SUFFIXES))} files")
+    return tuple(records)
+
+
+def split(
+    records: Sequence[Record], *, count: int = 0, fraction: float = 0.0
+) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """(training, held out), each in the order of `records`.
+
+    Who is held out depends on the names alone (the smallest hashes), so adding an image moves few others.
+    `fraction` rounds to at least one image. Raises DataError if nothing would be left to train on.
+    """
+    if fraction:
+        count = max(1, round(fraction * len(records)))
+    if count >= len(records):
+        raise DataError(f"{count} of {len(records)} images held out: nothing left to train on")
+    ranked = sorted(records, key=lambda r: hashlib.sha256(r.name.encode()).digest())
+    held_out = {record.name for record in ranked[:count]}
+    return (
+        tuple(r for r in records if r.name not in held_out),
+        tuple(r for r in records if r.name in held_out),
+    )
+
+
+def fingerprint(records: Iterable[Record]) -> str:
+    """Hex digest of names, captions and file contents: the same on every machine, other after any change."""
+    total = hashlib.sha256()
+    for record in records:
+        total.update(json.dumps([record.name, record.caption, file_digest(record.path)]).encode())
+    return total.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's contents; the empty string if it cannot be read (whoever decodes it will say so)."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+Found = dict[str, tuple[Path, str]]
+
+
+def _listed(root: Path, metadata: Path) -> Found:
+    """The images metadata.jsonl names. A listed file that does not exist is a bad image, met when it is read."""
+    try:
+        lines = metadata.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{metadata} is not UTF-8") from None
+    found: Found = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{metadata} line {number}"
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise DataError(f"{where} is not JSON: {e}") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
+            raise DataError(f'{where}: expected {{"file_name": ..., "text": ...}}')
+        text = entry.get("text") or ""
+        if not isinstance(text, str):
+            raise DataError(f"{where}: text = {text!r} is not text")
+        path = root / entry["file_name"]
+        _stay_inside(root, path, where)
+        name = path.resolve().relative_to(root.resolve()).as_posix()
+        if name in found:
+            raise DataError(f"{where}: {name} is listed twice")
+        found[name] = (path, text.strip())
+    unlisted = len(_images(root).difference(root / name for name in found))
+    if unlisted:
+        log.info("%s: %d images are not in metadata.jsonl and are left out", root, unlisted)
+    return found
+
+
+def _beside(root: Path) -> Found:
+    found: Found = {}
+    for path in _images(root):
+        name = path.relative_to(root).as_posix()
+        _stay_inside(root, path, str(root))
+        text = path.with_suffix(".txt")
+        found[name] = (path, "")
+        if text.is_file():
+            _stay_inside(root, text, str(root))
+            try:
+                found[name] = (path, text.read_text(encoding="utf-8-sig").strip())
+            except UnicodeDecodeError:
+                log.warning("%s is not UTF-8: counted as missing", text)
+    return found
+
+
+def _images(root: Path) -> set[Path]:
+    return {
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        and not path.is_dir()
+    }
+
+
+def _stay_inside(root: Path, path: Path, where: str) -> None:
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"{where}: {path.name!r} leads out of the folder; copy the file into {root}")
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{len(names)} images ({shown}, ...)"

@@ -1,0 +1,170 @@
+"""One pure training step under `jit` over a mesh or under `pmap`, with the same calls around it.
+
+The step is `train_step(state, frozen, batch, key, *, reduce) -> (state, metrics)`. It averages over the batch it sees
+and passes gradients and metrics through `reduce`: under `jit` it sees the whole batch and `reduce` changes nothing,
+under `pmap` it sees its device's part and `reduce` is the mean over devices. Randomness must come from
+`batch["index"]`, the place of an example in the whole batch, so that it does not depend on the partition.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from sdjax.errors import ConfigError
+
+
+class TrainStep(Protocol):
+    def __call__(
+        self, state: PyTree, frozen: PyTree, batch: PyTree, key: jax.Array, *, reduce: Callable[[PyTree], PyTree]
+    ) -> tuple[PyTree, PyTree]: ...
+
+
+class Parallel(NamedTuple):
+    """A training step over several devices. `key` is passed to `step` as it is."""
+
+    devices: int
+    """Parts the batch is split into."""
+    step: Any
+    """`step(state, frozen, batch, key) -> (state, metrics)` of placed arguments, the state donated; has `.lower`."""
+    place_state: Callable[[PyTree], PyTree]
+    """Host tree -> a copy on each device."""
+    place_frozen: Callable[[PyTree], PyTree]
+    """Host tree -> on each device, split over the fsdp axis if there is one."""
+    place_batch: Callable[[Mapping[str, np.ndarray]], PyTree]
+    """The whole batch (each process passes all of it) -> its parts on the devices."""
+    fetch: Callable[[PyTree], PyTree]
+    """Placed state -> host tree of NumPy arrays and typed PRNG keys."""
+
+
+def parallelize(
+    train_step: TrainStep,
+    *,
+    batch_size: int,
+    mode: Literal["jit", "pmap"] = "jit",
+    data: int = -1,
+    fsdp: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Parallel:
+    """Wrap a pure step for the devices (default: all).
+
+    `data * fsdp` devices take part, -1 standing for what is left. Raises ConfigError if there are not that many, or if
+    they do not divide `batch_size`, the number of examples in the whole batch.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    data, fsdp = _mesh_sizes(data, fsdp, len(devices))
+    count = data * fsdp
+    if batch_size % count:
+        fitting = [n for n in range(1, data) if batch_size % (n * fsdp) == 0]
+        raise ConfigError(
+            f"a batch of {batch_size} images cannot be split over {count} devices; make it a multiple of {count}"
+            + (f", or parallel.mesh.data one of {fitting}" if fitting else "")
+        )
+    if mode == "jit":
+        return _under_jit(train_step, data, fsdp, devices[:count])
+    if fsdp != 1 or jax.process_count() > 1:
+        raise ConfigError("parallel.mode = 'pmap' splits the batch only, within one process; use 'jit'")
+    return _under_pmap(train_step, devices[:count])
+
+
+def _mesh_sizes(data: int, fsdp: int, devices: int) -> tuple[int, int]:
+    if data == -1:
+        data = max(1, devices // fsdp)
+    elif fsdp == -1:
+        fsdp = max(1, devices // data)
+    if data * fsdp > devices:
+        raise ConfigError(f"parallel.mesh wants {data} x {fsdp} devices, but there are {devices}")
+    return data, fsdp
+
+
+def _under_jit(train_step: TrainStep, data: int, fsdp: int, devices: list[jax.Device]) -> Parallel:
+    mesh = jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    everywhere = NamedSharding(mesh, P())
+    parts = NamedSharding(mesh, P(("data", "fsdp")))
+
+    def replicate(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: _put(leaf, everywhere), tree)
+
+    def place_frozen(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, _split_largest(leaf.shape, fsdp))), tree)
+
+    def place_batch(batch: Mapping[str, np.ndarray]) -> PyTree:
+        # By callback, since a process can place only what lies on its own devices.
+        return {
+            name: jax.make_array_from_callback(array.shape, parts, lambda part, array=array: array[part])
+            for name, array in batch.items()
+        }
+
+    step = jax.jit(
+        functools.partial(train_step, reduce=lambda tree: tree),
+        donate_argnums=0,
+        out_shardings=(everywhere, everywhere),
+    )
+    return Parallel(data * fsdp, step, replicate, place_frozen, place_batch, _fetch)
+
+
+def _under_pmap(train_step: TrainStep, devices: list[jax.Device]) -> Parallel:
+    count = len(devices)
+    step = jax.pmap(
+        functools.partial(train_step, reduce=lambda tree: jax.lax.pmean(tree, "data")),
+        axis_name="data",
+        in_axes=(0, 0, 0, None),
+        out_axes=(0, None),
+        donate_argnums=0,
+        devices=devices,
+    )
+    # A program of its own is the one way to replicate that every version of jax has for pmap.
+    replicate = jax.pmap(lambda tree: tree, in_axes=None, out_axes=0, axis_size=count, devices=devices)
+
+    def place_batch(batch: Mapping[str, np.ndarray]) -> PyTree:
+        return {name: array.reshape(count, -1, *array.shape[1:]) for name, array in batch.items()}
+
+    def fetch(state: PyTree) -> PyTree:
+        return _fetch(jax.tree.map(lambda leaf: leaf[0], state))
+
+    return Parallel(count, step, replicate, replicate, place_batch, fetch)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.jit(lambda: leaf, out_shardings=sharding)()  # device_put refuses keys across processes
+    return jax.device_put(leaf, sharding)
+
+
+def _split_largest(shape: tuple[int, ...], parts: int) -> P:
+    """Split the longest axis that `parts` divides; a leaf with none is copied."""
+    fitting = [axis for axis, length in enumerate(shape) if length % parts == 0]
+    if parts == 1 or not fitting:
+        return P()
+    axis = max(fitting, key=lambda a: shape[a])
+    return P(*(None,) * axis, "fsdp")
+
+
+def _fetch(state: PyTree) -> PyTree:
+    def fetch(leaf: Any) -> Any:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(np.asarray(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        return np.asarray(leaf)
+
+    return jax.tree.map(fetch, state)
+
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+
+
+def reduced_bytes(program: str) -> int:
+    """Bytes summed across devices in one run of a compiled program, from its text (`compiled.as_text()`)."""
+    total = 0
+    for line in program.splitlines():
+        result = re.search(r"= (.*?) (all-reduce|all-reduce-start|reduce-scatter)\(", line)
+        if result:
+            for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", result[1]):
+                total += _BYTES[kind] * math.prod(int(n) for n in shape.split(",") if n)
+    return total
