@@ -210,8 +210,9 @@ def _check_kind(path: Path, index: Mapping[str, Any]) -> None:
 
 def _class_of(index: Mapping[str, Any], name: str) -> str | None:
     entry = index.get(name)
-    held = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
-    return entry[1].removeprefix("Flax") if held else None
+    if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str):
+        return entry[1].removeprefix("Flax")
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -325,7 +326,7 @@ def _snapshot(repository: str, patterns: list[str], revision: str | None) -> Pat
     )
 
     # The bases of its HTTP error are those of the transport library, which changes from version to version.
-    failures = (OSError, EntryNotFoundError, HFValidationError, *HfHubHTTPError.__bases__)
+    failures: tuple[type[Exception], ...] = (OSError, EntryNotFoundError, HFValidationError, *HfHubHTTPError.__bases__)
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except GatedRepoError:

@@ -14,6 +14,7 @@ import numpy as np
 
 from sdjax.errors import DataError
 from sdjax.formats.safetensors_file import is_floating
+from sdjax.lora import nest
 
 Path = tuple[str, ...]
 
@@ -41,13 +42,6 @@ def leaves(tree: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any
             yield (*path, name), value
 
 
-def insert(tree: dict[str, Any], path: Path, value: Any) -> None:
-    """Puts `value` at `path`, making the dicts on the way."""
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value
-
-
 def listing(names: Iterable[str]) -> str:
     """The first ten names, and how many there are in all."""
     names = list(names)
@@ -70,19 +64,19 @@ def load_params(
     wanted = {_tensor_name(path): (path, leaf.shape) for path, leaf in leaves(expected)}
     missing = [name for name in wanted if name not in found]
     extra = [key for name, key in found.items() if name not in wanted]
-    views = {
-        name: _to_layout(tensors[found[name]], path[-1], shape)
-        for name, (path, shape) in wanted.items()
-        if name in found
-    }
-    misshapen = [
-        f"{found[name]} {list(tensors[found[name]].shape)} for {list(wanted[name][1])}"
-        for name, view in views.items()
-        if view is None
-    ]
+    views: dict[str, np.ndarray] = {}
+    misshapen = []
+    for name in wanted.keys() & found.keys():
+        path, shape = wanted[name]
+        tensor = tensors[found[name]]
+        view = _to_layout(tensor, path[-1], shape)
+        if view is None:
+            misshapen.append(f"{found[name]} {list(tensor.shape)} for {list(shape)}")
+        else:
+            views[name] = view
     faults = [
         f"{len(names)} {fault}: {listing(names)}"
-        for fault, names in (("missing", missing), ("not expected", extra), ("misshapen", misshapen))
+        for fault, names in (("missing", missing), ("not expected", extra), ("misshapen", sorted(misshapen)))
         if names
     ]
     if faults:
@@ -91,7 +85,7 @@ def load_params(
     if integers:
         raise DataError(f"{what} holds integer weights (quantised?), which are not supported: {listing(integers)}")
 
-    params: dict[str, Any] = {}
+    params: dict[Path, jax.Array] = {}
     for name, (path, _) in wanted.items():
         host = _host_copy(views[name], dtype)
         if not np.isfinite(host).all():
@@ -99,8 +93,8 @@ def load_params(
         place = sharding
         for part in path if isinstance(sharding, Mapping) else ():
             place = place[part]
-        insert(params, path, _on_device(host, place))
-    return params
+        params[path] = _on_device(host, place)
+    return nest(params)
 
 
 def to_state_dict(params: Mapping[str, Any], *, prefix: str = "") -> dict[str, np.ndarray]:

@@ -131,7 +131,7 @@ def encode(
     yield len(text).to_bytes(8, "little") + text
     for name in names:
         contiguous = np.ascontiguousarray(tensors[name], dtype=targets[name])
-        yield memoryview(contiguous.reshape(-1).view(np.uint8))
+        yield contiguous.reshape(-1).view(np.uint8).data
 
 
 @contextmanager

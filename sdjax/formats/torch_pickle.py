@@ -13,7 +13,7 @@ import pickletools
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -238,8 +238,10 @@ def _vector(mapped: mmap.mmap, dtype: np.dtype, count: int, offset: int, big_end
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> np.ndarray | None:
-    sizes = [offset, *shape, *strides] if isinstance(shape, tuple) and isinstance(strides, tuple) else [None]
-    if not isinstance(storage, _Storage) or not all(type(size) is int and size >= 0 for size in sizes):
+    if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
+        raise DataError("a tensor is described wrongly")
+    sizes = [offset, *shape, *strides]
+    if not all(type(size) is int and size >= 0 for size in sizes):
         raise DataError("a tensor is described wrongly")
     if len(shape) != len(strides) or len(shape) > 16 or max(sizes) >= 2**40:
         raise DataError(f"a tensor has shape {shape} and strides {strides}")
@@ -347,8 +349,8 @@ def _call(function: Any, arguments: Any) -> Any:
         raise DataError(f"the pickle calls {function.name} with wrong arguments") from None
 
 
-def _run(stream: BinaryIO | mmap.mmap, find: _Find) -> Any:
-    """Runs the pickle the stream stands at -> its object; the stream then stands behind it."""
+def _run(stream: Any, find: _Find) -> Any:
+    """Runs the pickle a BytesIO or mmap stands at -> its object; the stream then stands behind it."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     start = stream.tell()

@@ -1,0 +1,105 @@
+"""A LoRA file of any style -> our LoRA tree, and back."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdjax.errors import ConfigError, DataError
+from sdjax.formats.lora_kohya import (
+    context_width,
+    is_kohya,
+    kohya_hashes,
+    kohya_metadata,
+    read_kohya,
+    write_kohya,
+)
+from sdjax.formats.lora_layer import from_torch, to_torch
+from sdjax.formats.lora_peft import read_peft, write_peft
+from sdjax.formats.parameter_names import listing
+from sdjax.formats.safetensors_file import save_safetensors
+from sdjax.formats.weights_file import read_tensors
+from sdjax.lora import layers, nest
+
+STYLES = ("kohya", "peft")
+_FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
+_FOLDER_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+
+
+def load_lora(path: str | os.PathLike, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """A LoRA file (kohya or diffusers/PEFT style, found out) -> {"unet": ..., "text_encoder": ...} in float32.
+
+    path: a file, or a folder holding `pytorch_lora_weights.safetensors`. expected: the parameter trees (or their
+    shapes) of the components it may adapt; every key must belong to one of their layers.
+    Raises DataError for another model's LoRA, another kind of network, unknown keys, wrong shapes, NaN and Inf.
+    """
+    path = Path(path)
+    if path.is_dir():
+        file = next((path / name for name in _FOLDER_FILES if (path / name).exists()), None)
+        if file is None:
+            raise DataError(f"{path}: holds neither {' nor '.join(_FOLDER_FILES)}")
+        path = file
+    tensors, metadata = read_tensors(path)
+    if not tensors:
+        raise DataError(f"{path}: holds no tensors")
+    if any(key.startswith(("unet:", "text_encoder:")) for key in tensors):
+        raise DataError(f"{path}: a LoRA of cloneofsimo's format, which is not read here")
+    try:
+        _check_family(tensors, expected)
+        adapters = read_kohya(tensors, expected) if is_kohya(tensors) else read_peft(tensors, metadata, expected)
+        kernels = {place: layer["kernel"].shape for place, layer in layers(expected, "kernel")}
+        flat = {place: from_torch(adapter, kernels[place], "/".join(place)) for place, adapter in adapters.items()}
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    return nest(flat)
+
+
+def save_lora(
+    path: str | os.PathLike,
+    lora: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    *,
+    style: str = "kohya",
+    metadata: Mapping[str, str] | None = None,
+    dtype: Any = np.float32,
+) -> None:
+    """Writes a LoRA tree to a .safetensors file.
+
+    expected: the parameter trees (or shapes) of the whole model: SDXL is told by `text_encoder_2`, its names in kohya's
+    style by the U-Net's blocks. style: "kohya" (every program reads it) or "peft" (diffusers; the one that keeps
+    DoRA there). metadata: goes on top of what the style itself records.
+    """
+    if style not in STYLES:
+        raise ConfigError(f"LoRA style {style!r}: choices are {', '.join(STYLES)}")
+    kernels = {place for place, _ in layers(expected, "kernel")}
+    adapters = {place: to_torch(layer, "/".join(place)) for place, layer in layers(lora, "down")}
+    if stray := ["/".join(place) for place in adapters if place not in kernels]:
+        raise DataError(f"{path}: the LoRA adapts layers the model has not: {listing(stray)}")
+    if not adapters:
+        raise DataError(f"{path}: the LoRA adapts no layer, nothing to save")
+    if style == "peft":
+        tensors = write_peft(adapters, dtype)
+        records = {"format": "pt"}
+    else:
+        tensors = write_kohya(adapters, expected, dtype)
+        records = kohya_metadata(adapters, expected) | dict(metadata or {})
+        records |= kohya_hashes(tensors, records)
+    save_safetensors(path, tensors, records | dict(metadata or {}))
+
+
+def _check_family(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> None:
+    """Says which model a LoRA belongs to when it is another one, in place of a list of keys that do not fit."""
+    width = context_width(expected)
+    for key, tensor in tensors.items():
+        halves = ("lora_down.weight", "lora_A.weight", "lora.down.weight", "to_k_lora.down.weight")
+        if "attn2" in key and "to_k" in key and key.endswith(halves) and tensor.ndim >= 2:
+            own = tensor.shape[1]
+            if width is not None and own != width:
+                raise DataError(f"made for {_family(own)}; the model is {_family(width)}")
+            return
+
+
+def _family(width: int) -> str:
+    return f"{_FAMILIES.get(width, 'a model')} (text width {width})"
