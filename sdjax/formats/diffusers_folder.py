@@ -326,7 +326,7 @@ def _snapshot(repository: str, patterns: list[str], revision: str | None) -> Pat
     )
 
     # The bases of its HTTP error are those of the transport library, which changes from version to version.
-    failures: tuple[type[Exception], ...] = (OSError, EntryNotFoundError, HFValidationError, *HfHubHTTPError.__bases__)
+    transport: tuple[type[Exception], ...] = HfHubHTTPError.__bases__  # pyright: ignore[reportAssignmentType]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
@@ -339,7 +339,7 @@ def _snapshot(repository: str, patterns: list[str], revision: str | None) -> Pat
         cause = "no such folder, not in the cache, and the hub cannot be reached: go online once, or give a folder"
     except HFValidationError as error:
         cause = f"no such folder, and not a hub id: {_first_line(error)}"
-    except failures as error:
+    except (OSError, EntryNotFoundError, *transport) as error:
         cause = f"the download failed ({_first_line(error)}): run it again, it goes on where it stopped"
     raise DataError(f"{repository}: {cause}")
 
