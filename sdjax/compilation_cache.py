@@ -19,8 +19,8 @@ def enable(folder: str | Path | None = None) -> None:
     """Keep compiled programs in `folder` (default: `default_folder()`), readable by this user alone.
 
     `JAX_COMPILATION_CACHE_DIR`, when set, wins; when set to nothing there is no cache. A folder that cannot be used, or
-    that belongs to somebody else, gives a warning and the program goes on without a cache: whoever can write that folder
-    can run code in this process.
+    that others can write, gives a warning and the program goes on without a cache: whoever can write that folder can
+    run code in this process.
     """
     import jax
 
