@@ -1,7 +1,30 @@
 """Stable Diffusion in JAX/Flax: drawing and fine-tuning on TPU, GPU and CPU."""
 
+from typing import TYPE_CHECKING, Any
+
 from sdjax.errors import ConfigError, DataError, SdjaxError, TrainingStopped
-from sdjax.formats.png_parameters import save_png
-from sdjax.pipeline import StableDiffusion, load
+
+if TYPE_CHECKING:
+    from sdjax.formats.png_parameters import save_png
+    from sdjax.pipeline import StableDiffusion, load
 
 __all__ = ["ConfigError", "DataError", "SdjaxError", "StableDiffusion", "TrainingStopped", "load", "save_png"]
+
+# Imported when first used, so that `import sdjax` and a command's `--help` do not wait for JAX.
+_MODULE_OF = {
+    "StableDiffusion": "sdjax.pipeline",
+    "load": "sdjax.pipeline",
+    "save_png": "sdjax.formats.png_parameters",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'sdjax' has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
