@@ -35,7 +35,6 @@ _BETA_DEFAULTS = {
     "DDPMScheduler": _WIDE,
     "DEISMultistepScheduler": _WIDE,
     "DPMSolverMultistepScheduler": _WIDE,
-    "DPMSolverSDEScheduler": _NARROW,
     "DPMSolverSinglestepScheduler": _WIDE,
     "EulerAncestralDiscreteScheduler": _WIDE,
     "EulerDiscreteScheduler": _WIDE,
@@ -140,7 +139,7 @@ def to_denoised(
     if prediction_type == "v_prediction":
         return _combine(alpha, x, -sigma, output)
     if prediction_type == "epsilon":
-        divisor = jnp.maximum(alpha, 2.0**-12)
+        divisor = jnp.where(alpha > 0, alpha, 2.0**-12)
         return _combine(1 / divisor, x, -sigma / divisor, output)
     raise ConfigError(f"prediction_type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
 

@@ -121,9 +121,7 @@ def plan(
     else:
         alphas_cumprod = np.cumprod(1 - schedule.betas, dtype=np.float64).astype(np.float32)
     task = _Task(alphas_cumprod.astype(np.float64), schedule.prediction_type, options, steps, steps - kept)
-    with np.errstate(
-        divide="ignore", invalid="ignore"
-    ):  # the last sigma may be 0; which only ever leaves coefficients finite
+    with np.errstate(divide="ignore", invalid="ignore"):  # a last sigma of 0 is infinitely far in log(alpha / sigma)
         entries = list(method.entries(task))
 
     capacity = 2 * max_steps + 10
@@ -167,6 +165,7 @@ def step(denoise: Denoise, state: State, i: int | Int[Array, ""], plan: Plan, ke
     """One evaluation of the denoiser, the i-th of the plan, and what the sampler makes of it.
 
     keys: one for each image; image b's noise is normal(fold_in(keys[b], i)), so it does not depend on its neighbours.
+    Initial noise must come from another key than those folds, such as keys[b] itself.
     """
     latents = state.latents
     level = Level(*(values[i] for values in plan.levels))
@@ -175,7 +174,7 @@ def step(denoise: Denoise, state: State, i: int | Int[Array, ""], plan: Plan, ke
     terms = [latents, *state.history, denoised, _limited(denoised, plan), noise]
     # A sum written out, not a matrix product: accelerators round those to bfloat16 or TF32.
     columns = jnp.reshape(plan.mix[i].T, (len(terms), 1 + HISTORY) + (1,) * latents.ndim)
-    mixed = sum(column * term for column, term in zip(columns, terms, strict=True))
+    mixed = sum((column * term for column, term in zip(columns, terms, strict=True)), start=jnp.float32(0))
     return State(mixed[0], mixed[1:])
 
 
@@ -254,8 +253,8 @@ def _karras(low: float, high: float, steps: int) -> np.ndarray:
 
 
 def _timestep_of(ve: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The fractional timestep of a ve, linear in its logarithm."""
-    return np.interp(np.log(ve), np.log(table), np.arange(len(table)))
+    """The fractional timestep of a ve, linear in its logarithm (float32 as in diffusers: some samplers round it)."""
+    return np.interp(np.log(ve), np.log(table.astype(np.float32)), np.arange(len(table)))
 
 
 def _with_last(ve: np.ndarray, last: float, task: _Task) -> np.ndarray:
@@ -359,7 +358,7 @@ _ADAMS_BASHFORTH = {
 
 
 def _euler(task: _Task) -> Iterator[Entry]:
-    """Karras et al. 2022, algorithm 2 without churn and correction."""
+    """Karras et al. 2022, algorithm 1 without its correction."""
     timesteps, ve = _k_diffusion_grid(task)
     alpha, sigma = _scales(ve)
     for i in range(task.first, task.steps):
@@ -427,6 +426,9 @@ def _solver_grid(
     lowest: leave out timesteps of a smaller log(alpha / sigma). floor: cut off Karras timesteps instead of rounding.
     karras_last: final_sigmas_type sigma_min means the smallest Karras sigma, not the smallest of training.
     """
+    for option, choices in (("solver_order", (1, 2, 3)), ("solver_type", ("midpoint", "heun", "bh1", "bh2", "logrho"))):
+        if (value := task.options[option]) not in choices:
+            raise ConfigError(f"{option} {value!r} is not one of {', '.join(map(str, choices))}")
     table = _ve_table(task)
     last = len(table) - int(np.searchsorted(-np.log(table)[::-1], lowest))
     timesteps = _spaced(task, task.steps + 1, last).round()
@@ -441,7 +443,10 @@ def _solver_grid(
 
 
 def _dpmpp(task: _Task, *, stochastic: bool) -> Iterator[Entry]:
-    """Lu et al. 2022, "DPM-Solver++", algorithm 2 (multistep, in x0), of order 1 to 3; stochastic: its SDE form."""
+    """Lu et al. 2022, "DPM-Solver++", algorithm 2 (multistep, in x0), of order 1 to 3; stochastic: its SDE form.
+
+    Any solver_type but heun means midpoint.
+    """
     options = task.options
     squared_cosine = options["beta_schedule"] == "squaredcos_cap_v2"
     grid = _solver_grid(task, lowest=float(options["lambda_min_clipped"]), floor=squared_cosine)
@@ -486,7 +491,10 @@ def _dpmpp_2m_sde(task: _Task) -> Iterator[Entry]:
 
 
 def _unipc(task: _Task) -> Iterator[Entry]:
-    """Zhao et al. 2023, "UniPC", algorithms 1 and 2 in x0: an evaluation first corrects the latents it was made at."""
+    """Zhao et al. 2023, "UniPC", algorithms 1 and 2 in x0: an evaluation first corrects the latents it was made at.
+
+    Any solver_type but bh1 means bh2.
+    """
     options = task.options
     grid = _solver_grid(task, karras_last=True)
     order = 0
@@ -507,7 +515,7 @@ def _unipc(task: _Task) -> Iterator[Entry]:
 def _unipc_update(
     grid: _SolverGrid, i: int, order: int, kind: str, latents: Row, seen: list[Row], arrived: Row | None = None
 ) -> Row:
-    """From level i to i + 1 (UniPC, equation 3) with the denoised latents seen at i, i - 1, ...
+    """From level i to i + 1 (UniPC, section 3) with the denoised latents seen at i, i - 1, ...
 
     arrived: those at i + 1, to correct with; without them this is the predictor.
     """
@@ -534,7 +542,7 @@ def _unipc_update(
 
 
 def _lcm(task: _Task) -> Iterator[Entry]:
-    """Luo et al. 2023, "Latent Consistency Models", algorithm 3, with the boundary scalings of its appendix."""
+    """Luo et al. 2023, "Latent Consistency Models", multistep sampling with the boundary scalings."""
     original, count = task.options["original_inference_steps"], len(task.alphas_cumprod)
     if task.steps > original:
         raise ConfigError(f"steps {task.steps} must be at most {original} (original_inference_steps) for 'lcm'")
