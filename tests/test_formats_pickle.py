@@ -360,6 +360,22 @@ def test_duplicate_entries(tmp_path):
     refused(path, "duplicate entries")
 
 
+@pytest.mark.parametrize(
+    ("place", "content", "match"),
+    [(6, b"\xff", "zip file version"), (8, b"\x00\x08", "broken"), (46, b"\xff", "broken|exactly one")],
+)
+def test_broken_directory(tmp_path, place, content, match):
+    """A version to come, a name flagged UTF-8 that is none: zipfile raises something else for each."""
+    path = zipped(tmp_path / "a.pt", dumped(ONE), {"0": NUMBERS.tobytes()})
+    whole = bytearray(path.read_bytes())
+    start = whole.index(b"PK\x01\x02")
+    whole[start + place : start + place + len(content)] = content
+    if place == 8:
+        whole[start + 46] = 0xFF
+    path.write_bytes(whole)
+    refused(path, match)
+
+
 def test_zip_of_something_else(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr("readme.txt", "hello")

@@ -89,8 +89,6 @@ def read_torch(path: str | os.PathLike) -> Any:
             return _read_legacy(mapped)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    except zipfile.BadZipFile as error:
-        raise DataError(f"{path}: broken or truncated zip file: {error}") from None
     raise DataError(f"{path}: not a PyTorch file (neither a zip nor a pickle)")
 
 
@@ -110,8 +108,11 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _read_zip(path: Path, mapped: mmap.mmap) -> Any:
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:  # what zipfile has for broken files
+        raise DataError(f"broken or truncated zip file: {error}") from None
     if len({entry.filename for entry in entries}) != len(entries):
         raise DataError("duplicate entries in the zip file")
     for entry in entries:
