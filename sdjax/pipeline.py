@@ -201,7 +201,8 @@ class StableDiffusion:
         self, prompts: Sequence[str], *, clip_skip: int | None = None, chunks: int | None = None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B P"]]:
         """Context and pooled vector of each prompt. chunks: exactly so many windows; default what the longest takes."""
-        return encode_ids(self.text_models, self.params, self.tokenize(prompts, chunks=chunks), self._hidden(clip_skip))
+        hidden = self.hidden_state(clip_skip)
+        return encode_ids(self.text_models, self.params, self.tokenize(prompts, chunks=chunks), hidden)
 
     def tokenize(self, prompts: Sequence[str], *, chunks: int | None = None) -> dict[str, Int[np.ndarray, "B n T"]]:
         """Token ids for each text model, in equally many windows."""
@@ -214,7 +215,8 @@ class StableDiffusion:
         if clip_skip is not None and not 1 <= clip_skip <= layers:
             raise ConfigError(f"clip_skip = {clip_skip}: must lie in 1 (last layer)..{layers}")
 
-    def _hidden(self, clip_skip: int | None) -> "HiddenState":
+    def hidden_state(self, clip_skip: int | None = None) -> "HiddenState":
+        """Which state of the text models is the context; ConfigError for a clip_skip they have not."""
         self._check_clip_skip(clip_skip)
         return HiddenState(clip_skip or (2 if self.is_sdxl else 1), final_norm=not self.is_sdxl)
 
@@ -322,6 +324,17 @@ def load(
     variant: of the weight files, such as "fp16". platform: "cpu", "gpu" or "tpu" to trace for another platform than
     JAX's default. Raises DataError for files that are missing, damaged or of another kind; nothing is half loaded.
     """
+    sd = outline(source, dtype, variant=variant, platform=platform)
+    return dataclasses.replace(sd, params={name: load_weights(sd, name) for name in sd.params})
+
+
+def outline(
+    source: str | os.PathLike, dtype: str = "float32", *, variant: str | None = None, platform: str | None = None
+) -> StableDiffusion:
+    """The model as `load` gives it, but with the shapes of its parameters in place of its weights: no weight is read.
+
+    Its configs and tokenizers are complete, so that settings can be checked against it before anything slow begins.
+    """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r}: choices are {', '.join(DTYPES)}")
     path = Path(__file__).parent / "tiny" if source == "tiny" else source
@@ -333,7 +346,6 @@ def load(
     for name in TEXT_ENCODERS:
         if name in folder.configs:
             configs[name] = clip.TextConfig.from_dict(folder.configs[name])
-    schedule = diffusion.NoiseSchedule.from_config(folder.scheduler)
     tokenizers = {
         TEXT_ENCODERS[name]: Tokenizer.from_folder(
             folder.tokenizers[TEXT_ENCODERS[name]], window=config.max_position_embeddings
@@ -345,24 +357,24 @@ def load(
     if dtype == "float16":
         own["vae"] = jnp.dtype("float32")
     abstract = {"unet": unet.abstract_params, "vae": vae.abstract_params}
-    params = {
-        name: load_params(
-            folder.tensors(name), abstract.get(name, clip.abstract_params)(config), dtype=own[name],
-            what=f"{source}: {name}",
-        )  # fmt: skip
-        for name, config in configs.items()
-    }
     compute = {name: Compute(dtype=own[name], platform=platform) for name in configs}
     return StableDiffusion(
         unet=unet.UNet(configs["unet"], compute["unet"]),
         vae=vae.AutoencoderKL(configs["vae"], compute["vae"]),
         text_models={name: clip.TextModel(configs[name], compute[name]) for name in TEXT_ENCODERS if name in configs},
-        params=params,
+        params={name: abstract.get(name, clip.abstract_params)(config) for name, config in configs.items()},
         tokenizers=tokenizers,
-        schedule=schedule,
+        schedule=diffusion.NoiseSchedule.from_config(folder.scheduler),
         folder=folder,
         name=str(source),
     )
+
+
+def load_weights(sd: StableDiffusion, part: str) -> dict[str, Any]:
+    """Reads the parameters of one part (`unet`, `vae`, `text_encoder`, ...) of a model, in the dtype it computes in."""
+    module = {"unet": sd.unet, "vae": sd.vae, **sd.text_models}[part]
+    tensors = sd.folder.tensors(part)
+    return load_params(tensors, sd.params[part], dtype=module.compute.dtype, what=f"{sd.name}: {part}")
 
 
 def encode_ids(
