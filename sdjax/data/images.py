@@ -3,6 +3,7 @@
 import logging
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -27,14 +28,12 @@ def read_image(path: str | Path, resolution: int, background: str = "white") -> 
     89 million pixels, 1 MB a text chunk), and for images too small or too narrow (MAX_ENLARGEMENT, MAX_ASPECT).
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), Path(path).open("rb") as file:
             # A bomb just below Pillow's error limit only warns; other warnings (odd EXIF, say) do not matter here.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = _open(Path(path))
-            _check_shape(image)
-            image = ImageOps.exif_transpose(image)
-            image = _rgb(image, background)
+            image = _open(file, path)
+            image = _rgb(ImageOps.exif_transpose(image), background)
     except DataError as e:
         raise DataError(f"{path}: {e}") from None
     except Exception as e:  # a malformed file makes Pillow raise nearly anything
@@ -55,19 +54,16 @@ def to_float(image: UInt8[np.ndarray, "*S"]) -> Float32[np.ndarray, "*S"]:
     return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def _open(path: Path) -> Image.Image:
+def _open(file: BinaryIO, path: str | Path) -> Image.Image:
     Image.init()
-    image = Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN])
+    image = Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
+    # Before decoding: a wrong shape need not be decoded to be refused.
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise DataError(f"{image.width}x{image.height} is too narrow; at most {MAX_ASPECT}:1")
     # A phone's MPO holds a preview beside the picture, which is no animation.
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         log.warning("%s holds several frames: the first is taken", path)
     return image
-
-
-def _check_shape(image: Image.Image) -> None:
-    """Before decoding: a wrong shape need not be decoded to be refused."""
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise DataError(f"{image.width}x{image.height} is too narrow; at most {MAX_ASPECT}:1")
 
 
 def _rgb(image: Image.Image, background: str) -> Image.Image:

@@ -1,8 +1,8 @@
 """Checkpoints that survive being killed, cut or bent; the lock on an output folder; stopping on a signal.
 
-A checkpoint is the folder `step_00000100`, written by orbax under another name and renamed when whole. Its metadata
-hold the caller's record and, since orbax does not notice flipped bits, a digest of every leaf and of the metadata
-themselves. Only the newest checkpoint that proves intact is restored.
+A checkpoint is the folder `step_00000100`, written under another name and renamed when whole. In it, `state/` is
+orbax's and `record.json` ours: the caller's metadata, every leaf's shape and number type and, since orbax does not
+notice flipped bits, a digest of every file and of the record itself, compared before orbax reads anything.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -52,18 +53,18 @@ def save(folder: str | Path, step: int, state: PyTree, metadata: Mapping[str, An
 
     folder = Path(folder).absolute()
     arrays = _to_arrays(state)
-    record = {"metadata": dict(metadata), "leaves": {path: _describe(array) for path, array in arrays.items()}}
-    record["digest"] = _digest_json(record)
     temporary, place = folder / f".saving_{step:08d}", folder / f"step_{step:08d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
-        ocp.save(temporary, arrays, custom_metadata=record)
+        temporary.mkdir()
+        ocp.save(str(temporary / "state"), arrays)
+        _write_record(temporary, dict(metadata), {path: _kind(array) for path, array in arrays.items()})
         if place.exists():
             shutil.rmtree(place)
         temporary.rename(place)
     except Exception as e:  # orbax and tensorstore turn a full disk into many kinds of error
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_leftovers(folder)
         raise DataError(f"checkpoint of step {step} not saved in {folder}: {_one_line(e)}") from e
     known = steps(folder)
     for old in [s for s in known if s > step] + [s for s in known if s <= step][:-keep]:
@@ -80,6 +81,7 @@ def restore(
     tried. Raises DataError if all are damaged, if `step` is missing or damaged, or if the tree differs.
     """
     folder = Path(folder).absolute()
+    _rename_whole(folder)
     known = steps(folder)
     if step is not None:
         if step not in known:
@@ -91,8 +93,8 @@ def restore(
         try:
             record = _read_record(place)
             tree = expect(record["metadata"])
-            _check_same_leaves(place, record["leaves"], _to_arrays(tree, abstract=True))
-            state = _from_arrays(tree, _read_arrays(place, record["leaves"]))
+            _check_same_leaves(place, record["leaves"], tree)
+            state = _from_arrays(tree, _read_arrays(place))
         except Damaged as e:
             log.warning("checkpoint %s is damaged and passed over: %s", place, e)
             damaged.append(f"{place.name} ({e})")
@@ -109,47 +111,60 @@ def steps(folder: str | Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
+def _rename_whole(folder: Path) -> None:
+    """Finish the save of a run that was killed between writing the last byte and renaming."""
+    for path in folder.glob(".saving_*"):
+        with contextlib.suppress(Damaged):
+            _read_record(path)
+            place = folder / path.name.replace(".saving", "step")
+            if place.exists():  # an older one of the same step, perhaps half removed
+                shutil.rmtree(place)
+            path.rename(place)
+
+
 def _remove_leftovers(folder: Path) -> None:
-    """What a run killed while saving left behind: our own temporary name, and orbax's for it."""
+    """What a run killed while saving left unfinished."""
     for path in folder.glob(".saving_*"):
         shutil.rmtree(path)
 
 
-def _read_record(place: Path) -> dict[str, Any]:
-    from orbax.checkpoint import v1 as ocp
+def _write_record(place: Path, metadata: dict[str, Any], leaves: dict[str, Any]) -> None:
+    files = {path.relative_to(place).as_posix(): _digest(path) for path in place.rglob("*") if path.is_file()}
+    record = {"metadata": metadata, "leaves": leaves, "files": files}
+    record["digest"] = _digest_json(record)
+    (place / "record.json").write_text(json.dumps(record), encoding="utf-8")
 
-    with _damage():
-        record = ocp.metadata(place).custom_metadata
-    if not isinstance(record, dict) or not {"metadata", "leaves", "digest"} <= record.keys():
-        raise Damaged("no metadata")
-    if _digest_json({k: v for k, v in record.items() if k != "digest"}) != record["digest"]:
-        raise Damaged("its metadata do not match their digest")
+
+def _read_record(place: Path) -> dict[str, Any]:
+    """The record of a checkpoint, all of whose files are what they were."""
+    try:
+        record = json.loads((place / "record.json").read_text(encoding="utf-8"))
+        digest = record.pop("digest")
+    except (OSError, ValueError, KeyError, AttributeError) as e:
+        raise Damaged(f"record.json cannot be read: {_one_line(e)}") from e
+    if _digest_json(record) != digest:
+        raise Damaged("record.json does not match its digest")
+    for name, expected in record["files"].items():
+        path = place / name
+        if not path.is_file():
+            raise Damaged(f"{name} is missing")
+        if _digest(path) != expected:
+            raise Damaged(f"{name} does not match its digest")
     return record
 
 
-def _read_arrays(place: Path, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _read_arrays(place: Path) -> dict[str, np.ndarray]:
     from orbax.checkpoint import v1 as ocp
 
-    with _damage():
-        arrays = ocp.load(place)
-    for path, description in leaves.items():
-        if path not in arrays or _describe(arrays[path]) != description:
-            raise Damaged(f"{path} does not match its digest")
-    return arrays
-
-
-@contextlib.contextmanager
-def _damage() -> Iterator[None]:
-    """Whatever orbax raises over a broken folder (its messages mislead), short of running out of memory, is damage."""
     try:
-        yield
+        return ocp.load(str(place / "state"))
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
-    except Exception as e:
+    except Exception as e:  # intact, yet this version of orbax cannot read it
         raise Damaged(_one_line(e)) from e
 
 
-def _one_line(e: BaseException, most: int = 200) -> str:
+def _one_line(e: BaseException, most: int = 120) -> str:
     text = " ".join(str(e).split())
     return f"{type(e).__name__}: {text[:most]}{'...' if len(text) > most else ''}"
 
@@ -161,7 +176,7 @@ def _to_arrays(state: PyTree, *, abstract: bool = False) -> dict[str, Any]:
     """Path -> host array (or, abstract, anything with shape and dtype); a PRNG key becomes its words."""
 
     def convert(leaf: Any) -> Any:
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.eval_shape(jax.random.key_data, leaf) if abstract else jax.random.key_data(leaf)
         return leaf if abstract else np.asarray(leaf)
 
@@ -171,8 +186,8 @@ def _to_arrays(state: PyTree, *, abstract: bool = False) -> dict[str, Any]:
 def _from_arrays(tree: PyTree, arrays: Mapping[str, np.ndarray]) -> PyTree:
     def convert(path: Any, leaf: Any) -> Any:
         array = arrays[jax.tree_util.keystr(path)]
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(array, impl=_key_impl(leaf))
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(jnp.asarray(array), impl=_key_impl(leaf))
         return array
 
     return jax.tree_util.tree_map_with_path(convert, tree)
@@ -185,23 +200,27 @@ def _key_impl(key: Any) -> Any:
     return found[0]
 
 
-def _describe(array: np.ndarray) -> dict[str, Any]:
-    digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-    return {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": digest}
+def _kind(leaf: Any) -> list[Any]:
+    return [np.dtype(leaf.dtype).name, list(leaf.shape)]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _check_same_leaves(place: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check_same_leaves(place: Path, saved: Mapping[str, Any], tree: PyTree) -> None:
+    wanted = {path: _kind(leaf) for path, leaf in _to_arrays(tree, abstract=True).items()}
     differences = [f"{path} is not in the checkpoint" for path in wanted.keys() - saved.keys()]
     differences += [f"{path} is not wanted" for path in saved.keys() - wanted.keys()]
     for path in wanted.keys() & saved.keys():
-        ours = (list(wanted[path].shape), np.dtype(wanted[path].dtype).name)
-        theirs = (saved[path]["shape"], saved[path]["dtype"])
-        if ours != theirs:
-            differences.append(f"{path} is {theirs[1]}{theirs[0]} there, {ours[1]}{ours[0]} here")
+        if wanted[path] != saved[path]:
+            (kind, shape), (our_kind, our_shape) = saved[path], wanted[path]
+            differences.append(f"{path} is {kind}{shape} there, {our_kind}{our_shape} here")
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise DataError(f"{place} does not fit this run: {'; '.join(sorted(differences)[:5])}{more}")
@@ -210,8 +229,8 @@ def _check_same_leaves(place: Path, saved: Mapping[str, Any], wanted: Mapping[st
 # ------------------------------------------------------------------------------------------------------- resuming a run
 
 MAY_CHANGE: dict[str, str] = {
-    r"stages\.\d+\.(learning_rate(\..+)?|schedule|warmup_steps|weight_decay|betas|eps|clip_norm|lora_plus_ratio)": "log",
-    r"stages\.\d+\.(steps|min_snr_gamma|debiased|timestep_range|lora_dropout)": "log",
+    r"stages\.\d+\.(steps|learning_rate(\..+)?|lora_plus_ratio|schedule|warmup_steps)": "log",
+    r"stages\.\d+\.(weight_decay|betas|eps|clip_norm|min_snr_gamma|debiased|timestep_range|lora_dropout)": "log",
     r"(data|stages\.\d+\.data)\.(batch_size|accumulation|flip|caption_dropout|validation_\w+)": "log",
     r"dtype|remat|on_nan": "log",
     r"output|model|variant|validation\..+|checkpoint\..+|parallel\..+": "ignore",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -51,7 +52,7 @@ def parallelize(
     mode: Literal["jit", "pmap"] = "jit",
     data: int = -1,
     fsdp: int = 1,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Parallel:
     """Wrap a pure step for the devices (default: all).
 
@@ -84,7 +85,7 @@ def _mesh_sizes(data: int, fsdp: int, devices: int) -> tuple[int, int]:
     return data, fsdp
 
 
-def _under_jit(train_step: TrainStep, data: int, fsdp: int, devices: list[jax.Device]) -> Parallel:
+def _under_jit(train_step: TrainStep, data: int, fsdp: int, devices: list[Any]) -> Parallel:
     mesh = jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
     everywhere = NamedSharding(mesh, P())
     parts = NamedSharding(mesh, P(("data", "fsdp")))
@@ -110,7 +111,7 @@ def _under_jit(train_step: TrainStep, data: int, fsdp: int, devices: list[jax.De
     return Parallel(data * fsdp, step, replicate, place_frozen, place_batch, _fetch)
 
 
-def _under_pmap(train_step: TrainStep, devices: list[jax.Device]) -> Parallel:
+def _under_pmap(train_step: TrainStep, devices: list[Any]) -> Parallel:
     count = len(devices)
     step = jax.pmap(
         functools.partial(train_step, reduce=lambda tree: jax.lax.pmean(tree, "data")),
@@ -120,8 +121,12 @@ def _under_pmap(train_step: TrainStep, devices: list[jax.Device]) -> Parallel:
         donate_argnums=0,
         devices=devices,
     )
-    # A program of its own is the one way to replicate that every version of jax has for pmap.
-    replicate = jax.pmap(lambda tree: tree, in_axes=None, out_axes=0, axis_size=count, devices=devices)
+    copy = jax.pmap(lambda _, tree: tree, axis_name="data", in_axes=(0, None), out_axes=0, devices=devices)
+
+    def replicate(tree: PyTree) -> PyTree:
+        # By a program, which is the one way that every version of jax has for pmap; it wants one mapped argument, and
+        # the same axis name as the step, or else the step compiles a second time for the state it returns.
+        return copy(np.arange(count, dtype=np.int32), tree)
 
     def place_batch(batch: Mapping[str, np.ndarray]) -> PyTree:
         return {name: array.reshape(count, -1, *array.shape[1:]) for name, array in batch.items()}
@@ -133,7 +138,7 @@ def _under_pmap(train_step: TrainStep, devices: list[jax.Device]) -> Parallel:
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.jit(lambda: leaf, out_shardings=sharding)()  # device_put refuses keys across processes
     return jax.device_put(leaf, sharding)
 
@@ -149,8 +154,9 @@ def _split_largest(shape: tuple[int, ...], parts: int) -> P:
 
 def _fetch(state: PyTree) -> PyTree:
     def fetch(leaf: Any) -> Any:
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(np.asarray(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            words = np.asarray(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(jnp.asarray(words), impl=jax.random.key_impl(leaf))
         return np.asarray(leaf)
 
     return jax.tree.map(fetch, state)

@@ -1,0 +1,197 @@
+"""Image files of every kind, and those made to do harm."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from sdjax.data.images import read_image, to_float
+from sdjax.errors import DataError
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def halves(mode="RGB", size=(32, 32)):
+    """Left half red, right half blue."""
+    image = Image.new("RGB", size, RED)
+    image.paste(BLUE, (size[0] // 2, 0, *size))
+    return image.convert(mode)
+
+
+def near(pixel, colour, tolerance=3):
+    return np.abs(pixel.astype(int) - np.array(colour)).max() <= tolerance
+
+
+def test_a_plain_image_keeps_its_pixels(tmp_path):
+    random = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(random).save(tmp_path / "a.png")
+    read = read_image(tmp_path / "a.png", 16)
+    assert read.dtype == np.uint8
+    np.testing.assert_array_equal(read, random)
+    scaled = to_float(read)
+    assert scaled.dtype == np.float32
+    np.testing.assert_allclose(scaled, random / 127.5 - 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(64, 32), (32, 64), (33, 47), (8, 20)])
+def test_shorter_side_then_centre(tmp_path, size):
+    halves(size=size).save(tmp_path / "a.png")
+    read = read_image(tmp_path / "a.png", 16)
+    assert read.shape == (16, 16, 3)
+    assert near(read[8, 2], RED)
+    assert near(read[8, 13], BLUE)
+
+
+SUFFIXES = ["png", "jpg", "webp", "bmp", "gif", "tiff", "avif"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"),
+    [(suffix, mode) for suffix in SUFFIXES for mode in ("RGB", "L", "P") if (suffix, mode) != ("jpg", "P")]
+    + [("jpg", "CMYK"), ("tiff", "CMYK")],
+)
+def test_formats_and_modes(tmp_path, suffix, mode):
+    path = tmp_path / f"a.{suffix}"
+    halves(mode).save(path)
+    read = read_image(path, 32)
+    if mode == "L":
+        assert near(read[16, 4], (76, 76, 76), 8)
+    else:
+        assert near(read[16, 4], RED, 12)
+        assert near(read[16, 28], BLUE, 12)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(tmp_path, orientation):
+    upright = Image.new("RGB", (32, 32), WHITE)
+    upright.paste(RED, (0, 0, 16, 16))
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transpose that exif_transpose inverts
+    stored = upright if orientation == 1 else upright.transpose(Image.Transpose(undo[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    read = read_image(tmp_path / "a.png", 32)
+    assert near(read[4, 4], RED)
+    assert all(near(read[y, x], WHITE) for y, x in ((4, 28), (28, 4), (28, 28)))
+
+
+def transparent(mode):
+    image = Image.new("RGBA", (16, 16), (0, 255, 0, 255))
+    image.paste((9, 9, 9, 0), (8, 0, 16, 16))
+    if mode == "P":
+        image = Image.new("P", (16, 16), 1)
+        image.putpalette([*RED, *GREEN, *BLUE])
+        image.paste(0, (8, 0, 16, 16))
+        image.info["transparency"] = 0
+        return image
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize(("background", "colour"), [("white", WHITE), ("#0000ff", BLUE)])
+def test_transparency_lies_on_the_background(tmp_path, mode, background, colour):
+    transparent(mode).save(tmp_path / "a.png")
+    read = read_image(tmp_path / "a.png", 16, background)
+    assert near(read[8, 13], colour)
+    assert near(read[8, 2], GREEN if mode != "LA" else (150, 150, 150))
+
+
+def test_half_transparency_is_blended(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 128)).save(tmp_path / "a.png")
+    assert near(read_image(tmp_path / "a.png", 8)[4, 4], (255, 127, 127))
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    for name in ("a.png", "a.tiff"):
+        read = read_image(tmp_path / name, 16)
+        np.testing.assert_allclose(read[..., 0], values / 257, atol=1)
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "f.tiff")
+    with pytest.raises(DataError, match="not 8 or 16 bits"):
+        read_image(tmp_path / "f.tiff", 16)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_of_an_animation_the_first_frame(tmp_path, suffix, caplog):
+    path = tmp_path / f"a.{suffix}"
+    frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, GREEN, BLUE)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    assert near(read_image(path, 16)[8, 8], RED, 12)
+    assert "several frames" in caplog.text
+
+
+def png_bytes(tmp_path):
+    random = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(random).save(tmp_path / "whole.png")
+    return (tmp_path / "whole.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("empty.png", lambda whole: b""),
+        ("text.png", lambda whole: b"this is no image\n" * 20),
+        ("half.png", lambda whole: whole[: len(whole) // 2]),
+        ("head.png", lambda whole: whole[:20]),
+        ("flipped.png", lambda whole: whole[:200] + bytes(b ^ 0xFF for b in whole[200:220]) + whole[220:]),
+        ("script.png", lambda whole: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, name, damage):
+    path = tmp_path / name
+    path.write_bytes(damage(png_bytes(tmp_path)))
+    with pytest.raises(DataError, match=rf"{name}: cannot be read as an image") as error:
+        read_image(path, 16)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_truncated_jpeg_is_named(tmp_path):
+    halves(size=(256, 256)).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(DataError, match=r"a.jpg: cannot be read"):
+        read_image(tmp_path / "a.jpg", 16)
+
+
+def test_a_vanished_file_or_a_folder_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"gone.png: cannot be read"):
+        read_image(tmp_path / "gone.png", 16)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(DataError, match=r"folder.png: cannot be read"):
+        read_image(tmp_path / "folder.png", 16)
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("side", [10_000, 60_000])
+def test_a_decompression_bomb_is_refused(tmp_path, side):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
+    with pytest.raises(DataError, match=r"bomb.png: .*decompression bomb"):
+        read_image(tmp_path / "bomb.png", 64)
+
+
+def test_a_png_text_bomb_is_refused(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "x" * 50_000_000, zip=True)
+    halves().save(tmp_path / "bomb.png", pnginfo=text)
+    assert (tmp_path / "bomb.png").stat().st_size < 100_000
+    with pytest.raises(DataError, match=r"bomb.png: cannot be read"):
+        read_image(tmp_path / "bomb.png", 32)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [((1, 1), "too small"), ((7, 7), "too small"), ((20, 1000), "too narrow"), ((1000, 20), "too narrow")],
+)
+def test_hopeless_shapes_are_refused(tmp_path, size, message):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=rf"a.png: {size[0]}x{size[1]} is {message}"):
+        read_image(tmp_path / "a.png", 64)

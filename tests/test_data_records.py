@@ -1,0 +1,167 @@
+"""Folders of captioned images, good and bad, as records."""
+
+import json
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from sdjax.data.records import Record, fingerprint, scan, split
+from sdjax.errors import DataError
+
+
+def image(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), "red").save(path)
+
+
+def listed(folder, *entries):
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries), encoding="utf-8")
+
+
+def captions(records):
+    return {record.name: record.caption for record in records}
+
+
+def test_captions_beside_images(tmp_path):
+    for name in ("b.PNG", "a.jpg", "sub/c.webp", ".hidden/d.png"):
+        image(tmp_path / name)
+    (tmp_path / "a.txt").write_text("an apple\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("\ufeffein Bär", encoding="utf-8")
+    (tmp_path / "notes.md").write_text("not an image")
+    records = scan(tmp_path, caption="a thing")
+    assert captions(records) == {"a.jpg": "an apple", "b.PNG": "ein Bär", "sub/c.webp": "a thing"}
+    assert [r.name for r in records] == sorted(r.name for r in records)
+
+
+def test_metadata_rules(tmp_path):
+    for name in ("a.png", "sub/b.png", "unlisted.png"):
+        image(tmp_path / name)
+    (tmp_path / "a.txt").write_text("not this")
+    listed(tmp_path, {"file_name": "a.png", "text": "an apple"}, {"file_name": "sub/../sub/b.png", "text": "a bear"})
+    assert captions(scan(tmp_path)) == {"a.png": "an apple", "sub/b.png": "a bear"}
+
+
+def test_missing_captions_follow_the_policy(tmp_path, caplog):
+    for name in ("blank.png", "broken.png", "good.png", "none.png"):
+        image(tmp_path / name)
+    (tmp_path / "blank.txt").write_text("  \n")
+    (tmp_path / "broken.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "good.txt").write_text("good")
+    with pytest.raises(DataError, match=r"no caption for blank.png, broken.png, none.png; .*missing_caption"):
+        scan(tmp_path)
+    assert captions(scan(tmp_path, missing_caption="skip")) == {"good.png": "good"}
+    assert "broken.txt is not UTF-8" in caplog.text
+    empty = scan(tmp_path, missing_caption="empty")
+    assert captions(empty) == {"blank.png": "", "broken.png": "", "good.png": "good", "none.png": ""}
+    assert captions(scan(tmp_path, caption="all"))["blank.png"] == "all"
+
+
+@pytest.mark.parametrize("name", ["../out.png", "/etc/out.png", "link.png", "linked/out.png"])
+def test_metadata_stays_inside_the_folder(tmp_path, name):
+    image(tmp_path / "out.png")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link.png").symlink_to(tmp_path / "out.png")
+    (root / "linked").symlink_to(tmp_path)
+    listed(root, {"file_name": name, "text": "x"})
+    with pytest.raises(DataError, match=r"line 1: 'out.png' leads out|line 1: 'link.png' leads out"):
+        scan(root)
+
+
+def test_links_stay_inside_the_folder(tmp_path):
+    image(tmp_path / "out.png")
+    root = tmp_path / "root"
+    image(root / "in.png")
+    (root / "alias.png").symlink_to(root / "in.png")
+    assert captions(scan(root, caption="x")) == {"alias.png": "x", "in.png": "x"}
+    (root / "link.png").symlink_to(tmp_path / "out.png")
+    with pytest.raises(DataError, match=r"'link.png' leads out of the folder"):
+        scan(root, caption="x")
+    (root / "link.png").unlink()
+    (tmp_path / "secret").write_text("secret")
+    (root / "in.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(DataError, match=r"'in.txt' leads out of the folder"):
+        scan(root, caption="x")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("[]", "line 2: expected"),
+        ('{"text": "x"}', "line 2: expected"),
+        ('{"file_name": "b.png", "text": 3}', "line 2: text = 3"),
+        ('{"file_name": "a.png", "text": "again"}', "line 2: a.png is listed twice"),
+    ],
+)
+def test_malformed_metadata(tmp_path, line, message):
+    image(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + line)
+    with pytest.raises(DataError, match=message):
+        scan(tmp_path)
+
+
+def test_nothing_to_train_on(tmp_path):
+    with pytest.raises(DataError, match=r"no images with captions; expected .avif"):
+        scan(tmp_path)
+    with pytest.raises(DataError, match="is not a folder"):
+        scan(tmp_path / "nowhere")
+    image(tmp_path / "a.png")
+    with pytest.raises(DataError, match="no images with captions"):
+        scan(tmp_path, missing_caption="skip")
+
+
+def test_an_image_listed_but_absent_is_left_to_whoever_reads_it(tmp_path):
+    listed(tmp_path, {"file_name": "gone.png", "text": "x"})
+    assert captions(scan(tmp_path)) == {"gone.png": "x"}
+
+
+def test_unlisted_images_are_counted(tmp_path, caplog):
+    image(tmp_path / "a.png")
+    image(tmp_path / "b.png")
+    listed(tmp_path, {"file_name": "a.png", "text": "x"})
+    with caplog.at_level(logging.INFO):
+        scan(tmp_path)
+    assert "1 images are not in metadata.jsonl" in caplog.text
+
+
+NAMES = st.lists(st.text("abcdefgh0123456789", min_size=1, max_size=6), min_size=3, unique=True, max_size=40)
+
+
+@given(NAMES, st.data())
+def test_the_held_out_part_depends_on_names_alone(names, data):
+    records = tuple(Record(name, None, "") for name in sorted(names))
+    count = data.draw(st.integers(0, len(names) - 1))
+    train, held_out = split(records, count=count)
+    assert len(held_out) == count
+    assert sorted(train + held_out) == sorted(records)
+    shuffled = data.draw(st.permutations(records))
+    assert set(split(shuffled, count=count)[1]) == set(held_out)
+    # One more image moves at most one of the held-out ones back.
+    more = (*records, Record("zzzzzzz", None, ""))
+    assert len(set(held_out) - set(split(more, count=count)[1])) <= 1
+
+
+def test_a_fraction_holds_out_at_least_one_and_never_all():
+    records = tuple(Record(str(i), None, "") for i in range(10))
+    assert len(split(records, fraction=0.01)[1]) == 1
+    assert len(split(records, fraction=0.3)[1]) == 3
+    assert split(records) == (records, ())
+    with pytest.raises(DataError, match="nothing left to train on"):
+        split(records, count=10)
+    with pytest.raises(DataError, match="1 of 1 images held out"):
+        split(records[:1], fraction=0.1)
+
+
+def test_the_fingerprint_sees_every_change(tmp_path):
+    image(tmp_path / "a.png")
+    records = scan(tmp_path, caption="x")
+    first = fingerprint(records)
+    (tmp_path / "a.png").touch()
+    assert fingerprint(records) == first
+    assert fingerprint(scan(tmp_path, caption="y")) != first
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "a.png")
+    assert fingerprint(records) != first

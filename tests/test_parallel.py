@@ -1,0 +1,146 @@
+"""One pure step gives the same numbers under jit, pmap and on one device, and reduces only what it trains."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sdjax.errors import ConfigError
+from sdjax.train.parallel import parallelize, reduced_bytes
+
+IN, OUT, BATCH = 16, 8, 8
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+
+
+def train_step(state, frozen, batch, key, *, reduce):
+    """Least squares of a rank-2 adapter over a frozen matrix, with noise of its own for each example."""
+    noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (IN,)))(batch["index"])
+
+    def loss_of(adapter):
+        x = batch["x"] + 0.1 * noise
+        y = x @ frozen["kernel"] + frozen["bias"] + (x @ adapter["down"]) @ adapter["up"]
+        return jnp.mean((y - batch["y"]) ** 2)
+
+    loss, gradients = reduce(jax.value_and_grad(loss_of)(state["adapter"]))
+    updates, optimizer = OPTIMIZER.update(gradients, state["optimizer"])
+    new = {
+        "adapter": optax.apply_updates(state["adapter"], updates),
+        "optimizer": optimizer,
+        "key": jax.random.fold_in(state["key"], 1),
+    }
+    return new, {"loss": loss}
+
+
+def problem():
+    random = np.random.default_rng(0)
+    draw = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
+    adapter = {"down": draw(IN, 2), "up": draw(2, OUT)}
+    state = {"adapter": adapter, "optimizer": OPTIMIZER.init(adapter), "key": jax.random.key(5)}
+    batches = [
+        {"x": draw(BATCH, IN), "y": draw(BATCH, OUT), "index": np.arange(BATCH, dtype=np.int32)} for _ in range(5)
+    ]
+    return state, {"kernel": draw(IN, OUT), "bias": draw(OUT)}, batches
+
+
+def train(**settings):
+    state, frozen, batches = problem()
+    parallel = parallelize(train_step, batch_size=BATCH, **settings)
+    state, frozen = parallel.place_state(state), parallel.place_frozen(frozen)
+    losses = []
+    for n, batch in enumerate(batches):
+        key = jax.random.fold_in(jax.random.key(1), n)
+        state, metrics = parallel.step(state, frozen, parallel.place_batch(batch), key)
+        losses.append(float(metrics["loss"]))
+    return parallel.fetch(state), losses
+
+
+@functools.cache
+def alone():
+    return train(data=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"data": 8},
+        {"data": -1},
+        {"data": 4},
+        {"data": 4, "fsdp": 2},
+        {"data": 1, "fsdp": -1},
+        {"mode": "pmap"},
+        {"mode": "pmap", "data": 2},
+    ],
+    ids=str,
+)
+def test_every_partition_trains_the_same(settings):
+    state, losses = train(**settings)
+    expected_state, expected_losses = alone()
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    for name in ("down", "up"):
+        np.testing.assert_allclose(state["adapter"][name], expected_state["adapter"][name], rtol=1e-5, atol=1e-6)
+        assert isinstance(state["adapter"][name], np.ndarray)
+    assert jax.random.key_data(state["key"]).tolist() == jax.random.key_data(expected_state["key"]).tolist()
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_only_the_adapter_is_reduced(mode):
+    state, frozen, batches = problem()
+    parallel = parallelize(train_step, batch_size=BATCH, mode=mode)
+    adapter_bytes = sum(leaf.nbytes for leaf in state["adapter"].values())
+    arguments = parallel.place_state(state), parallel.place_frozen(frozen), parallel.place_batch(batches[0])
+    program = parallel.step.lower(*arguments, jax.random.key(0)).compile().as_text()
+    assert adapter_bytes <= reduced_bytes(program) <= adapter_bytes + 16  # and a few scalars
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_the_step_compiles_once(mode, caplog):
+    state, frozen, batches = problem()
+    parallel = parallelize(train_step, batch_size=BATCH, mode=mode)
+    state, frozen = parallel.place_state(state), parallel.place_frozen(frozen)
+    key = jax.random.key(0)
+    with jax.log_compiles(True):
+        for batch in batches[:3]:
+            state, _ = parallel.step(state, frozen, parallel.place_batch(batch), key)
+    assert sum("Compiling" in record.message for record in caplog.records) == 1
+
+
+def test_reduced_bytes_reads_every_form():
+    program = """
+      %a = f32[16,2]{1,0} all-reduce(%x), channel_id=1
+      ROOT %b = (f32[3]{0}, bf16[4,5]{1,0}) all-reduce-start(f32[3]{0} %x, bf16[4,5]{1,0} %y), channel_id=2
+      %c = f32[] all-reduce(%l)
+      %d = f32[16,2]{1,0} add(%all-reduce.1, %y)
+    """
+    assert reduced_bytes(program) == 16 * 2 * 4 + 3 * 4 + 4 * 5 * 2 + 4
+
+
+def test_frozen_weights_are_split_over_fsdp():
+    _, frozen, _ = problem()
+    parallel = parallelize(train_step, batch_size=BATCH, data=2, fsdp=4)
+    placed = parallel.place_frozen({**frozen, "odd": np.zeros((3, 5), np.float32)})
+    shapes = {name: leaf.addressable_shards[0].data.shape for name, leaf in placed.items()}
+    assert shapes == {"kernel": (IN // 4, OUT), "bias": (OUT // 4,), "odd": (3, 5)}
+
+
+def test_the_state_is_donated():
+    state, frozen, batches = problem()
+    parallel = parallelize(train_step, batch_size=BATCH)
+    placed = parallel.place_state(state)
+    parallel.step(placed, parallel.place_frozen(frozen), parallel.place_batch(batches[0]), jax.random.key(0))
+    assert placed["adapter"]["down"].is_deleted()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 12}, r"12 images cannot be split over 8 devices.*multiple of 8.*\[1, 2, 3, 4, 6\]"),
+        ({"batch_size": 8, "data": 16}, "wants 16 x 1 devices, but there are 8"),
+        ({"batch_size": 8, "mode": "pmap", "data": 2, "fsdp": 2}, "pmap"),
+    ],
+)
+def test_impossible_partitions_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        parallelize(train_step, **settings)
