@@ -11,6 +11,7 @@ variance-exploding one, `x / alpha = x0 + ve eps` with `ve = sigma / alpha`, con
 float32 safe up to zero terminal SNR.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -174,7 +175,7 @@ def step(denoise: Denoise, state: State, i: int | Int[Array, ""], plan: Plan, ke
     terms = [latents, *state.history, denoised, _limited(denoised, plan), noise]
     # A sum written out, not a matrix product: accelerators round those to bfloat16 or TF32.
     columns = jnp.reshape(plan.mix[i].T, (len(terms), 1 + HISTORY) + (1,) * latents.ndim)
-    mixed = sum((column * term for column, term in zip(columns, terms, strict=True)), start=jnp.float32(0))
+    mixed = functools.reduce(jnp.add, (column * term for column, term in zip(columns, terms, strict=True)))
     return State(mixed[0], mixed[1:])
 
 
