@@ -1,0 +1,208 @@
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import sdjax
+from sdjax import generate, lora
+from sdjax.formats.lora_file import save_lora
+
+STEPS = ("--steps", "2", "--guidance", "3")
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    # The command's own per-user cache is not the tests' to fill.
+    monkeypatch.setattr("sdjax.compilation_cache.enable", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return sdjax.load("tiny")
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("sdjax.pipeline.load", fail)
+
+
+def run(*flags, model="tiny"):
+    return generate.main(["--model", model, *map(str, flags)])
+
+
+def recorded(path):
+    with Image.open(path) as picture:
+        return picture.info["parameters"]
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def test_pictures_are_those_of_the_library_whatever_the_batch(tmp_path, tiny, capsys):
+    flags = ("--prompt", "red heart", "--prompt", "pizza", "--num-images", 2, "--seed", 5, "--batch-size", 3)
+    assert run(*flags, *STEPS, "--out", tmp_path) == 0
+    names = ["00000-5-red-heart.png", "00001-6-red-heart.png", "00002-7-pizza.png", "00003-8-pizza.png"]
+    assert sorted(os.listdir(tmp_path)) == [*names, "grid.png"]
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in [*names, "grid.png"]]
+    expected = tiny.text2image(["red heart", "pizza"], num_images=2, seed=5, steps=2, guidance=3.0, progress=False)
+    for name, picture in zip(names, expected, strict=True):
+        # Another batch size is another program, whose sums round differently.
+        assert np.abs(pixels(tmp_path / name).astype(int) - np.asarray(picture).astype(int)).max() <= 1
+    assert recorded(tmp_path / names[3]).startswith("pizza\nSteps: 2, Sampler: DPM++ 2M, ")
+    assert "Seed: 8," in recorded(tmp_path / names[3])
+    sheet = pixels(tmp_path / "grid.png")
+    assert sheet.shape == (128, 128, 3)
+    np.testing.assert_array_equal(sheet[64:, 64:], pixels(tmp_path / names[3]))
+
+
+def test_nothing_is_overwritten_and_one_picture_makes_no_grid(tmp_path):
+    for number in ("00000", "00001"):
+        assert run("--prompt", "red heart", *STEPS, "--out", tmp_path) == 0
+        assert (tmp_path / f"{number}-0-red-heart.png").exists()
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_prompts_come_from_a_file_too(tmp_path):
+    (tmp_path / "prompts.txt").write_text("﻿pizza\n\n  blue größe  \r\n", encoding="utf-8")
+    flags = ("--prompt", "red heart", "--prompts-file", tmp_path / "prompts.txt")
+    assert run(*flags, *STEPS, "--out", tmp_path / "out") == 0
+    names = ["00000-0-red-heart.png", "00001-1-pizza.png", "00002-2-blue-größe.png", "grid.png"]
+    assert sorted(os.listdir(tmp_path / "out")) == names
+
+
+def test_lora_is_merged_with_its_weight_and_recorded(tmp_path, tiny):
+    adapters = {"unet": lora.init(jax.random.key(0), tiny.params["unet"], rank=2)}
+    adapters["unet"] = lora.map_layers(lambda layer: layer | {"up": layer["up"] + 0.1}, adapters["unet"])
+    save_lora(tmp_path / "my style.safetensors", adapters, tiny.params)
+    flags = ("--lora", f"{tmp_path / 'my style.safetensors'}:0.5", "--lora", tmp_path / "my style.safetensors")
+    assert run("--prompt", "red heart", *flags, *STEPS, "--out", tmp_path / "out") == 0
+    (name,) = os.listdir(tmp_path / "out")
+    expected = tiny.with_lora(adapters, 1.5).text2image("red heart", steps=2, guidance=3.0, progress=False)[0]
+    plain = tiny.text2image("red heart", steps=2, guidance=3.0, progress=False)[0]
+    drawn = pixels(tmp_path / "out" / name).astype(int)
+    assert np.abs(drawn - np.asarray(expected).astype(int)).max() <= 1
+    assert np.abs(drawn - np.asarray(plain).astype(int)).max() > 20
+    assert recorded(tmp_path / "out" / name).startswith("red heart <lora:my style:0.5> <lora:my style:1>\nSteps: 2, ")
+
+
+def test_an_image_is_redrawn_at_its_own_size(tmp_path):
+    Image.new("RGBA", (75, 64), (255, 0, 0, 128)).save(tmp_path / "in.png")
+    flags = ("--prompt", "red heart", "--image", tmp_path / "in.png", "--strength", 0.5, "--out", tmp_path / "out")
+    assert run(*flags, *STEPS) == 0
+    (name,) = os.listdir(tmp_path / "out")
+    assert pixels(tmp_path / "out" / name).shape == (64, 72, 3)
+    assert "Denoising strength: 0.5" in recorded(tmp_path / "out" / name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "expected"),
+    [
+        (["--width", "63"], 2, "--width 63: must be a positive multiple of 8"),
+        (["--height", "0"], 2, "--height 0: must be a positive multiple of 8"),
+        (["--steps", "0"], 2, "--steps 0: must be 1 to 1000"),
+        (["--steps", "many"], 2, "invalid int value: 'many'"),
+        (["--guidance", "nan"], 2, "--guidance nan: must be 0 to 1000"),
+        (["--guidance-rescale", "1.5"], 2, "--guidance-rescale 1.5: must be 0 to 1"),
+        (["--num-images", "0"], 2, "--num-images 0: must be 1 or more"),
+        (["--seed", "-1"], 2, "--seed -1: must be 0 to"),
+        (["--clip-skip", "0"], 2, "--clip-skip 0: must be 1 or more"),
+        (["--sampler", "eular"], 2, "--sampler eular: choices are ddim, pndm"),
+        (["--sampler", "ddim", "--karras"], 2, "--karras"),
+        (["--dtype", "float64"], 2, "--dtype float64: choices are float32"),
+        (["--strength", "0.5"], 2, "--strength says how far to redraw an --image"),
+        (["--image", "IMAGE", "--strength", "0"], 2, "--strength 0: must lie above 0"),
+        (["--image", "IMAGE", "--strength", "1.5"], 2, "--strength 1.5: must lie above 0"),
+        (["--image", "IMAGE", "--strength", "0.01"], 2, "leaves no step to run"),
+        (["--image", "missing.png"], 3, "--image missing.png: no such file"),
+        (["--image", "TEXT"], 3, "cannot be read as an image"),
+        (["--lora", "missing.safetensors"], 3, "--lora missing.safetensors: no such file"),
+        (["--lora", "missing.safetensors:0.5"], 3, "--lora missing.safetensors: no such file"),
+        (["--lora", "TEXT:strong"], 2, "'strong' is not a weight"),
+        (["--lora", "TEXT:inf"], 2, "the weight must be a finite number"),
+        (["--prompts-file", "missing.txt"], 3, "--prompts-file missing.txt: No such file"),
+        (["--prompts-file", "IMAGE"], 3, "not UTF-8 text"),
+        (["--widht", "64"], 2, "--widht"),
+        (["--out", "TEXT/below"], 2, "cannot be written to"),
+    ],
+)
+def test_bad_values_are_told_in_one_line_before_weights_load(flags, code, expected, tmp_path, capsys, no_weights):
+    Image.new("RGB", (64, 64)).save(tmp_path / "in.png")
+    (tmp_path / "text.png").write_text("not an image")
+    stand_ins = {"IMAGE": str(tmp_path / "in.png"), "TEXT": str(tmp_path / "text.png")}
+    for name, path in stand_ins.items():
+        flags = [flag.replace(name, path) for flag in flags]
+    assert run("--prompt", "red heart", "--out", tmp_path / "out", *flags) == code
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert not captured.out
+
+
+def test_no_prompt_is_told(tmp_path, capsys, no_weights):
+    assert run("--out", tmp_path) == 2
+    assert "give --prompt TEXT or --prompts-file FILE" in capsys.readouterr().err
+
+
+def test_a_missing_model_is_told(tmp_path, capsys):
+    assert run("--prompt", "red heart", "--out", tmp_path, model=str(tmp_path / "no" / "such" / "model")) == 3
+    assert "no/such/model" in capsys.readouterr().err
+
+
+def test_a_lora_that_does_not_fit_is_told(tmp_path, capsys):
+    (tmp_path / "bad.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    assert run("--prompt", "red heart", "--lora", tmp_path / "bad.safetensors", "--out", tmp_path) == 3
+    assert "bad.safetensors: holds no tensors" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(sdjax.ConfigError):
+        run("--prompt", "red heart", "--steps", "0", "--debug")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("red heart", "red-heart"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("a\\b:c*?<>|\"'\0\n", "a-b-c"),
+        ("絵文字 🍕 größe", "絵文字-größe"),
+        ("🍕", "picture"),
+        ("", "picture"),
+        ("x" * 5000, "x" * 80),
+        ("絵" * 100, "絵" * 26),
+    ],
+)
+def test_file_names_are_safe(prompt, name):
+    assert generate.safe_name(prompt) == name
+
+
+def test_a_very_long_prompt_can_be_saved(tmp_path):
+    assert run("--prompt", "größe 絵 / " * 20, *STEPS, "--out", tmp_path) == 0
+    (name,) = os.listdir(tmp_path)
+    assert len(name.encode()) <= 255
+    assert recorded(tmp_path / name).startswith("größe 絵 / größe")
+
+
+@pytest.mark.parametrize(("count", "columns", "size"), [(1, None, (8, 8)), (5, None, (24, 16)), (4, 1, (8, 32))])
+def test_grid(count, columns, size):
+    assert generate.grid([Image.new("RGB", (8, 8))] * count, columns).size == size
+
+
+def test_help_and_mistakes_do_not_wait_for_jax():
+    code = """
+import sys
+from sdjax import generate
+assert generate.main(["--model", "tiny", "--prompt", "x", "--steps", "0"]) == 2
+slow = {"jax", "flax", "transformers"} & set(sys.modules)
+assert not slow, slow
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
