@@ -305,7 +305,7 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             for name, inner in value.items():
-                yield from walk(f"{key}.{name}" if key else name, inner)
+                yield from walk(_join(key, name), inner)
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             for number, inner in enumerate(value):
                 yield from walk(f"{key}.{number}", inner)

@@ -125,12 +125,22 @@ def test_frozen_weights_are_split_over_fsdp():
     assert shapes == {"kernel": (IN // 4, OUT), "bias": (OUT // 4,), "odd": (3, 5)}
 
 
-def test_the_state_is_donated():
+@pytest.mark.parametrize("settings", [{}, {"data": 1}, {"mode": "pmap"}], ids=str)
+def test_the_state_is_donated_and_nothing_else(settings):
     state, frozen, batches = problem()
-    parallel = parallelize(train_step, batch_size=BATCH)
+    state, frozen = jax.tree.map(jnp.asarray, (state, frozen))
+    parallel = parallelize(train_step, batch_size=BATCH, **settings)
     placed = parallel.place_state(state)
     parallel.step(placed, parallel.place_frozen(frozen), parallel.place_batch(batches[0]), jax.random.key(0))
     assert placed["adapter"]["down"].is_deleted()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((state, frozen)))
+
+
+def test_frozen_weights_already_in_place_are_not_copied():
+    parallel = parallelize(train_step, batch_size=BATCH, data=1)
+    kernel = jnp.ones((IN, OUT), jnp.float32)
+    placed = parallel.place_frozen({"kernel": kernel})["kernel"]
+    assert placed.unsafe_buffer_pointer() == kernel.unsafe_buffer_pointer()
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,9 @@ class Parallel(NamedTuple):
     step: Any
     """`step(state, frozen, batch, key) -> (state, metrics)` of placed arguments, the state donated; has `.lower`."""
     place_state: Callable[[PyTree], PyTree]
-    """Host tree -> a copy on each device."""
+    """Tree -> a copy on each device; the tree given stays valid."""
     place_frozen: Callable[[PyTree], PyTree]
-    """Host tree -> on each device, split over the fsdp axis if there is one."""
+    """Tree -> on each device, split over the fsdp axis if there is one; not copied where it already lies there."""
     place_batch: Callable[[Mapping[str, np.ndarray]], PyTree]
     """The whole batch (each process passes all of it) -> its parts on the devices."""
     fetch: Callable[[PyTree], PyTree]
@@ -91,7 +91,8 @@ def _under_jit(train_step: TrainStep, data: int, fsdp: int, devices: list[Any]) 
     parts = NamedSharding(mesh, P(("data", "fsdp")))
 
     def replicate(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: _put(leaf, everywhere), tree)
+        # A copy, since the step overwrites it and device_put (even with may_alias=False) may share the first device's.
+        return jax.tree.map(lambda leaf: _put(leaf.copy(), everywhere), tree)
 
     def place_frozen(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, _split_largest(leaf.shape, fsdp))), tree)
