@@ -34,7 +34,7 @@ def scan(
 
     Raises DataError: no folder, no images, a path or link that leaves the folder, a malformed metadata.jsonl line.
     """
-    root = Path(folder)
+    root = Path(folder).resolve()
     if not root.is_dir():
         raise DataError(f"data.path = {str(folder)!r} is not a folder")
     metadata = root / "metadata.jsonl"
@@ -119,13 +119,12 @@ def _listed(root: Path, metadata: Path) -> Found:
         text = entry.get("text") or ""
         if not isinstance(text, str):
             raise DataError(f"{where}: text = {text!r} is not text")
-        path = root / entry["file_name"]
-        _stay_inside(root, path, where)
-        name = path.resolve().relative_to(root.resolve()).as_posix()
+        path = _inside(root, root / entry["file_name"], where)
+        name = path.relative_to(root).as_posix()
         if name in found:
             raise DataError(f"{where}: {name} is listed twice")
         found[name] = (path, text.strip())
-    unlisted = len(_images(root).difference(root / name for name in found))
+    unlisted = len(_images(root).difference(path for path, _ in found.values()))
     if unlisted:
         log.info("%s: %d images are not in metadata.jsonl and are left out", root, unlisted)
     return found
@@ -135,11 +134,11 @@ def _beside(root: Path) -> Found:
     found: Found = {}
     for path in _images(root):
         name = path.relative_to(root).as_posix()
-        _stay_inside(root, path, str(root))
+        _inside(root, path, str(root))
         text = path.with_suffix(".txt")
         found[name] = (path, "")
         if text.is_file():
-            _stay_inside(root, text, str(root))
+            _inside(root, text, str(root))
             try:
                 found[name] = (path, text.read_text(encoding="utf-8-sig").strip())
             except UnicodeDecodeError:
@@ -157,9 +156,12 @@ def _images(root: Path) -> set[Path]:
     }
 
 
-def _stay_inside(root: Path, path: Path, where: str) -> None:
-    if not path.resolve().is_relative_to(root.resolve()):
+def _inside(root: Path, path: Path, where: str) -> Path:
+    """`path` without links and dots; DataError if that is not below `root`, which has none."""
+    resolved = path.resolve()
+    if not resolved.is_relative_to(root):
         raise DataError(f"{where}: {path.name!r} leads out of the folder; copy the file into {root}")
+    return resolved
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
