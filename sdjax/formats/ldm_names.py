@@ -4,7 +4,8 @@ Both count the same blocks in the same order; LDM numbers them in one run throug
 how many blocks each level of our parameter tree has.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _TOP = {
@@ -33,9 +34,8 @@ def ldm_prefixes(unet: Mapping[str, Any]) -> dict[str, str]:
     """
     prefixes = dict(_TOP)
     number = 1
-    for level in range(_count(unet, "down_blocks")):
-        block = unet[f"down_blocks_{level}"]
-        for i in range(_count(block, "resnets")):
+    for level, block in _numbered(unet, "down_blocks"):
+        for i, _ in _numbered(block, "resnets"):
             _add_pair(prefixes, block, f"down_blocks.{level}", i, f"input_blocks.{number}")
             number += 1
         if "downsamplers_0" in block:
@@ -45,9 +45,8 @@ def ldm_prefixes(unet: Mapping[str, Any]) -> dict[str, str]:
     prefixes["mid_block.attentions.0"] = "middle_block.1"
     _add_resnet(prefixes, "mid_block.resnets.1", "middle_block.2")
     number = 0
-    for level in range(_count(unet, "up_blocks")):
-        block = unet[f"up_blocks_{level}"]
-        for i in range(_count(block, "resnets")):
+    for level, block in _numbered(unet, "up_blocks"):
+        for i, _ in _numbered(block, "resnets"):
             _add_pair(prefixes, block, f"up_blocks.{level}", i, f"output_blocks.{number}")
             number += 1
         if "upsamplers_0" in block:
@@ -56,17 +55,20 @@ def ldm_prefixes(unet: Mapping[str, Any]) -> dict[str, str]:
     return prefixes
 
 
-def ldm_name(module: str, prefixes: Mapping[str, str]) -> str:
-    """LDM's name of a module given by diffusers' name."""
+def ldm_name(module: str, prefixes: Mapping[str, str]) -> str | None:
+    """LDM's name of a module given by diffusers' name; None if LDM has no such module."""
     parts = module.split(".")
     for end in range(len(parts), 0, -1):
         if prefix := prefixes.get(".".join(parts[:end])):
             return ".".join([prefix, *parts[end:]])
-    raise KeyError(module)
+    return None
 
 
-def _count(tree: Mapping[str, Any], stem: str) -> int:
-    return sum(name.startswith(f"{stem}_") for name in tree)
+def _numbered(tree: Mapping[str, Any], stem: str) -> Iterator[tuple[int, Any]]:
+    for i in itertools.count():
+        if f"{stem}_{i}" not in tree:
+            return
+        yield i, tree[f"{stem}_{i}"]
 
 
 def _add_pair(prefixes: dict[str, str], block: Mapping[str, Any], ours: str, i: int, theirs: str) -> None:

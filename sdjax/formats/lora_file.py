@@ -84,7 +84,7 @@ def save_lora(
         records = {"format": "pt"}
     else:
         tensors = write_kohya(adapters, expected, dtype)
-        records = kohya_metadata(adapters, expected) | dict(metadata or {})
+        records = kohya_metadata(tensors, expected) | dict(metadata or {})
         records |= kohya_hashes(tensors, records)
     save_safetensors(path, tensors, records | dict(metadata or {}))
 

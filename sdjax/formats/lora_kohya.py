@@ -7,7 +7,7 @@ from the model's own layers.
 import hashlib
 import io
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,20 +84,24 @@ def read_kohya(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -
 def write_kohya(
     adapters: Mapping[Path, TorchAdapter], expected: Mapping[str, Any], dtype: Any
 ) -> dict[str, np.ndarray]:
-    """-> tensors by kohya's names: SDXL with the U-Net in LDM's naming and lora_te1_/lora_te2_, else lora_te_."""
+    """-> tensors by kohya's names: SDXL with the U-Net in LDM's naming and lora_te1_/lora_te2_, else lora_te_.
+
+    All layers get the alpha most of them have, the difference going into `up`: diffusers overlooks an attention layer's
+    own alpha where alphas differ, and an alpha of 0 (an adapter switched off) would be read as the rank.
+    """
+    alphas = Counter(_alpha(adapter) for adapter in adapters.values() if adapter.scale)
+    alpha = alphas.most_common(1)[0][0] if alphas else 1.0
     sdxl = "text_encoder_2" in expected
     prefixes = ldm_prefixes(expected["unet"]) if sdxl else {}
     tensors = {}
     for path, adapter in adapters.items():
         if path[0] == "unet":
             name = module_name(path[1:])
-            name = "lora_unet_" + (ldm_name(name, prefixes) if sdxl else name).replace(".", "_")
+            name = "lora_unet_" + (ldm_name(name, prefixes) or name).replace(".", "_")
         else:
             name = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}[path[0]] if sdxl else "lora_te_"
             name += _text_name(path[1:])
-        rank = adapter.down.shape[0]
-        # An alpha of 0 would be read as the rank: a bypass that is switched off is written as zeros.
-        up, alpha = (adapter.up, adapter.scale * rank) if adapter.scale else (np.zeros_like(adapter.up), rank)
+        up = adapter.up * np.float32(_alpha(adapter) / alpha)
         tensors[f"{name}.lora_down.weight"] = adapter.down.astype(dtype)
         tensors[f"{name}.lora_up.weight"] = up.astype(dtype)
         tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
@@ -107,19 +111,19 @@ def write_kohya(
     return tensors
 
 
-def kohya_metadata(adapters: Mapping[Path, TorchAdapter], expected: Mapping[str, Any]) -> dict[str, str]:
-    """The `ss_*` and `modelspec.*` entries other programs show and decide by; the caller's own go on top."""
-    ranks = {adapter.down.shape[0] for adapter in adapters.values()}
-    alphas = {round(adapter.scale * adapter.down.shape[0], 6) for adapter in adapters.values()}
-    dora = any(adapter.magnitude is not None for adapter in adapters.values())
-    wide = any(adapter.down.ndim == 4 and adapter.down.shape[2:] != (1, 1) for adapter in adapters.values())
+def kohya_metadata(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> dict[str, str]:
+    """The `ss_*` and `modelspec.*` entries other programs show and decide by, for tensors of `write_kohya`."""
+    downs = [tensor for name, tensor in tensors.items() if name.endswith(".lora_down.weight")]
+    alpha = next(f"{float(tensor):g}" for name, tensor in tensors.items() if name.endswith(".alpha"))
+    ranks = {down.shape[0] for down in downs}
+    dora = any(name.endswith(".dora_scale") for name in tensors)
     arguments = {"algo": "lora", "dora_wd": "True"} if dora else {}
-    if wide and len(ranks) == len(alphas) == 1:
-        arguments |= {"conv_dim": str(max(ranks)), "conv_alpha": f"{max(alphas):g}"}
+    if len(ranks) == 1 and any(down.ndim == 4 and down.shape[2:] != (1, 1) for down in downs):
+        arguments |= {"conv_dim": str(max(ranks)), "conv_alpha": alpha}
     metadata = {
         "ss_network_module": "lycoris.kohya" if dora else "networks.lora",
         "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": f"{max(alphas):g}" if len(alphas) == 1 else "Dynamic",
+        "ss_network_alpha": alpha,
         "ss_network_args": json.dumps(arguments),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "diffusers",
@@ -164,11 +168,15 @@ def _read_table(expected: Mapping[str, Any]) -> dict[str, Path]:
         prefixes = ldm_prefixes(tree) if component == "unet" else {}
         for path, _ in layers(tree, "kernel"):
             name = module_name(path)
-            others = (ldm_name(name, prefixes),) if component == "unet" else (_text_name(path),)
-            names |= {other.replace(".", "_"): path for other in (name, *others)}
+            other = ldm_name(name, prefixes) if component == "unet" else _text_name(path)
+            names |= {spelling.replace(".", "_"): path for spelling in (name, other) if spelling}
         for prefix in _READ_PREFIXES.get(component, ()):
             table |= {prefix + name: (component, *path) for name, path in names.items()}
     return table
+
+
+def _alpha(adapter: TorchAdapter) -> float:
+    return float(np.float32(adapter.scale * adapter.down.shape[0]))
 
 
 def _text_name(path: Path) -> str:

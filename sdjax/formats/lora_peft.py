@@ -77,7 +77,7 @@ def write_peft(adapters: Mapping[Path, TorchAdapter], dtype: Any) -> dict[str, n
         tensors[f"{component}.{name}.lora_B.weight"] = (adapter.up * np.float32(adapter.scale)).astype(dtype)
         if adapter.magnitude is not None:
             magnitude = adapter.magnitude if adapter.down.ndim == 2 else adapter.magnitude[None, :, None, None]
-            tensors[f"{component}.{name}.lora_magnitude_vector"] = magnitude.astype(dtype)
+            tensors[f"{component}.{name}.lora_magnitude_vector.weight"] = magnitude.astype(dtype)
     return tensors
 
 

@@ -1,0 +1,745 @@
+"""LoRA files: the same change of every weight as in diffusers and peft, in every spelling, both ways."""
+
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+from test_formats_parameter_names import torch_expected, tree
+
+from sdjax.errors import ConfigError, DataError
+from sdjax.formats.lora_file import load_lora, save_lora
+from sdjax.formats.safetensors_file import read_safetensors, save_safetensors
+from sdjax.lora import layers
+
+# A small model written out by hand: (component, our path) -> module name in diffusers, kernel shape.
+
+ATTENTION = "down_blocks_0/attentions_0/transformer_blocks_0"
+SD1 = {
+    ("unet", "conv_in"): ("conv_in", (3, 3, 4, 8)),
+    ("unet", "time_embedding/linear_1"): ("time_embedding.linear_1", (8, 16)),
+    ("unet", "down_blocks_0/attentions_0/proj_in"): ("down_blocks.0.attentions.0.proj_in", (1, 1, 8, 8)),
+    ("unet", f"{ATTENTION}/attn1/to_q"): ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", (8, 8)),
+    ("unet", f"{ATTENTION}/attn1/to_out_0"): ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0", (8, 8)),
+    ("unet", f"{ATTENTION}/attn2/to_k"): ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", (6, 8)),
+    ("unet", f"{ATTENTION}/ff/net_0/proj"): ("down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj", (8, 32)),
+    ("unet", "down_blocks_0/resnets_0/conv1"): ("down_blocks.0.resnets.0.conv1", (3, 3, 8, 10)),
+    ("text_encoder", "encoder/layers_0/self_attn/q_proj"): ("encoder.layers.0.self_attn.q_proj", (6, 6)),
+    ("text_encoder", "encoder/layers_0/self_attn/out_proj"): ("encoder.layers.0.self_attn.out_proj", (6, 6)),
+    ("text_encoder", "encoder/layers_0/mlp/fc1"): ("encoder.layers.0.mlp.fc1", (6, 24)),
+}
+SDXL_TEXT = {
+    ("text_encoder_2", "encoder/layers_0/self_attn/q_proj"): ("encoder.layers.0.self_attn.q_proj", (7, 7)),
+    ("text_encoder_2", "text_projection"): ("text_projection", (7, 7)),
+}
+
+
+def place(key):
+    return (key[0], *key[1].split("/"))
+
+
+def expected(table):
+    return tree(
+        {(*path, "kernel"): jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes_of(table).items()}
+    )
+
+
+def random_lora(shapes, *, ranks=(4,), dora=False, seed=0):
+    """A LoRA tree over {path: kernel shape}, with ranks in turn and a different alpha for every layer."""
+    generator = np.random.default_rng(seed)
+    flat = {}
+    for i, (path, kernel) in enumerate(shapes.items()):
+        rank = ranks[i % len(ranks)]
+        flat[(*path, "down")] = generator.normal(size=(*kernel[:-1], rank)).astype(np.float32)
+        flat[(*path, "up")] = generator.normal(size=(rank, kernel[-1])).astype(np.float32)
+        flat[(*path, "scale")] = np.array((1 + i % 5) / rank, np.float32)
+        if dora:
+            flat[(*path, "magnitude")] = generator.uniform(0.5, 2, kernel[-1]).astype(np.float32)
+    return tree(flat)
+
+
+def shapes_of(table):
+    return {place(key): shape for key, (_, shape) in table.items()}
+
+
+def delta(layer):
+    """The change of the kernel, in our layout."""
+    return float(layer["scale"]) * np.asarray(layer["down"], np.float64) @ np.asarray(layer["up"], np.float64)
+
+
+def torch_layout(kernel):
+    return kernel.T if kernel.ndim == 2 else kernel.transpose(3, 2, 0, 1)
+
+
+def assert_same(one, other, rtol=1e-6):
+    one, other = dict(layers(one, "down")), dict(layers(other, "down"))
+    assert one.keys() == other.keys()
+    for path, layer in one.items():
+        np.testing.assert_allclose(delta(layer), delta(other[path]), rtol=rtol, atol=1e-6, err_msg=str(path))
+        assert layer.keys() == other[path].keys()
+        if "magnitude" in layer:
+            np.testing.assert_array_equal(layer["magnitude"], other[path]["magnitude"])
+
+
+def raises(match, file, model):
+    with pytest.raises(DataError, match=match) as caught:
+        load_lora(file, model)
+    assert str(caught.value).startswith(str(file))
+    assert "\n" not in str(caught.value)
+
+
+# Ours and back.
+
+
+@pytest.mark.parametrize("style", ["kohya", "peft"])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("ranks", [(4,), (1, 3, 8)])
+def test_round_trip(tmp_path, style, dora, ranks):
+    lora = random_lora(shapes_of(SD1), ranks=ranks, dora=dora)
+    save_lora(tmp_path / "a.safetensors", lora, expected(SD1), style=style)
+    back = load_lora(tmp_path / "a.safetensors", expected(SD1))
+    assert_same(lora, back)
+    for _, layer in layers(back, "down"):
+        assert all(array.dtype == np.float32 for array in layer.values())
+        assert layer["scale"].shape == ()
+
+
+def test_one_alpha_for_all_round_trips_to_the_bit(tmp_path):
+    lora = random_lora(shapes_of(SD1), ranks=(1, 3, 8))
+    for _, layer in layers(lora, "down"):
+        layer["scale"][...] = np.float32(5) / layer["up"].shape[0]
+    save_lora(tmp_path / "a.safetensors", lora, expected(SD1))
+    jax.tree.map(np.testing.assert_array_equal, load_lora(tmp_path / "a.safetensors", expected(SD1)), lora)
+
+
+def test_kohya_files_have_one_alpha(tmp_path):
+    """diffusers overlooks an attention layer's own alpha in a file with several."""
+    save_lora(tmp_path / "a.safetensors", random_lora(shapes_of(SD1)), expected(SD1))
+    alphas = [float(array) for name, array in load_file(tmp_path / "a.safetensors").items() if name.endswith("alpha")]
+    assert len(alphas) == len(SD1)
+    assert set(alphas) == {1.0}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    style=st.sampled_from(["kohya", "peft"]),
+    seed=st.integers(0, 2**32 - 1),
+    ranks=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    keys=st.sets(st.sampled_from(sorted(SD1)), min_size=1),
+)
+def test_round_trip_of_any_part(tmp_path_factory, style, seed, ranks, keys):
+    path = tmp_path_factory.getbasetemp() / "part.safetensors"
+    lora = random_lora(shapes_of({key: SD1[key] for key in keys}), ranks=ranks, seed=seed)
+    save_lora(path, lora, expected(SD1), style=style)
+    assert_same(lora, load_lora(path, expected(SD1)))
+
+
+@pytest.mark.parametrize("style", ["kohya", "peft"])
+def test_half_precision_export(tmp_path, style):
+    lora = random_lora(shapes_of(SD1))
+    save_lora(tmp_path / "a.safetensors", lora, expected(SD1), style=style, dtype=ml_dtypes.bfloat16)
+    stored = read_safetensors(tmp_path / "a.safetensors").tensors
+    assert all(array.dtype == ml_dtypes.bfloat16 for name, array in stored.items() if not name.endswith("alpha"))
+    back = load_lora(tmp_path / "a.safetensors", expected(SD1))
+    for path, layer in layers(lora, "down"):
+        np.testing.assert_allclose(delta(dict(layers(back, "down"))[path]), delta(layer), atol=0.3, rtol=0.05)
+
+
+def test_a_scale_of_zero_stays_off(tmp_path):
+    """kohya's alpha 0 means "the rank": writing it would switch the adapter on."""
+    lora = random_lora(shapes_of(SD1))
+    for _, layer in layers(lora, "down"):
+        layer["scale"][...] = 0
+    for style in ("kohya", "peft"):
+        save_lora(tmp_path / "a.safetensors", lora, expected(SD1), style=style)
+        back = load_lora(tmp_path / "a.safetensors", expected(SD1))
+        assert all((delta(layer) == 0).all() for _, layer in layers(back, "down"))
+
+
+def test_saving_what_cannot_be_saved(tmp_path):
+    path, lora = tmp_path / "a.safetensors", random_lora(shapes_of(SD1))
+    with pytest.raises(ConfigError, match="'lycoris': choices are kohya, peft"):
+        save_lora(path, lora, expected(SD1), style="lycoris")
+    with pytest.raises(DataError, match="adapts layers the model has not: text_encoder/"):
+        save_lora(path, lora, {"unet": expected(SD1)["unet"]})
+    with pytest.raises(DataError, match="adapts no layer"):
+        save_lora(path, {}, expected(SD1))
+    batched = jax.tree.map(lambda x: np.stack([x, x]), lora)
+    with pytest.raises(DataError, match="choose one to save"):
+        save_lora(path, batched, expected(SD1))
+    assert not path.exists()
+
+
+# kohya's naming, written by an independent rule: every module's name with its dots made underscores.
+
+
+def kohya_file(table, *, text_prefix="lora_te_text_model_", alpha=2.0, dtype=np.float32, flat_1x1=False):
+    """Tensors as kohya's scripts name and shape them, and the change of every kernel in PyTorch's layout."""
+    generator = np.random.default_rng(0)
+    rank = 4
+    tensors, deltas = {}, {}
+    for (component, path), (module, shape) in table.items():
+        name = ("lora_unet_" if component == "unet" else text_prefix) + module.replace(".", "_")
+        out = shape[-1]
+        if len(shape) == 4 and not (flat_1x1 and shape[:2] == (1, 1)):
+            down = generator.normal(size=(rank, shape[2], *shape[:2])).astype(dtype)
+            up = generator.normal(size=(out, rank, 1, 1)).astype(dtype)
+            change = np.einsum("orxy,rihw->oihw", up.astype(np.float64), down.astype(np.float64))
+        else:
+            down = generator.normal(size=(rank, shape[-2])).astype(dtype)
+            up = generator.normal(size=(out, rank)).astype(dtype)
+            change = up.astype(np.float64) @ down.astype(np.float64)
+            change = change[:, :, None, None] if len(shape) == 4 else change
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        scale = 1.0
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = np.array(alpha, dtype)
+            scale = (alpha or rank) / rank
+        deltas[place((component, path))] = scale * change
+    return tensors, deltas
+
+
+def assert_deltas(lora, deltas, rtol=1e-6):
+    found = {path: torch_layout(delta(layer)) for path, layer in layers(lora, "down")}
+    assert found.keys() == deltas.keys()
+    for path, change in deltas.items():
+        np.testing.assert_allclose(found[path], change, rtol=rtol, atol=1e-6, err_msg=str(path))
+
+
+@pytest.mark.parametrize("text_prefix", ["lora_te_text_model_", "lora_te1_text_model_", "lora_te_"])
+@pytest.mark.parametrize("alpha", [2.0, 0.0, None])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_reads_kohya(tmp_path, text_prefix, alpha, dtype):
+    tensors, deltas = kohya_file(SD1, text_prefix=text_prefix, alpha=alpha, dtype=dtype)
+    save_safetensors(tmp_path / "a.safetensors", tensors)
+    assert_deltas(load_lora(tmp_path / "a.safetensors", expected(SD1)), deltas)
+
+
+def test_flat_and_four_axis_projections_pass_for_each_other(tmp_path):
+    """A 1x1 convolution's adapter in two axes for a model that convolves, and in four for one that multiplies."""
+    tensors, deltas = kohya_file(SD1, flat_1x1=True)
+    save_safetensors(tmp_path / "a.safetensors", tensors)
+    assert_deltas(load_lora(tmp_path / "a.safetensors", expected(SD1)), deltas)
+    tensors, deltas = kohya_file(SD1)
+    save_safetensors(tmp_path / "a.safetensors", tensors)
+    key = ("unet", "down_blocks_0/attentions_0/proj_in")
+    linear = SD1 | {key: (SD1[key][0], (8, 8))}
+    deltas[place(key)] = deltas[place(key)][:, :, 0, 0]
+    assert_deltas(load_lora(tmp_path / "a.safetensors", expected(linear)), deltas)
+
+
+def test_writes_kohya_names_shapes_and_metadata(tmp_path):
+    lora = random_lora(shapes_of(SD1))
+    for _, layer in layers(lora, "down"):
+        layer["scale"][...] = 0.5
+    path = tmp_path / "a.safetensors"
+    save_lora(path, lora, expected(SD1), metadata={"ss_output_name": "dog", "modelspec.title": "Dog"})
+    tensors = load_file(path)
+    theirs, _ = kohya_file(SD1)
+    assert {name: array.shape for name, array in tensors.items()} == {n: a.shape for n, a in theirs.items()}
+    assert all(array == 2.0 for name, array in tensors.items() if name.endswith("alpha"))
+    metadata = read_safetensors(path).metadata
+    assert metadata["ss_network_module"] == "networks.lora"
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2")
+    assert metadata["ss_output_name"] == "dog"
+    assert metadata["modelspec.title"] == "Dog"
+    assert json.loads(metadata["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "2"}
+    # kohya: the hash of everything behind the header.
+    content = path.read_bytes()
+    behind = content[8 + int.from_bytes(content[:8], "little") :]
+    assert metadata["sshs_model_hash"] == hashlib.sha256(behind).hexdigest()
+    assert len(metadata["sshs_legacy_hash"]) == 8
+    assert "ss_base_model_version" not in metadata  # text of width 6 is no model's
+
+
+@pytest.mark.parametrize(("width", "version"), [(768, "sd_v1"), (1024, "sd_v2"), (2048, "sdxl_base_v1-0")])
+def test_the_base_model_is_recorded(tmp_path, width, version):
+    key = ("unet", f"{ATTENTION}/attn2/to_k")
+    table = {key: (SD1[key][0], (width, 8))}
+    save_lora(tmp_path / "a.safetensors", random_lora(shapes_of(table), ranks=(1,)), expected(table))
+    metadata = read_safetensors(tmp_path / "a.safetensors").metadata
+    assert metadata["ss_base_model_version"] == version
+    assert metadata["ss_v2"] == str(width == 1024)
+
+
+def test_dora_scale_shape(tmp_path):
+    lora = random_lora(shapes_of(SD1), dora=True)
+    save_lora(tmp_path / "a.safetensors", lora, expected(SD1))
+    shapes = {name: array.shape for name, array in load_file(tmp_path / "a.safetensors").items() if "dora" in name}
+    assert shapes["lora_unet_conv_in.dora_scale"] == (8, 1, 1, 1)
+    assert shapes["lora_te_text_model_encoder_layers_0_mlp_fc1.dora_scale"] == (24, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (8, 8), (9, 1)])
+def test_dora_along_the_other_axis_is_refused(tmp_path, shape):
+    key = ("unet", f"{ATTENTION}/attn1/to_q")
+    tensors, _ = kohya_file({key: SD1[key]})
+    module = next(iter(tensors)).split(".")[0]
+    save_file(tensors | {f"{module}.dora_scale": np.ones(shape, np.float32)}, tmp_path / "a.safetensors")
+    raises("DoRA magnitude", tmp_path / "a.safetensors", expected(SD1))
+
+
+def test_bundled_embeddings_are_passed_over(tmp_path):
+    tensors, deltas = kohya_file(SD1)
+    save_file(tensors | {"bundle_emb.dog.string_to_param": np.ones((2, 6), np.float32)}, tmp_path / "a.safetensors")
+    assert_deltas(load_lora(tmp_path / "a.safetensors", expected(SD1)), deltas)
+
+
+KINDS = {
+    "LoHa": ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"],
+    "LoKr": ["lokr_w1", "lokr_w2", "alpha"],
+    "LoCon in Tucker form": ["lora_down.weight", "lora_up.weight", "lora_mid.weight"],
+    "OFT": ["oft_blocks", "alpha"],
+    "GLoRA": ["a1.weight", "a2.weight", "b1.weight", "b2.weight"],
+    "IA3": ["weight", "on_input"],
+    "full difference": ["diff"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_network_are_named(tmp_path, kind):
+    module = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    save_file({f"{module}.{part}": np.ones((2, 2), np.float32) for part in KINDS[kind]}, tmp_path / "a.safetensors")
+    raises(f"a {kind} network", tmp_path / "a.safetensors", expected(SD1))
+
+
+def test_faults_in_kohya_files(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors, _ = kohya_file(SD1)
+    module = "lora_unet_conv_in"
+
+    def check(match, changes=None, without=()):
+        save_file({k: v for k, v in (tensors | (changes or {})).items() if k not in without}, path)
+        raises(match, path, expected(SD1))
+
+    check("needs lora_down.weight and lora_up.weight", without=[f"{module}.lora_up.weight"])
+    stray = {f"lora_unet_no_such_{i}.lora_down.weight": np.ones((1, 1), np.float32) for i in range(12)}
+    check(r"12 keys of no layer of this model: .*, \.\.\. \(12 in all\)", stray)
+    check("1 keys of no layer.*lora_unet_conv_in.magic", {f"{module}.magic": np.ones(1, np.float32)})
+    check("down .* for a kernel", {f"{module}.lora_down.weight": np.ones((4, 5, 3, 3), np.float32)})
+    check("up .* for a kernel", {f"{module}.lora_up.weight": np.ones((8, 3, 1, 1), np.float32)})
+    check("up .* for a kernel", {f"{module}.lora_up.weight": np.ones((8, 4, 3, 3), np.float32)})
+    check("for a kernel", {f"{module}.lora_down.weight": np.array(1, np.float32)})
+    check("conv_in: holds NaN or Inf", {f"{module}.lora_up.weight": np.full((8, 4, 1, 1), np.nan, np.float32)})
+    check("int8 where floating-point", {f"{module}.lora_up.weight": np.ones((8, 4, 1, 1), np.int8)})
+    renamed = {key.replace("lora_te_", "lora_te1_"): value for key, value in tensors.items() if "fc1" in key}
+    check("mean the same layer", renamed)
+    empty = {f"{module}.lora_down.weight": (0, 4, 3, 3), f"{module}.lora_up.weight": (8, 0, 1, 1)}
+    empty = {key: np.zeros(shape, np.float32) for key, shape in empty.items()}
+    check("for a kernel", empty)
+
+
+def test_another_models_lora_is_recognised(tmp_path):
+    """An SDXL file for an SD1 model says so in place of a list of keys (41)."""
+    key = ("unet", f"{ATTENTION}/attn2/to_k")
+    small, large = ({key: (SD1[key][0], (width, 8))} for width in (768, 2048))
+    for style in ("kohya", "peft"):
+        save_lora(tmp_path / "a.safetensors", random_lora(shapes_of(large)), expected(large), style=style)
+        raises(r"made for SDXL \(text width 2048\); the model is Stable Diffusion 1 \(text width 768\)",
+               tmp_path / "a.safetensors", expected(small))  # fmt: skip
+
+
+def test_other_files_are_refused(tmp_path):
+    raises("holds neither pytorch_lora_weights.safetensors nor", tmp_path, expected(SD1))
+    save_file({"unet:0:up": np.ones((2, 2), np.float32)}, tmp_path / "a.safetensors")
+    raises("cloneofsimo", tmp_path / "a.safetensors", expected(SD1))
+    save_file({}, tmp_path / "b.safetensors")
+    raises("no tensors", tmp_path / "b.safetensors", expected(SD1))
+    save_file({"conv_in.weight": np.ones((2, 2), np.float32)}, tmp_path / "c.safetensors")
+    raises("1 keys of no layer", tmp_path / "c.safetensors", expected(SD1))
+
+
+# diffusers' and PEFT's spellings, one by one.
+
+
+def peft_file(table, spell, *, rank=4, seed=0, alpha=None):
+    tensors, deltas = {}, {}
+    generator = np.random.default_rng(seed)
+    for (component, path), (module, shape) in table.items():
+        wide = len(shape) == 4
+        down = generator.normal(size=(rank, shape[2], *shape[:2]) if wide else (rank, shape[0])).astype(np.float32)
+        up = generator.normal(size=(shape[-1], rank, 1, 1) if wide else (shape[-1], rank)).astype(np.float32)
+        names = spell(component, module)
+        tensors |= {names[0]: down, names[1]: up}
+        if alpha:
+            tensors[names[2]] = np.array(alpha, np.float32)
+        change = np.einsum("orxy,rihw->oihw", up, down) if wide else up @ down
+        deltas[place((component, path))] = change * ((alpha or rank) / rank)
+    return tensors, deltas
+
+
+LINEAR = {key: value for key, value in SD1.items() if key[0] == "text_encoder" or "attn" in key[1]}
+
+
+def new_style(component, module, adapter="", prefix="text_model."):
+    name = f"{component}.{prefix if component != 'unet' else ''}{module}"
+    return f"{name}.lora_A{adapter}.weight", f"{name}.lora_B{adapter}.weight"
+
+
+def example_scripts(component, module):
+    if component == "unet":
+        return tuple(f"unet.{module}.lora.{part}.weight" for part in ("down", "up"))
+    return tuple(f"text_encoder.text_model.{module}.lora_linear_layer.{part}.weight" for part in ("down", "up"))
+
+
+def processors(component, module):
+    if component == "text_encoder" and "mlp" in module:
+        return example_scripts(component, module)
+    if component == "text_encoder":
+        attention, projection = module.rsplit(".", 1)
+        name = f"text_encoder.text_model.{attention}.to_{projection.removesuffix('_proj')}_lora"
+    else:
+        attention, projection = module.removesuffix(".0").rsplit(".", 1)
+        name = f"unet.{attention}.processor.{projection}_lora"
+    return f"{name}.down.weight", f"{name}.up.weight"
+
+
+SPELLINGS = {
+    "lora_A": (new_style, SD1),
+    "lora_A.default": (lambda c, m: new_style(c, m, ".default"), SD1),
+    "without text_model": (lambda c, m: new_style(c, m, prefix=""), SD1),
+    "pure PEFT": (lambda c, m: tuple("base_model.model." + n.removeprefix("unet.") for n in new_style(c, m)),
+                  {key: value for key, value in SD1.items() if key[0] == "unet"}),
+    "example scripts": (example_scripts, SD1),
+    "attention processors": (processors, {key: v for key, v in LINEAR.items() if "ff" not in key[1]}),
+    "save_attn_procs": (lambda c, m: tuple(n.removeprefix("unet.") for n in processors(c, m)),
+                        {key: v for key, v in LINEAR.items() if key[0] == "unet" and "ff" not in key[1]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_reads_peft_spellings(tmp_path, spelling):
+    spell, table = SPELLINGS[spelling]
+    assert len(table) >= 3
+    tensors, deltas = peft_file(table, spell)
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
+    assert_deltas(load_lora(tmp_path, expected(SD1)), deltas, rtol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".alpha", ".lora.alpha"])
+def test_peft_alpha_tensors(tmp_path, suffix):
+    def spell(component, module):
+        names = new_style(component, module)
+        return *names, names[0].removesuffix(".lora_A.weight") + suffix
+
+    tensors, deltas = peft_file(LINEAR, spell, alpha=2)
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert_deltas(load_lora(tmp_path / "a.safetensors", expected(SD1)), deltas, rtol=1e-5)
+
+
+def test_peft_metadata_gives_the_scale(tmp_path):
+    key, other = ("unet", f"{ATTENTION}/attn1/to_q"), ("unet", f"{ATTENTION}/attn2/to_k")
+    tensors, deltas = peft_file({key: SD1[key], other: SD1[other]}, new_style)
+    path = tmp_path / "a.safetensors"
+
+    def read(**settings_):
+        metadata = json.dumps({f"unet.{name}": value for name, value in settings_.items()})
+        save_file(tensors, path, {"lora_adapter_metadata": metadata})
+        return load_lora(path, expected(SD1))
+
+    assert_deltas(read(lora_alpha=8), {p: 2 * d for p, d in deltas.items()}, rtol=1e-5)
+    assert_deltas(read(lora_alpha=8, use_rslora=True), {p: 4 * d for p, d in deltas.items()}, rtol=1e-5)
+    pattern = {"attn2.to_k": 12}
+    scaled = {place(key): deltas[place(key)], place(other): 3 * deltas[place(other)]}
+    assert_deltas(read(lora_alpha=4, alpha_pattern=pattern), scaled, rtol=1e-5)
+    assert_deltas(read(lora_alpha=4, alpha_pattern={"n2.to_k": 12}), deltas, rtol=1e-5)
+    with pytest.raises(DataError, match="regular expression"):
+        read(lora_alpha=4, alpha_pattern={r".*\.to_k": 12})
+    with pytest.raises(DataError, match="an alpha of 'x'"):
+        read(lora_alpha="x")
+    save_file(tensors, path, {"lora_adapter_metadata": "{"})
+    raises("lora_adapter_metadata is not JSON", path, expected(SD1))
+
+
+def test_faults_in_peft_files(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors, _ = peft_file(LINEAR, new_style)
+    first = next(iter(tensors))
+    save_file({key: value for key, value in tensors.items() if key != first}, path)
+    raises("needs both halves, down and up", path, expected(SD1))
+    save_file(tensors | {"unet.nowhere.lora_A.weight": tensors[first]}, path)
+    raises("1 keys of no layer of this model: unet.nowhere.lora_A.weight", path, expected(SD1))
+    save_file(tensors | {first.replace("lora_A", "lora_A.default"): tensors[first]}, path)
+    raises("is there twice", path, expected(SD1))
+    save_file(tensors, path)
+    raises("keys of no layer", path, {"unet": expected(SD1)["unet"]})
+
+
+def test_peft_files_never_mix_spellings(tmp_path):
+    """diffusers decides by the first key alone."""
+    save_lora(tmp_path / "a.safetensors", random_lora(shapes_of(SD1)), expected(SD1), style="peft")
+    stored = read_safetensors(tmp_path / "a.safetensors")
+    assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in stored.tensors)
+    assert stored.metadata == {"format": "pt"}
+
+
+# Against diffusers and peft.
+
+SETS = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "transformer": ("to_q", "to_k", "to_v", "to_out.0", "proj", "net.2", "proj_in", "proj_out"),
+    "convolutions": ("conv1", "conv2", "conv_shortcut", "conv", "time_emb_proj", "to_k"),
+}
+TEXT_SET = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+def build_pipeline(kind):
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        projection_dim=24,
+    )  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
+    common = {"vae": vae, "scheduler": DDIMScheduler(), "tokenizer": None}
+    if kind == "sd1":
+        unet = UNet2DConditionModel(
+            sample_size=8, block_out_channels=(32, 64), cross_attention_dim=32, attention_head_dim=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )  # fmt: skip
+        return StableDiffusionPipeline(
+            **common, unet=unet, text_encoder=CLIPTextModel(text), safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 32, 64), layers_per_block=2, cross_attention_dim=64,
+        transformer_layers_per_block=(1, 1, 2), attention_head_dim=(2, 2, 4), use_linear_projection=True,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=72,
+    )  # fmt: skip
+    return StableDiffusionXLPipeline(
+        **common, unet=unet, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
+        tokenizer_2=None,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipelines():
+    return {kind: build_pipeline(kind) for kind in ("sd1", "sdxl")}
+
+
+def models(pipeline):
+    names = ("unet", "text_encoder", "text_encoder_2")
+    return {name: getattr(pipeline, name) for name in names if getattr(pipeline, name, None) is not None}
+
+
+def model_trees(pipeline):
+    return {name: torch_expected(model) for name, model in models(pipeline).items()}
+
+
+def adapted_kernels(trees, which):
+    """The kernels whose module's name ends as asked, with our path."""
+    ends = tuple(name.replace(".", "_") for name in SETS[which])
+    return {
+        path: layer["kernel"].shape
+        for path, layer in layers(trees, "kernel")
+        if (path[-1] in TEXT_SET if path[0] != "unet" else path[-1] in ends)
+    }
+
+
+def effective(pipeline):
+    """(component, our path) -> change of the weight, as peft computes it, and DoRA's magnitude."""
+    found = {}
+    for component, model in models(pipeline).items():
+        for name, module in model.named_modules():
+            if hasattr(module, "lora_A") and "default" in module.lora_A:
+                path = name.removeprefix("text_model.")
+                change = module.get_delta_weight("default").detach().numpy()
+                vectors = module.lora_magnitude_vector
+                magnitude = vectors["default"].weight.detach().numpy() if "default" in vectors else None
+                found[component, path] = (change, magnitude)
+    return found
+
+
+def by_module(lora):
+    """The same of ours."""
+    from sdjax.formats.parameter_names import module_name
+
+    return {
+        (path[0], module_name(path[1:])): (torch_layout(delta(layer)), layer.get("magnitude"))
+        for path, layer in layers(lora, "down")
+    }
+
+
+def assert_effective(pipeline, lora):
+    theirs, ours = effective(pipeline), by_module(lora)
+    assert theirs.keys() == ours.keys()
+    for key, (change, magnitude) in ours.items():
+        np.testing.assert_allclose(theirs[key][0], change, rtol=1e-5, atol=1e-6, err_msg=str(key))
+        assert (magnitude is None) == (theirs[key][1] is None)
+        if magnitude is not None:
+            np.testing.assert_allclose(theirs[key][1].reshape(-1), magnitude, rtol=1e-6)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("which", SETS)
+@pytest.mark.parametrize("style", ["kohya", "peft"])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_diffusers_reads_what_we_write(tmp_path, pipelines, kind, style, which):
+    pipeline = pipelines[kind]
+    trees = model_trees(pipeline)
+    lora = random_lora(adapted_kernels(trees, which), ranks=(4, 2))
+    save_lora(tmp_path / "a.safetensors", lora, trees, style=style)
+    try:
+        pipeline.load_lora_weights(tmp_path / "a.safetensors", adapter_name="default")
+        assert_effective(pipeline, lora)
+    finally:
+        remove_adapters(pipeline)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_diffusers_reads_our_dora(tmp_path, pipelines, kind):
+    """In PEFT's style; of a kohya file diffusers drops `dora_scale`."""
+    pipeline = pipelines[kind]
+    trees = model_trees(pipeline)
+    lora = random_lora(adapted_kernels(trees, "attention"), dora=True)
+    save_lora(tmp_path / "a.safetensors", lora, trees, style="peft")
+    try:
+        pipeline.load_lora_weights(tmp_path / "a.safetensors", adapter_name="default")
+        assert_effective(pipeline, lora)
+    finally:
+        remove_adapters(pipeline)
+
+
+CONFIGS = {
+    "plain": {"r": 4, "lora_alpha": 4},
+    "alpha": {"r": 4, "lora_alpha": 8},
+    "patterns": {
+        "r": 4, "lora_alpha": 8, "rank_pattern": {"attn1.to_q": 2},
+        "alpha_pattern": {"attn2.to_k": 1, "self_attn.q_proj": 2},
+    },
+    "rsLoRA": {"r": 4, "lora_alpha": 8, "use_rslora": True},
+    "DoRA": {"r": 4, "lora_alpha": 8, "use_dora": True},
+}  # fmt: skip
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_we_read_what_diffusers_writes(tmp_path, pipelines, kind, config):
+    """Adapters made by peft, saved by the pipeline with the metadata that holds their alpha."""
+    import torch
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline = pipelines[kind]
+    torch.manual_seed(1)
+    try:
+        states = {}
+        for name, model in models(pipeline).items():
+            targets = SETS["convolutions" if config != "DoRA" else "attention"] if name == "unet" else TEXT_SET
+            config_ = LoraConfig(target_modules=list(targets), init_lora_weights=False, **CONFIGS[config])
+            model.add_adapter(config_, adapter_name="default")
+            key = "unet_lora_layers" if name == "unet" else f"{name}_lora_layers"
+            states[key] = get_peft_model_state_dict(model, adapter_name="default")
+        metadata = _collate_lora_metadata(models(pipeline))
+        type(pipeline).save_lora_weights(tmp_path, **states, **metadata)
+        lora = load_lora(tmp_path, model_trees_without_adapters(pipeline))
+        assert_effective(pipeline, lora)
+    finally:
+        remove_adapters(pipeline)
+
+
+def remove_adapters(pipeline):
+    """What unload_lora_weights does, for a pipeline that broke off half-way too."""
+    from diffusers.utils import recurse_remove_peft_layers
+
+    for model in models(pipeline).values():
+        recurse_remove_peft_layers(model)
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        model._hf_peft_config_loaded = False
+
+
+def model_trees_without_adapters(pipeline):
+    """The same trees, of a model that carries adapters: peft has put each layer into a `base_layer`."""
+    trees = {}
+    for name, model in models(pipeline).items():
+        flat = {}
+        for path, layer in layers(torch_expected(model), "kernel"):
+            if not any(part.startswith("lora_") for part in path):
+                flat[(*(part for part in path if part != "base_layer"), "kernel")] = layer["kernel"]
+        trees[name] = tree(flat)
+    return trees
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_kohya_written_by_its_rule_means_the_same_to_diffusers_and_us(tmp_path, pipelines):
+    """Every module of kohya's default set, named by replacing dots, read by both."""
+    pipeline = pipelines["sd1"]
+    table = {}
+    for component, model in models(pipeline).items():
+        for name, module in model.named_modules():
+            plain = name.removeprefix("text_model.")
+            ends = SETS["transformer"] if component == "unet" else TEXT_SET
+            if plain.endswith(tuple("." + end for end in ends)) and hasattr(module, "weight"):
+                shape = tuple(module.weight.shape)
+                shape = shape[::-1] if len(shape) == 2 else (*shape[2:], shape[1], shape[0])
+                table[component, plain] = (plain, shape)
+    tensors, _ = kohya_file(table)
+    save_file(tensors, tmp_path / "a.safetensors")
+    trees = model_trees(pipeline)
+    try:
+        pipeline.load_lora_weights(tmp_path / "a.safetensors", adapter_name="default")
+        lora = load_lora(tmp_path / "a.safetensors", trees)
+        assert len(by_module(lora)) == len(table)
+        assert_effective(pipeline, lora)
+    finally:
+        remove_adapters(pipeline)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_sdxl_names_are_those_of_the_original_unet(tmp_path, pipelines):
+    """Spot checks against the list in kohya's own SDXL files, and both namings read alike."""
+    trees = model_trees(pipelines["sdxl"])
+    lora = random_lora(adapted_kernels(trees, "transformer") | adapted_kernels(trees, "convolutions"))
+    save_lora(tmp_path / "a.safetensors", lora, trees)
+    tensors = load_file(tmp_path / "a.safetensors")
+    for name in (
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        "lora_unet_input_blocks_8_1_proj_in",
+        "lora_unet_middle_block_1_transformer_blocks_1_attn2_to_out_0",
+        "lora_unet_output_blocks_5_1_transformer_blocks_0_ff_net_0_proj",
+        "lora_unet_input_blocks_3_0_op",
+        "lora_unet_input_blocks_7_0_skip_connection",
+        "lora_unet_middle_block_0_emb_layers_1",
+        "lora_unet_middle_block_2_out_layers_3",
+        "lora_unet_output_blocks_2_2_conv",
+        "lora_unet_output_blocks_8_0_in_layers_2",
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
+        "lora_te2_text_model_encoder_layers_1_mlp_fc2",
+    ):
+        assert f"{name}.lora_down.weight" in tensors, name
+    assert_same(lora, load_lora(tmp_path / "a.safetensors", trees))
+    # The same file under diffusers' names.
+    text = {key: value for key, value in tensors.items() if not key.startswith("lora_unet_")}
+    unet_only = {"unet": lora["unet"]}
+    save_lora(tmp_path / "b.safetensors", unet_only, {"unet": trees["unet"]})
+    plain = load_file(tmp_path / "b.safetensors")
+    assert any("down_blocks_1_attentions_0" in key for key in plain)
+    save_file(plain | text, tmp_path / "c.safetensors")
+    assert_same(lora, load_lora(tmp_path / "c.safetensors", trees))
