@@ -6,6 +6,7 @@ answer at once.
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
 import re
@@ -56,17 +57,23 @@ def _run(args: argparse.Namespace) -> None:
     prompts = _prompts(args.prompt, args.prompts_file)
     loras = [_lora(text) for text in args.lora]
     _check_values(args)
-    _check_karras(args.sampler, args.karras)
     image = None if args.image is None else _read_image(args.image)
     out = _writable_folder(args.out)
 
-    from sdjax import compilation_cache
-    from sdjax.pipeline import load
+    # Otherwise transformers, which only brings the tokenizer, tells every user to install PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from sdjax import compilation_cache, pipeline, sampling
+    from sdjax.formats.lora_file import load_lora
+
+    sd = pipeline.outline(args.model, args.dtype, variant=args.variant)
+    sampling.plan(sd.schedule, args.sampler, args.steps, karras=args.karras, strength=args.strength or 1.0)
+    sd.hidden_state(args.clip_skip)
+    adapters = [load_lora(lora.path, sd.params) for lora in loras]
 
     compilation_cache.enable()
-    sd = load(args.model, args.dtype, variant=args.variant)
-    for lora in loras:
-        sd = sd.with_lora(lora.path, lora.weight)
+    sd = dataclasses.replace(sd, params={part: pipeline.load_weights(sd, part) for part in sd.params})
+    for lora, adapter in zip(loras, adapters, strict=True):
+        sd = sd.with_lora(adapter, lora.weight)
     settings: dict[str, Any] = {
         "steps": args.steps,
         "guidance": args.guidance,
@@ -169,7 +176,7 @@ def _lora(text: str) -> Lora:
 
 
 def _check_values(args: argparse.Namespace) -> None:
-    """Everything that can be told wrong without the model. Raises ConfigError."""
+    """What can be told wrong without looking at the model, which may have to be downloaded. Raises ConfigError."""
     for flag, value, choices in (("--sampler", args.sampler, SAMPLER_NAMES), ("--dtype", args.dtype, _DTYPES)):
         if value not in choices:
             raise ConfigError(f"{flag} {value}: choices are {', '.join(choices)}")
@@ -194,18 +201,6 @@ def _check_values(args: argparse.Namespace) -> None:
         args.strength = 0.75 if args.strength is None else args.strength
         if not 0 < args.strength <= 1:
             raise ConfigError(f"--strength {args.strength:g}: must lie above 0 and at most at 1")
-        if int(args.steps * args.strength) < 1:
-            raise ConfigError(f"--strength {args.strength:g} of {args.steps} steps leaves no step to run")
-
-
-def _check_karras(sampler: str, karras: bool) -> None:
-    if not karras:
-        return
-    from sdjax.sampling import SAMPLERS
-
-    able = [name for name, other in SAMPLERS.items() if "use_karras_sigmas" in other.options]
-    if sampler not in able:
-        raise ConfigError(f"--karras: {sampler} has no Karras sigmas; these have: {', '.join(able)}")
 
 
 def _read_image(path: Path) -> Image.Image:
