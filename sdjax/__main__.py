@@ -1,0 +1,37 @@
+"""The `sdjax` command: `sdjax train ...` is `python -m sdjax.train ...`, and so on."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the first word names, with the rest of the line; returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    usage = f"usage: sdjax {{{','.join(COMMANDS)}}} ...   (--help after a command lists its flags)"
+    if argv[:1] in (["-h"], ["--help"]):
+        print(usage)
+        return 0
+    if not argv or argv[0] not in COMMANDS:
+        print(f"error: {f'unknown command {argv[0]!r}' if argv else 'no command given'}\n{usage}", file=sys.stderr)
+        return 2
+    return COMMANDS[argv[0]](argv[1:])
+
+
+def _train(argv: Sequence[str]) -> int:
+    from sdjax.train.__main__ import main
+
+    return main(argv)
+
+
+def _generate(argv: Sequence[str]) -> int:
+    from sdjax.generate import main
+
+    return main(argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "generate": _generate}
+"""Imported when called: no command waits for what another one needs."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

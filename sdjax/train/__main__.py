@@ -1,0 +1,49 @@
+"""The training command: `python -m sdjax.train CONFIG.toml [--key value ...] [--resume] [--debug]`.
+
+Exit codes: 0; 2 usage or configuration; 3 data or weights; 4 training stopped itself; 128 + signal.
+"""
+
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+from sdjax.config import parse_args
+from sdjax.errors import SdjaxError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; errors are one or two lines on stderr, or a traceback with --debug."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, _leave)  # until training itself listens, so that what is half done is cleaned up
+    try:
+        arguments = parse_args(argv)
+        # JAX is imported only now, so that --help and a mistyped flag answer at once.
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        from sdjax import compilation_cache
+        from sdjax.train.loop import train
+
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.getLogger("sdjax").setLevel(logging.INFO)
+        compilation_cache.enable()
+        with logging_redirect_tqdm():
+            return train(arguments.config, resume=arguments.resume, resume_step=arguments.resume_step)
+    except SdjaxError as error:
+        if "--debug" in argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""How a stage is doing: the loss on held-out images, and pictures, with the same noise and seeds each time."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+from PIL import Image, ImageDraw, ImageFont
+
+from sdjax import lora
+from sdjax.config import Validation
+from sdjax.data.dataset import Dataset
+from sdjax.formats.png_parameters import save_png
+from sdjax.models import vae
+from sdjax.pipeline import load_weights
+from sdjax.train.metrics import Metrics
+from sdjax.train.stages import Adapters, Ready, Run, StagePlan, base_weights
+from sdjax.train.step import Draws, Recipe, State, join_adapters, squared_error, timestep_bounds
+
+HeldOutLoss = Callable[[Mapping[str, PyTree], PyTree], float]
+
+
+class Validator:
+    """Validates one stage: metrics.jsonl gets the held-out loss, samples/ a grid of the pictures."""
+
+    def __init__(self, run: Run, plan: StagePlan, ready: Ready, earlier: Adapters, metrics: Metrics) -> None:
+        self._run, self._plan, self._ready, self._earlier, self._metrics = run, plan, ready, earlier, metrics
+        self._settings = run.config.validation
+        self._samples = Path(run.config.output) / "samples"
+        self._held_out_loss = None
+        self._drawn: dict[int, list[Image.Image]] = {}
+        if ready.held_out is not None:
+            size = plan.data.batch_size
+            self._held_out_loss = make_held_out_loss(plan.recipe, ready.held_out, self._settings, size)
+
+    def __call__(self, step: int, state: State) -> None:
+        """Loss and pictures of the state (on the host) after `step` steps."""
+        if self._held_out_loss is not None:
+            self._metrics.held_out(step, self._held_out_loss(state.trainable, self._ready.frozen))
+        if self._settings.prompts:
+            self._drawn = {k: v for k, v in self._drawn.items() if k == 0}  # the first and the newest are kept
+            self._drawn[step] = self._draw(lambda part: self._current(part, state))
+            _save_grid(self._samples / f"{self._plan.stage.name}-{step}.png", self._drawn[step], self._settings.prompts)
+
+    def before_and_after(self) -> Path | None:
+        """The pictures of the base model beside those of the finished stage; None without prompts."""
+        if not self._settings.prompts:
+            return None
+        is_base = not self._earlier and 0 in self._drawn
+        before = self._drawn[0] if is_base else self._draw(self._base)
+        after = self._drawn[self._plan.stage.steps]
+        name = self._plan.stage.name
+        path = self._samples / f"{name}-before-after.png"
+        _save_comparison(path, {"base": before, name: after}, self._settings.prompts)
+        return path
+
+    def _draw(self, weights: Callable[[str], PyTree]) -> list[Image.Image]:
+        """A picture of each prompt, one at a time so that memory stays small; prompt i has seed + i."""
+        model, settings = self._run.model, self._settings
+        sd = dataclasses.replace(model, params={part: weights(part) for part in model.params})
+        return [
+            sd.text2image(
+                prompt,
+                settings.negative_prompt,
+                steps=settings.steps,
+                guidance=settings.guidance,
+                sampler=settings.sampler,
+                seed=settings.seed + i,
+                height=self._plan.data.resolution,
+                width=self._plan.data.resolution,
+                clip_skip=self._run.config.clip_skip,
+                progress=False,
+            )[0]
+            for i, prompt in enumerate(settings.prompts)
+        ]
+
+    def _current(self, part: str, state: State) -> PyTree:
+        frozen = self._ready.frozen
+        if part not in frozen["params"]:
+            return base_weights(self._run.model, part, self._earlier)
+        own = join_adapters(state.trainable, frozen["scales"])
+        return lora.merge(frozen["params"][part], own[part]) if part in own else frozen["params"][part]
+
+    def _base(self, part: str) -> PyTree:
+        at_hand = self._ready.frozen["params"] if not self._earlier else {}
+        return at_hand[part] if part in at_hand else load_weights(self._run.model, part)
+
+
+def make_held_out_loss(recipe: Recipe, dataset: Dataset, settings: Validation, batch_size: int) -> HeldOutLoss:
+    """`loss(trainable, frozen) -> float`: the plain mean squared error over held-out images.
+
+    Each image is tried at `held_out_timesteps` time steps, evenly spread over the stage's range, with noise that
+    depends on the seed, the image and the time step alone, and at its posterior's mean: only the weights tell two
+    results apart. Compiled once for a stage.
+    """
+    low, high = timestep_bounds(recipe)
+    levels = settings.held_out_timesteps
+    timesteps = [low + int((level + 0.5) * (high - low) / levels) for level in range(levels)]
+    count = min(settings.held_out_images or len(dataset.moments), len(dataset.moments))
+    size = min(batch_size, count)
+
+    @jax.jit
+    def errors(trainable: PyTree, frozen: PyTree, batch: Mapping[str, Array], timestep: Array) -> Float[Array, " B"]:
+        def noise(row: Int[Array, ""], shape: tuple[int, ...]) -> Array:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.seed), row), timestep)
+            return jax.random.normal(key, shape, jnp.float32)
+
+        latents = vae.scale_latents(recipe.model.vae.config, vae.posterior_mean(batch["moments"]))
+        draws = Draws(
+            latents=latents,
+            noise=jax.vmap(lambda row: noise(row, latents.shape[1:]))(batch["index"]),
+            timesteps=jnp.full(batch["index"].shape, timestep),
+            dropout=jnp.zeros(()),  # not used: no dropout here
+        )
+        return squared_error(recipe, join_adapters(trainable, frozen["scales"]), frozen, batch, draws)
+
+    def loss(trainable: Mapping[str, PyTree], frozen: PyTree) -> float:
+        total = 0.0
+        for start in range(0, count, size):
+            rows = np.minimum(np.arange(start, start + size), count - 1)  # the last batch repeats its last image
+            texts = dataset.text_row[rows]
+            batch = {
+                "moments": np.asarray(dataset.moments[rows, 0]),
+                "index": rows.astype(np.int32),
+                **{name: np.asarray(array[texts]) for name, array in dataset.texts.items()},
+            }
+            for timestep in timesteps:
+                total += float(np.sum(errors(trainable, frozen, batch, np.int32(timestep))[: count - start]))
+        return total / (count * levels)
+
+    return loss
+
+
+def _save_grid(path: Path, pictures: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 4) -> None:
+    """The pictures in rows with their captions below."""
+    columns = min(columns, len(pictures))
+    rows = [list(pictures[i : i + columns]) for i in range(0, len(pictures), columns)]
+    labels = [list(captions[i : i + columns]) for i in range(0, len(captions), columns)]
+    _save(path, _sheet(rows, labels))
+
+
+def _save_comparison(path: Path, columns: Mapping[str, Sequence[Image.Image]], captions: Sequence[str]) -> None:
+    """One row a prompt, one column a state of the model, each named."""
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    labels = [[f"{name}: {caption}" for name in columns] for caption in captions]
+    _save(path, _sheet(rows, labels))
+
+
+def _save(path: Path, image: Image.Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(image, path)
+
+
+def _sheet(rows: list[list[Image.Image]], labels: list[list[str]]) -> Image.Image:
+    """Pictures of one size in rows, a line of text below each; small ones are enlarged so that the text has room."""
+    factor = -(-192 // rows[0][0].width)
+    side, line, gap = rows[0][0].width * factor, 22, 6
+    height = rows[0][0].height * factor
+    sheet = Image.new("RGB", (gap + len(rows[0]) * (side + gap), gap + len(rows) * (height + line + gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    for y, (pictures, texts) in enumerate(zip(rows, labels, strict=True)):
+        for x, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+            left, top = gap + x * (side + gap), gap + y * (height + line + gap)
+            sheet.paste(picture.resize((side, height), Image.Resampling.NEAREST), (left, top))
+            pen.text((left, top + height + 2), _fitting(text, font, side), fill="black", font=font)
+    return sheet
+
+
+def _fitting(text: str, font: Any, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
