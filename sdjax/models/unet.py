@@ -20,6 +20,7 @@ from sdjax.models.layers import (
     LayerNorm,
     Resample,
     ResnetBlock,
+    recomputed,
     timestep_embedding,
 )
 
@@ -28,7 +29,8 @@ UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 MID_BLOCKS = {"UNetMidBlock2DCrossAttn": True, "UNetMidBlock2D": False, None: None}
 
 # Options of a U-Net's config.json that change the computation in ways no Stable Diffusion uses: each with the only
-# value understood here. Anything else is refused, never ignored.
+# value understood here. Anything else is refused, never ignored. (resnet_out_scale_factor belongs to block types not
+# built here; with ours, diffusers itself computes the same whatever it says.)
 FIXED = {
     "class_embed_type": None,
     "class_embeddings_concat": False,
@@ -73,7 +75,6 @@ class UNetConfig:
     act_fn: str = "silu"
     downsample_padding: int = 1
     mid_block_scale_factor: float = 1.0
-    resnet_out_scale_factor: float = 1.0
     center_input_sample: bool = False
     conv_in_kernel: int = 3
     conv_out_kernel: int = 3
@@ -144,8 +145,12 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        value, gate = jnp.split(Dense(2 * self.features, self.compute, name="proj")(x), 2, axis=-1)
-        return value * ACTIVATIONS["gelu"](gate)
+        @recomputed
+        def gated(projected):
+            value, gate = jnp.split(projected, 2, axis=-1)
+            return value * ACTIVATIONS["gelu"](gate)
+
+        return gated(Dense(2 * self.features, self.compute, name="proj")(x))
 
 
 class FeedForward(nn.Module):
@@ -238,7 +243,6 @@ class Stack(nn.Module):
                 config.norm_eps,
                 self.compute,
                 config.act_fn,
-                config.resnet_out_scale_factor,
                 name=f"resnets_{i}",
             )(x, time)
             if self.attends:
