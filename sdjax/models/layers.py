@@ -35,6 +35,11 @@ class Compute:
         return "gpu" if backend in ("cuda", "rocm") else backend
 
 
+# For what is cheap to compute and large to keep: the backward pass keeps its inputs and computes it again. Nothing
+# here is inside a loop, so the barriers against common subexpressions stay.
+recomputed = jax.checkpoint
+
+
 class Dense(nn.Module):
     """Linear layer, `[..., in] -> [..., features]`, with its LoRA bypass."""
 
@@ -136,15 +141,19 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
-        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
-        mean = jnp.mean(grouped, axis=(1, 3), keepdims=True)
-        variance = jnp.mean(jnp.square(grouped - mean), axis=(1, 3), keepdims=True)
-        # One multiply-add per element: the group's statistics are folded into the channel's scale and bias first.
-        gain = jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(self.groups, -1)
-        y = (grouped * gain + (bias.reshape(self.groups, -1) - mean * gain)).reshape(x.shape)
-        if self.silu:
-            y = nn.silu(y)
-        return y.astype(self.compute.dtype)
+
+        def normalise(x, scale, bias):
+            grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
+            mean = jnp.mean(grouped, axis=(1, 3), keepdims=True)
+            variance = jnp.mean(jnp.square(grouped - mean), axis=(1, 3), keepdims=True)
+            # One multiply-add per element: the group's statistics are folded into the channel's scale and bias first.
+            gain = jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(self.groups, -1)
+            y = (grouped * gain + (bias.reshape(self.groups, -1) - mean * gain)).reshape(x.shape)
+            if self.silu:
+                y = nn.silu(y)
+            return y.astype(self.compute.dtype)
+
+        return recomputed(normalise)(x, scale, bias)
 
 
 class LayerNorm(nn.Module):
@@ -157,11 +166,15 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
-        x = x.astype(jnp.float32)
-        mean = jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
-        y = (x - mean) * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
-        return y.astype(self.compute.dtype)
+
+        def normalise(x, scale, bias):
+            x = x.astype(jnp.float32)
+            mean = jnp.mean(x, axis=-1, keepdims=True)
+            variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
+            y = (x - mean) * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
+            return y.astype(self.compute.dtype)
+
+        return recomputed(normalise)(x, scale, bias)
 
 
 class Embed(nn.Module):
