@@ -1,0 +1,76 @@
+"""What README.md says exists: commands, flags, settings, files."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sdjax import config, generate
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_second_paragraph_holds_two_commands():
+    paragraph = [p for p in README.split("\n\n") if not p.startswith("#")][1]
+    commands = [text for text in re.findall(r"`([^`]+)`", paragraph) if " " in text]
+    assert commands == [
+        "pip install . && python -m sdjax.train configs/quickstart.toml",
+        'pip install -e ".[test,parity]" && python -m pytest',
+    ]
+
+
+def test_links_and_pictures_exist():
+    targets = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert targets and not [target for target in targets if not (ROOT / target).exists()]
+
+
+def test_files_named_exist():
+    named = set(re.findall(r"`((?:sdjax|configs|tests|docs|\.ci)/[\w./]*)`", README))
+    assert named and not [name for name in named if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("text", blocks("toml"))
+def test_configurations_are_valid(text):
+    config.from_table(tomllib.loads(text))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
+def test_recipes_are_valid_and_open_with_their_command(path):
+    config.load(path)
+    head = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert f"python -m sdjax.train configs/{path.name}" in head
+
+
+def test_settings_in_the_table_exist():
+    run = config.RunConfig("MODEL", "OUTPUT", config.Data("FOLDER"), (config.Stage("NAME", ("lora",), 1, 1e-4),))
+    table = README.split("The settings used most")[1].split("\n\n")[1]
+    names = [name for row in table.splitlines()[2:] for name in re.findall(r"`([\w.]+)`", row.split("|")[1])]
+    assert len(names) > 20
+    for name in names:
+        record = run
+        for part in name.replace("stages.N", "stages.0").split("."):
+            record = record[int(part)] if part.isdigit() else getattr(record, part)
+
+
+@pytest.mark.parametrize("line", [line for line in README.splitlines() if line.startswith("sdjax generate")])
+def test_commands_parse(line):
+    generate._parser().parse_args(shlex.split(line)[2:])
+
+
+def test_the_python_example_runs(tmp_path, monkeypatch):
+    (example,) = blocks("python")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "2.png"]
+
+
+def test_version_is_the_changelogs():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
