@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,12 @@ class Tokenizer:
         """
         from transformers import CLIPTokenizer
 
-        tokenizer = CLIPTokenizer.from_pretrained(os.fspath(folder), model_max_length=window)
+        if not Path(folder).is_dir():  # or transformers would look for it on the hub
+            raise DataError(f"{folder}: no such tokenizer folder")
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(os.fspath(folder), model_max_length=window)
+        except Exception as error:  # its parser, written in Rust, raises nothing narrower for a damaged file
+            raise DataError(f"{folder}: not a readable CLIP tokenizer ({type(error).__name__}: {error})") from error
         ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
         if len(tokenizer) < 3 or None in ids[:2]:
             raise DataError(f"{folder}: no CLIP vocabulary with begin and end tokens ({len(tokenizer)} tokens found)")
@@ -52,7 +58,7 @@ class Tokenizer:
         """
         room = self.window - 2
         words = [self.words(prompt) for prompt in prompts]
-        count = chunks or max(1, *(-(-len(ids) // room) for ids in words))
+        count = chunks or max([1, *(-(-len(ids) // room) for ids in words)])
         out = np.full((len(words), count, self.window), self.pad, np.int32)
         for row, ids in zip(out, words, strict=True):
             for i, chunk in enumerate(row):

@@ -1,0 +1,148 @@
+"""Prompts to ids: what transformers gives for short ones, windows for long ones, and nothing cut unasked."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sdjax
+from sdjax.errors import DataError
+from sdjax.prompt import Tokenizer
+
+FOLDER = Path(sdjax.__file__).parent / "tiny" / "tokenizer"
+WINDOW = 16
+BEGIN, END = 0, 1
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_folder(FOLDER, window=WINDOW)
+
+
+def with_pad(folder, token):
+    """The tokenizer with another padding token: SD2 and SDXL's second encoder pad with `!`."""
+    shutil.copytree(FOLDER, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": token}))
+    return folder
+
+
+def unwrapped(ids):
+    """The words of one prompt's windows [n, T]: what stands between begin and the first end."""
+    words = []
+    for window in ids:
+        assert window[0] == BEGIN
+        end = int(np.argmax(window == END))
+        assert end > 0
+        words += window[1:end].tolist()
+    return words
+
+
+@pytest.mark.parametrize("prompt", ["", "a red heart", "Water WAVE, 3 o'clock!", "雪だるま", "  joker\n\tcyclone "])
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
+def test_short_prompts_are_what_transformers_gives(tmp_path, prompt, pad):
+    from transformers import CLIPTokenizer
+
+    folder = with_pad(tmp_path / "tokenizer", pad)
+    theirs = CLIPTokenizer.from_pretrained(folder, model_max_length=WINDOW)
+    expected = theirs([prompt], padding="max_length", max_length=WINDOW, truncation=True)["input_ids"]
+    ids = Tokenizer.from_folder(folder, window=WINDOW).encode([prompt])
+    assert ids.dtype == np.int32
+    np.testing.assert_array_equal(ids[:, 0], expected)
+
+
+def test_padding_follows_the_tokenizers_own_token(tmp_path, tokenizer):
+    other = Tokenizer.from_folder(with_pad(tmp_path / "tokenizer", "!"), window=WINDOW)
+    exclamation = tokenizer.vocabulary.convert_tokens_to_ids("!")  # as a beginning of words; alone it is another
+    assert (tokenizer.pad, other.pad) == (END, exclamation)
+    first, second = tokenizer.encode(["taco"])[0, 0], other.encode(["taco"])[0, 0]
+    count = len(tokenizer.words("taco")) + 2
+    np.testing.assert_array_equal(first[:count], second[:count])
+    assert (first[count:] == END).all()
+    assert (second[count:] == exclamation).all()
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(
+        st.lists(st.sampled_from(["red", "heart,", "cyclone", "a", "!", "umbrellas"]), max_size=40),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_nothing_is_cut(prompts):
+    tokenizer = Tokenizer.from_folder(FOLDER, window=WINDOW)
+    prompts = [" ".join(words) for words in prompts]
+    ids = tokenizer.encode(prompts)
+    longest = max(len(tokenizer.words(prompt)) for prompt in prompts)
+    assert ids.shape == (len(prompts), max(1, -(-longest // (WINDOW - 2))), WINDOW)
+    assert ids.shape[1] == max(tokenizer.chunks(prompt) for prompt in prompts)
+    for prompt, row in zip(prompts, ids, strict=True):
+        assert unwrapped(row) == tokenizer.words(prompt)
+
+
+@pytest.mark.parametrize(("words", "windows"), [(0, 1), (1, 1), (14, 1), (15, 2), (28, 2), (29, 3)])
+def test_windows_hold_all_but_begin_and_end(tokenizer, words, windows):
+    prompt = " ".join(["a"] * words)
+    assert len(tokenizer.words(prompt)) == words
+    assert tokenizer.chunks(prompt) == windows
+    ids = tokenizer.encode([prompt])[0]
+    assert (ids[:-1, -1] == END).all()  # every window but the last is full
+    assert (ids[:, 0] == BEGIN).all()
+
+
+def test_a_shorter_prompt_has_empty_windows_beside_a_longer_one(tokenizer):
+    ids = tokenizer.encode(["taco", "a " * 20])
+    assert ids.shape == (2, 2, WINDOW)
+    np.testing.assert_array_equal(ids[0, 0], tokenizer.encode(["taco"])[0, 0])
+    np.testing.assert_array_equal(ids[0, 1], tokenizer.encode([""])[0, 0])
+
+
+def test_so_many_windows_and_no_more_when_asked(tokenizer):
+    words = tokenizer.words("a red heart " * 10)
+    assert unwrapped(tokenizer.encode(["a red heart " * 10], chunks=2)[0]) == words[:28]
+    assert unwrapped(tokenizer.encode(["a red heart " * 10], chunks=5)[0]) == words
+    assert tokenizer.encode(["taco"], chunks=3).shape == (1, 3, WINDOW)
+    assert tokenizer.encode([]).shape == (0, 1, WINDOW)
+
+
+def test_another_window(tokenizer):
+    """SD's own is 77: from the text model, since tokenizer folders often leave it out."""
+    wide = Tokenizer.from_folder(FOLDER, window=77)
+    assert wide.chunks("a " * 75) == 1
+    assert wide.chunks("a " * 76) == 2
+    assert unwrapped(wide.encode(["a " * 76])[0]) == tokenizer.words("a " * 76)
+
+
+def test_the_model_draws_with_every_window():
+    """Two prompts that differ only after the first window give different contexts, of two windows."""
+    sd = sdjax.load("tiny")
+    first, second = sd.encode_text(["a " * 14 + "heart", "a " * 14 + "taco"])
+    assert first.shape == (2 * WINDOW, sd.unet.config.cross_attention_dim[0])
+    np.testing.assert_array_equal(first[:WINDOW], second[:WINDOW])
+    assert np.abs(np.asarray(first[WINDOW:] - second[WINDOW:])).max() > 0.1
+    np.testing.assert_allclose(sd.encode_text("a " * 14)[0], first[:WINDOW], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "no such tokenizer folder"),
+        ({}, "no CLIP vocabulary with begin and end tokens"),
+        ({"tokenizer.json": '{"a":'}, "not a readable CLIP tokenizer"),
+        ({"tokenizer.json": "{}"}, "not a readable CLIP tokenizer"),
+    ],
+)
+def test_a_bad_folder_is_named(tmp_path, files, message):
+    folder = tmp_path / "tokenizer"
+    if files is not None:
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    with pytest.raises(DataError, match=message) as caught:
+        Tokenizer.from_folder(folder, window=77)
+    assert str(folder) in str(caught.value)
