@@ -198,7 +198,11 @@ def save(path, **changes):
     source.mkdir(exist_ok=True)
     (source / "vocab.json").write_text("{}")
     arguments = {
-        "configs": {"unet": {"in_channels": 4}, "vae": {}, "text_encoder": {"architectures": ["CLIPTextModel"]}},
+        "configs": {
+            "unet": {"in_channels": 4},
+            "vae": {},
+            "text_encoder": {"architectures": ["FlaxCLIPTextModel"], "_name_or_path": "/home/me"},
+        },
         "params": {name: load(state_dict(table), table) for name, table in TABLES.items()},
         "tokenizers": {"tokenizer": source},
         "scheduler": {"_class_name": "FlaxDDIMScheduler", "beta_start": 0.00085},
@@ -281,7 +285,7 @@ save_folder({str(path)!r}, configs={{"unet": {{}}}}, params={{"unet": big}}, tok
             scheduler={{"_class_name": "x"}})
 """
     process = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not any(tmp_path.glob(".m.*.partial/unet/.diff*.tmp")) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -307,7 +311,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.requested.append(self.path)
         owner = re.search(r"^/(?:api/models/)?(\w+)/", self.path)
         name = owner[1] if owner else ""
-        errors = {"gated": (403, "GatedRepo"), "none": (404, "RepoNotFound"), "down": (500, "")}
+        errors = {"gated": (403, "GatedRepo"), "none": (404, "RepoNotFound")}
         if name in errors:
             status, code = errors[name]
             return self.send(status, b"", {"X-Error-Code": code})
@@ -439,16 +443,28 @@ def test_hub(hub):
 SIZES = {
     "sd1": {"linear": False, "context": 32, "layers": 2},
     "sd2": {"linear": True, "context": 32, "layers": 1},
+    "sdxl": {"linear": True, "context": 64, "layers": 1},
 }
 
 
 def build_pipeline(kind):
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     torch.manual_seed(0)
     size = SIZES[kind]
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 72,
+    }
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64),
@@ -458,18 +474,28 @@ def build_pipeline(kind):
         cross_attention_dim=size["context"],
         attention_head_dim=8,
         use_linear_projection=size["linear"],
+        **(added if kind == "sdxl" else {}),
     )
     vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8)
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=100, hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=77, bos_token_id=0, eos_token_id=2,
+    text = CLIPTextConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=77, bos_token_id=0, eos_token_id=2, projection_dim=24,
+    )  # fmt: skip
+    common = {"vae": vae, "text_encoder": CLIPTextModel(text), "unet": unet, "scheduler": DDIMScheduler()}
+    if kind == "sdxl":
+        return StableDiffusionXLPipeline(
+            **common,
+            text_encoder_2=CLIPTextModelWithProjection(text),
+            tokenizer=CLIPTokenizer(),
+            tokenizer_2=CLIPTokenizer(),
         )
-    )  # fmt: skip
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=text.eval(), tokenizer=CLIPTokenizer(), unet=unet, scheduler=DDIMScheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        **common,
+        tokenizer=CLIPTokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -478,7 +504,8 @@ def pipelines():
 
 
 def parts(pipeline):
-    return {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}
+    names = ("unet", "vae", "text_encoder", "text_encoder_2")
+    return {name: getattr(pipeline, name) for name in names if getattr(pipeline, name, None) is not None}
 
 
 def load_all(folder, models):
@@ -542,6 +569,9 @@ def test_what_we_save_diffusers_loads(tmp_path, pipelines, kind):
     )
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "ours", local_files_only=True)
     assert type(loaded) is type(pipeline)
+    ours = read_folder(tmp_path / "ours").model_index
+    theirs = {key: value for key, value in folder.model_index.items() if key != "_diffusers_version"}
+    assert {key: ours[key] for key in theirs} == theirs
     for name, model in parts(pipeline).items():
         other = getattr(loaded, name).state_dict()
         assert other.keys() == model.state_dict().keys()

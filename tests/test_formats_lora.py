@@ -170,6 +170,11 @@ def test_saving_what_cannot_be_saved(tmp_path):
         save_lora(path, lora, {"unet": expected(SD1)["unet"]})
     with pytest.raises(DataError, match="adapts no layer"):
         save_lora(path, {}, expected(SD1))
+    broken = jax.tree.map(np.copy, lora)
+    broken["unet"]["conv_in"]["up"][0, 0] = 1e6
+    for style in ("kohya", "peft"):
+        with pytest.raises(DataError, match=r"NaN or Inf in the LoRA \(as float16\): .*conv_in"):
+            save_lora(path, broken, expected(SD1), style=style, dtype=np.float16)
     batched = jax.tree.map(lambda x: np.stack([x, x]), lora)
     with pytest.raises(DataError, match="choose one to save"):
         save_lora(path, batched, expected(SD1))
@@ -333,6 +338,9 @@ def test_faults_in_kohya_files(tmp_path):
     empty = {f"{module}.lora_down.weight": (0, 4, 3, 3), f"{module}.lora_up.weight": (8, 0, 1, 1)}
     empty = {key: np.zeros(shape, np.float32) for key, shape in empty.items()}
     check("for a kernel", empty)
+    check("alpha: shape .* where one number", {f"{module}.alpha": np.ones(2, np.float32)})
+    check("alpha: shape .* where one number", {f"{module}.alpha": np.ones(0, np.float32)})
+    check("a scale of inf", {f"{module}.alpha": np.array(np.inf, np.float32)})
 
 
 def test_another_models_lora_is_recognised(tmp_path):

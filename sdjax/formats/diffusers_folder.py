@@ -117,7 +117,7 @@ def save_folder(
             _save_model(building / name, configs[name], name, tree, dtype)
         for name, folder in tokenizers.items():
             shutil.copytree(folder, building / name)
-        _write_json(building / "scheduler" / "scheduler_config.json", _without_flax(scheduler))
+        _write_json(building / "scheduler" / "scheduler_config.json", _portable(scheduler))
         _write_json(building / "model_index.json", _make_index(configs, tokenizers, scheduler, model_index or {}))
         _replace_folder(building, path)
     finally:
@@ -125,7 +125,8 @@ def save_folder(
 
 
 def _save_model(folder: Path, config: Mapping[str, Any], name: str, params: Mapping[str, Any], dtype: Any) -> None:
-    config = {"_class_name": _CLASSES[name][0]} | _without_flax(config) if name in ("unet", "vae") else dict(config)
+    default = {"_class_name": _CLASSES[name][0]} if name in ("unet", "vae") else {}
+    config = default | _portable(config)
     for key in ("dtype", "torch_dtype"):
         if key in config and dtype is not None:
             config[key] = np.dtype(dtype).name
@@ -141,7 +142,7 @@ def _make_index(
     kind = "StableDiffusionXL" if "text_encoder_2" in configs else "StableDiffusion"
     kind += "InpaintPipeline" if configs["unet"].get("in_channels", 4) == 9 else "Pipeline"
     settings = {key: value for key, value in old.items() if not isinstance(value, list)}
-    index = {"_class_name": kind, "_diffusers_version": "0.42.0"} | _without_flax(settings)
+    index = {"_class_name": kind, "_diffusers_version": "0.42.0"} | _portable(settings)
     index |= {name: [None, None] for name in _ABSENT}
     if kind.startswith("StableDiffusionXL"):
         index.setdefault("force_zeros_for_empty_prompt", True)
@@ -151,19 +152,21 @@ def _make_index(
     index |= {name: ["diffusers", _CLASSES[name][0]] for name in ("unet", "vae")}
     for name in ("text_encoder", "text_encoder_2"):
         if name in configs:
-            own = [item for item in configs[name].get("architectures") or [] if item in _TEXT_CLASSES]
+            own = [item for item in _portable(configs[name]).get("architectures", []) if item in _TEXT_CLASSES]
             default = _TEXT_CLASSES[name == "text_encoder_2"]
             index[name] = ["transformers", own[0] if own else default]
     index |= {name: ["transformers", "CLIPTokenizer"] for name in tokenizers}
-    index["scheduler"] = ["diffusers", _without_flax(scheduler)["_class_name"]]
+    index["scheduler"] = ["diffusers", _portable(scheduler)["_class_name"]]
     return dict(sorted(index.items()))
 
 
-def _without_flax(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config under the PyTorch class's name: nothing resolves the Flax ones any more."""
-    config = dict(config)
+def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config under PyTorch's class names (nothing resolves the Flax ones any more), without where it came from."""
+    config = {key: value for key, value in config.items() if key != "_name_or_path"}
     if "_class_name" in config:
         config["_class_name"] = config["_class_name"].removeprefix("Flax")
+    if "architectures" in config:
+        config["architectures"] = [name.removeprefix("Flax") for name in config["architectures"] or []]
     return config
 
 

@@ -79,14 +79,16 @@ def save_lora(
         raise DataError(f"{path}: the LoRA adapts layers the model has not: {listing(stray)}")
     if not adapters:
         raise DataError(f"{path}: the LoRA adapts no layer, nothing to save")
+    with np.errstate(over="ignore"):
+        tensors = write_peft(adapters, dtype) if style == "peft" else write_kohya(adapters, expected, dtype)
+    if bad := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+        raise DataError(f"{path}: NaN or Inf in the LoRA (as {np.dtype(dtype)}): {listing(bad)}")
     if style == "peft":
-        tensors = write_peft(adapters, dtype)
-        records = {"format": "pt"}
+        records = {"format": "pt"} | dict(metadata or {})
     else:
-        tensors = write_kohya(adapters, expected, dtype)
         records = kohya_metadata(tensors, expected) | dict(metadata or {})
         records |= kohya_hashes(tensors, records)
-    save_safetensors(path, tensors, records | dict(metadata or {}))
+    save_safetensors(path, tensors, records)
 
 
 def _check_family(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> None:

@@ -15,10 +15,10 @@ import numpy as np
 
 from sdjax.errors import DataError
 from sdjax.formats.ldm_names import ldm_name, ldm_prefixes
-from sdjax.formats.lora_layer import TorchAdapter
-from sdjax.formats.parameter_names import Path, listing, module_name
+from sdjax.formats.lora_layer import TorchAdapter, scalar
+from sdjax.formats.parameter_names import listing, module_name
 from sdjax.formats.safetensors_file import encode
-from sdjax.lora import layers
+from sdjax.lora import Path, layers
 
 _READ_PREFIXES = {
     "unet": ("lora_unet_",),
@@ -73,7 +73,7 @@ def read_kohya(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -
             raise DataError(f"{module} and another name mean the same layer")
         down = held["lora_down.weight"]
         rank = down.shape[0] if down.ndim else 1
-        alpha = float(held["alpha"].astype(np.float32).reshape(-1)[0]) if "alpha" in held else 0.0
+        alpha = scalar(held["alpha"], f"{module}.alpha") if "alpha" in held else 0.0
         scale = alpha / rank if alpha and rank else 1.0
         adapters[path] = TorchAdapter(down, held["lora_up.weight"], scale, held.get("dora_scale"))
     if unknown:

@@ -1,5 +1,6 @@
 """One layer's adapter: PyTorch's layout <-> ours."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ def from_torch(adapter: TorchAdapter, kernel: tuple[int, ...], name: str) -> dic
     Raises DataError naming `name` for shapes that do not belong to that kernel, integers, NaN and Inf.
     """
     down, up = (_to_float32(array, name) for array in (adapter.down, adapter.up))
+    if not math.isfinite(adapter.scale):
+        raise DataError(f"{name}: a scale of {adapter.scale}")
     if up.ndim == 4 and up.shape[2:] == (1, 1):
         up = up[:, :, 0, 0]
     if down.ndim == 4:
@@ -50,9 +53,8 @@ def from_torch(adapter: TorchAdapter, kernel: tuple[int, ...], name: str) -> dic
         wide = [size for size in adapter.magnitude.shape if size != 1]
         one_an_input = adapter.magnitude.ndim == 2 and adapter.magnitude.shape[0] == 1 and kernel[-1] != 1
         if adapter.magnitude.size != kernel[-1] or len(wide) > 1 or one_an_input:
-            raise DataError(
-                f"{name}: a DoRA magnitude {list(adapter.magnitude.shape)}, one a output is {kernel[-1]} numbers"
-            )
+            shape = list(adapter.magnitude.shape)
+            raise DataError(f"{name}: a DoRA magnitude {shape} where each of {kernel[-1]} outputs has one number")
         layer["magnitude"] = _to_float32(adapter.magnitude, name).reshape(-1)
     return layer
 
@@ -69,6 +71,13 @@ def to_torch(layer: Mapping[str, Any], name: str) -> TorchAdapter:
         down = down.T
     magnitude = np.asarray(layer["magnitude"], np.float32) if "magnitude" in layer else None
     return TorchAdapter(down, up, float(scale), magnitude)
+
+
+def scalar(tensor: np.ndarray, name: str) -> float:
+    """The one number an alpha holds."""
+    if tensor.size != 1:
+        raise DataError(f"{name}: shape {list(tensor.shape)} where one number is expected")
+    return float(tensor.astype(np.float32).reshape(()))
 
 
 def _to_float32(array: np.ndarray, name: str) -> np.ndarray:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from sdjax.errors import DataError
-from sdjax.formats.lora_layer import TorchAdapter
-from sdjax.formats.parameter_names import Path, listing, module_name
-from sdjax.lora import layers
+from sdjax.formats.lora_layer import TorchAdapter, scalar
+from sdjax.formats.parameter_names import listing, module_name
+from sdjax.lora import Path, layers
 
 _ADAPTER = r"(?:\.(?!weight$)\w+)?"  # PEFT's adapter name, as in lora_A.default.weight
 _SPELLINGS = (
@@ -124,7 +124,7 @@ def _scale(settings: Mapping[str, Any], component: str, module: str, rank: int, 
     alpha = _pattern_value(settings.get(f"{component}.alpha_pattern"), module)
     alpha = settings.get(f"{component}.lora_alpha") if alpha is None else alpha
     if tensor is not None:
-        alpha = float(tensor.astype(np.float32).reshape(-1)[0])
+        alpha = scalar(tensor, f"{component}.{module}.alpha")
     if alpha is None:
         return 1.0
     if not isinstance(alpha, (int, float)):
@@ -134,7 +134,9 @@ def _scale(settings: Mapping[str, Any], component: str, module: str, rank: int, 
 
 def _pattern_value(patterns: Any, module: str) -> Any:
     """PEFT's rule for plain names: the first that is the module's name or its end after a dot."""
-    for name, value in (patterns or {}).items():
+    if not isinstance(patterns, dict):
+        return None
+    for name, value in patterns.items():
         if not re.fullmatch(r"[\w.]+", name):
             raise DataError(f"the metadata gives an alpha by the regular expression {name!r}, which is not supported")
         if f".{module}".endswith("." + name.removeprefix("text_model.")):

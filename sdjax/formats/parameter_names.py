@@ -14,9 +14,7 @@ import numpy as np
 
 from sdjax.errors import DataError
 from sdjax.formats.safetensors_file import is_floating
-from sdjax.lora import nest
-
-Path = tuple[str, ...]
+from sdjax.lora import Path, nest
 
 _INDEXED = re.compile(
     r"(down_blocks|up_blocks|attentions|resnets|transformer_blocks|downsamplers|upsamplers|layers|net|to_out)_(\d+)"

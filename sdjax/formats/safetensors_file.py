@@ -71,7 +71,7 @@ def read_safetensors(path: str | os.PathLike) -> SafetensorsFile:
             raise DataError(f"{path}: {_impostor(head) or _bad_length(size, length)}")
         file.seek(8)
         header = _parse_header(path, file.read(length), head)
-        # Private so that nobody's write reaches the file; the mapping lives as long as a view of it.
+        # Read-only, and alive as long as a view of it is.
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     metadata = header.pop("__metadata__", {})

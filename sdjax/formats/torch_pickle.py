@@ -314,7 +314,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _encode,
     "__builtin__.set": _unchanged,
     "builtins.set": _unchanged,
-    "torch.nn.parameter.Parameter": _stand_in,
+    "torch.nn.parameter.Parameter": _stand_in,  # the type `_rebuild_from_type_v2` is told, which it ignores
     # Wraps the embeddings of early Textual Inversion files.
     "torch.nn.modules.container.ParameterDict": _stand_in,
     # Found among the bookkeeping of CompVis's checkpoints.
