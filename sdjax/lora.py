@@ -72,7 +72,9 @@ def targets(params: Mapping[str, Any], which: str | Sequence[str] = "attention")
     """
     if isinstance(which, str):
         if which not in TARGETS:
-            raise ConfigError(f"lora_targets = {which!r}: choices are {', '.join(TARGETS)}, or a list of regular expressions")
+            raise ConfigError(
+                f"lora_targets = {which!r}: choices are {', '.join(TARGETS)}, or a list of regular expressions"
+            )
         patterns, convolutions = TARGETS[which]
     else:
         patterns, convolutions = tuple(which), True
@@ -222,8 +224,10 @@ def _pad_rank(adapter: Tree, rank: int) -> Tree:
     return {"down": down, "up": jnp.pad(adapter["up"], ((0, extra), (0, 0))), "scale": jnp.asarray(adapter["scale"])}
 
 
-def extract(tuned: Mapping[str, Any], base: Mapping[str, Any], *, rank: int, which: str | Sequence[str] = "attention") -> Tree:
-    """The best adapter of the given rank for `tuned - base`, layer by layer: its truncated SVD (Eckart and Young 1936)."""
+def extract(
+    tuned: Mapping[str, Any], base: Mapping[str, Any], *, rank: int, which: str | Sequence[str] = "attention"
+) -> Tree:
+    """The best adapter of the given rank for `tuned - base`, layer by layer: truncated SVD (Eckart and Young 1936)."""
     kernels = targets(base, which)
     adapters = {}
     for path, layer in layers(tuned, "kernel"):

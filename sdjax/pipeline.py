@@ -227,9 +227,11 @@ class StableDiffusion:
         sizes = jnp.asarray([height, width, 0, 0, height, width], jnp.float32)
         return {"text_embeds": pooled, "time_ids": jnp.broadcast_to(sizes, (pooled.shape[0], 6))}
 
-    def encode_image(self, images: Sequence[Image.Image] | Float[Array, "B H W 3"]) -> Float[Array, "B h w 4"]:
+    def encode_image(
+        self, images: Sequence[Image.Image] | Float[Array | np.ndarray, "B H W 3"]
+    ) -> Float[Array, "B h w 4"]:
         """Scaled mean of the posterior. images: pictures of one size, or values in [0, 1]."""
-        if not hasattr(images, "shape"):
+        if not isinstance(images, (Array, np.ndarray)):
             images = np.stack([_pixels(image, *image.size) for image in images])
         pixels = jnp.asarray(images, jnp.float32)
         means = [_encode_image(self.vae, self.params["vae"], pixels[i : i + 1]) for i in range(len(pixels))]
@@ -380,7 +382,7 @@ def load_weights(sd: StableDiffusion, part: str) -> dict[str, Any]:
 def encode_ids(
     text_models: Mapping[str, clip.TextModel],
     params: Mapping[str, Any],
-    ids: Mapping[str, Int[Array, "B n T"]],
+    ids: Mapping[str, Int[Array | np.ndarray, "B n T"]],
     hidden: HiddenState,
     adapters: Mapping[str, Any] | None = None,
 ) -> tuple[Float[Array, "B n*T D"], Float[Array, "B P"]]:
@@ -403,9 +405,7 @@ def _encode_ids(models, hidden, params, ids, adapters):
         if name in adapters:
             variables["lora"] = adapters[name]
         flat = ids[name].reshape(batch * windows, length)
-        context, pooled = model.apply(
-            variables, flat, clip_skip=hidden.clip_skip, final_norm=hidden.final_norm
-        )
+        context, pooled = model.apply(variables, flat, clip_skip=hidden.clip_skip, final_norm=hidden.final_norm)
         contexts.append(context.reshape(batch, windows * length, -1))
         pooled = pooled.reshape(batch, windows, -1)[:, 0]
     return jnp.concatenate(contexts, axis=-1), pooled
@@ -439,7 +439,7 @@ def guided_denoise(
     copies = context.shape[0] // x.shape[0]
     timesteps = jnp.full((context.shape[0],), level.timestep, jnp.float32)
     out = model.apply({"params": params}, jnp.tile(x, (copies, 1, 1, 1)), timesteps, context, added)
-    out = out.astype(jnp.float32)
+    out = jnp.asarray(out, jnp.float32)
     if copies == 2:
         uncond, cond = jnp.split(out, 2)
         guided = uncond + guidance * (cond - uncond)

@@ -16,7 +16,7 @@ def stage(**changes):
 
 def adapter(seed, **more):
     random = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)  # noqa: E731
+    draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
     return {"block": {"to_q": {"down": draw(4, 2), "up": draw(2, 3), **more}}}
 
 
@@ -71,7 +71,7 @@ def test_adamw_with_a_rate_for_each_part_and_for_up():
     share = [float(make_schedule("linear", 1.0, s.steps, 3)(n)) for n in range(6)]
     for part in rates:
         for leaf in start[part]["block"]["to_q"]:
-            get = lambda tree, part=part, leaf=leaf: np.asarray(tree[part]["block"]["to_q"][leaf])  # noqa: E731
+            get = lambda tree, part=part, leaf=leaf: np.asarray(tree[part]["block"]["to_q"][leaf])
             ratio = 16.0 if leaf == "up" else 1.0
             expected = numpy_adamw(
                 get(start),

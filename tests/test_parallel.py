@@ -36,7 +36,7 @@ def train_step(state, frozen, batch, key, *, reduce):
 
 def problem():
     random = np.random.default_rng(0)
-    draw = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
+    draw = lambda *shape: random.normal(size=shape).astype(np.float32)
     adapter = {"down": draw(IN, 2), "up": draw(2, OUT)}
     state = {"adapter": adapter, "optimizer": OPTIMIZER.init(adapter), "key": jax.random.key(5)}
     batches = [

@@ -59,7 +59,7 @@ def cache_latents(
     flip: bool = False,
     on_bad_image: Literal["skip", "fail"] = "fail",
     batch_size: int = 4,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Latents:
     """The posterior moments of every image, from the cache in `folder` or else by `encode` (then cached there).
 

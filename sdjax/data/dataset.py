@@ -1,7 +1,7 @@
 """Cached arrays + a plan -> the batches of a run, made ahead of time in the background."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
@@ -50,7 +50,7 @@ def make_batch(dataset: Dataset, plan: Plan, number: int) -> Batch:
     }
 
 
-def prefetch(make: Callable[[int], T], numbers: Iterable[int], *, depth: int = 2, workers: int = 1) -> Iterator[T]:
+def prefetch(make: Callable[[int], T], numbers: Iterable[int], *, depth: int = 2, workers: int = 1) -> Generator[T]:
     """`make(n)` for each n, in order, computed up to `depth` ahead by background threads.
 
     What `make` raises comes out at its own place. Closing the iterator drops what was not yet begun.

@@ -33,9 +33,13 @@ class TextConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> "TextConfig":
         """Reads a transformers `config.json`; only `CLIPTextModelWithProjection` has a projection."""
         if config.get("model_type", "clip_text_model") != "clip_text_model":
-            raise ConfigError(f"text model config: model_type = {config['model_type']!r}; only clip_text_model is supported")
+            raise ConfigError(
+                f"text model config: model_type = {config['model_type']!r}; only clip_text_model is supported"
+            )
         if config.get("hidden_act", "quick_gelu") not in ACTIVATIONS:
-            raise ConfigError(f"text model config: hidden_act = {config['hidden_act']!r}; choices: {', '.join(ACTIVATIONS)}")
+            raise ConfigError(
+                f"text model config: hidden_act = {config['hidden_act']!r}; choices: {', '.join(ACTIVATIONS)}"
+            )
         values = {field.name: config[field.name] for field in dataclasses.fields(cls) if field.name in config}
         projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
         values["projection_dim"] = config.get("projection_dim", 512) if projects else None

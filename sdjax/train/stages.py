@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree, UInt8
 
@@ -151,13 +152,13 @@ def result(earlier: Adapters, state: State, scales: PyTree) -> Adapters:
 
 def _find_images(data: Data, key: str) -> tuple[tuple[Record, ...], tuple[Record, ...], str]:
     """Training images, held-out images, and a fingerprint of everything under data.path."""
-    captions = {"caption": data.caption, "missing_caption": data.missing_caption}
-    everything = records.scan(data.path, **captions)
+    scan = functools.partial(records.scan, caption=data.caption, missing_caption=data.missing_caption)
+    everything = scan(data.path)
     training, held_out = everything, ()
     if data.validation_path:
         if not Path(data.validation_path).is_dir():
             raise DataError(f"{key}: data.validation_path = {data.validation_path!r} is not a folder")
-        held_out = records.scan(data.validation_path, **captions)
+        held_out = scan(data.validation_path)
     elif data.validation_count or data.validation_fraction:
         training, held_out = records.split(everything, count=data.validation_count, fraction=data.validation_fraction)
     return training, held_out, records.fingerprint(everything)
@@ -346,7 +347,7 @@ def _encode_texts(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _moments(module: AutoencoderKL, params: PyTree, images: Array) -> Array:
-    return module.apply({"params": params}, images, method="encode")
+    return jnp.asarray(module.apply({"params": params}, images, method="encode"))
 
 
 def _bar(title: str, total: int):
