@@ -1,0 +1,140 @@
+"""The sampler's and the trainer's step at SD1.5's full size lower for GPUs and TPUs, on a machine with neither.
+
+Nothing is computed: shapes go in, and the text of the program that would run there comes out.
+"""
+
+import functools
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sdjax import lora, pipeline, sampling
+from sdjax.config import Stage
+from sdjax.diffusion import NoiseSchedule
+from sdjax.models import clip, unet, vae
+from sdjax.models.layers import Compute
+from sdjax.pipeline import HiddenState, StableDiffusion
+from sdjax.train.optimizers import make_optimizer
+from sdjax.train.step import Recipe, init_state, make_train_step
+
+SD15 = unet.UNetConfig.from_dict({"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64})
+PLATFORMS = {"cuda": "gpu", "tpu": "tpu"}  # JAX's name for lowering, ours for computing
+CUDNN, CUDNN_BACKWARD, MOSAIC = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward", "tpu_custom_call"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch):
+    """cuDNN's version is asked for at tracing, and JAX's own flash kernel mixes dtypes in half precision."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    library = types.SimpleNamespace(cudnn_get_version=lambda: 90800)
+    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", library)
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def of_dtype(tree, dtype):
+    return jax.tree.map(lambda leaf: shape(*leaf.shape, dtype=dtype), tree)
+
+
+@functools.cache
+def model(platform, dtype):
+    """SD1.5 as `outline` gives it: modules and shapes, no weights."""
+    compute = Compute(dtype=jnp.dtype(dtype), platform=PLATFORMS[platform])
+    text = clip.TextConfig(eos_token_id=49407)
+    params = {"unet": unet.abstract_params(SD15), "text_encoder": clip.abstract_params(text)}
+    return StableDiffusion(
+        unet=unet.UNet(SD15, compute),
+        vae=vae.AutoencoderKL(vae.VAEConfig(), compute),
+        text_models={"text_encoder": clip.TextModel(text, compute)},
+        params=of_dtype(params, dtype),
+        tokenizers={},
+        schedule=NoiseSchedule.from_config({}),
+        folder=None,
+        name="sd15",
+    )
+
+
+def kernels(traced, platform):
+    """Names of the custom kernels in the program lowered for a platform."""
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert len(text) > 100_000
+    return set(re.findall(r"custom_call @([\w$]+)", text))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_the_sampler_step_lowers(platform, dtype):
+    """512 x 512 pixels, two pictures with guidance."""
+    sd = model(platform, dtype)
+    batch = 2
+    latents = shape(batch, 64, 64, 4)
+    traced = pipeline._sampler_step.trace(
+        sd.unet,
+        "epsilon",
+        sd.params["unet"],
+        sampling.State(latents, shape(sampling.HISTORY, *latents.shape)),
+        shape(dtype=jnp.int32),
+        sampling.plan(sd.schedule, "dpmpp_2m", 20),
+        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)),
+        shape(2 * batch, 77, 768, dtype=dtype),
+        None,
+        shape(),
+        shape(),
+    )
+    found = kernels(traced, platform)
+    if platform == "tpu":
+        assert found == {MOSAIC}
+    else:
+        assert found == ({CUDNN} if dtype == "bfloat16" else set())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_the_train_step_lowers(platform, dtype):
+    """A LoRA on the U-Net and the text model, dropout and min-SNR weighting, two images of 512 x 512 pixels."""
+    sd = model(platform, dtype)
+    parts = ("unet", "text_encoder")
+    stage = Stage(
+        name="style", train=("lora",), steps=10, learning_rate=1e-4, lora_parts=parts, lora_dropout=0.1, min_snr_gamma=5
+    )
+    optimizer = make_optimizer(stage, parts)
+
+    def start():
+        params = {part: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), sd.params[part]) for part in parts}
+        adapters = {part: lora.init(jax.random.key(0), params[part], rank=4) for part in parts}
+        trained, scales = ({part: lora.split(tree)[i] for part, tree in adapters.items()} for i in (0, 1))
+        return init_state(optimizer, trained), {"params": params, "scales": scales}
+
+    state, frozen = jax.eval_shape(start)
+    batch = {
+        "moments": shape(2, 64, 64, 8),
+        "index": shape(2, dtype=jnp.int32),
+        "text_encoder": shape(2, 1, 77, dtype=jnp.int32),
+    }
+    recipe = Recipe(sd, stage, optimizer, HiddenState(1, final_norm=True), resolution=512)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    found = kernels(jax.jit(make_train_step(recipe)).trace(state, frozen, batch, key), platform)
+    if platform == "tpu":
+        assert found == {MOSAIC}
+    else:
+        assert found == ({CUDNN, CUDNN_BACKWARD} if dtype == "bfloat16" else set())
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_the_other_parts_lower(platform):
+    """Encoding prompts and pictures and decoding latents, in bfloat16."""
+    sd = model(platform, "bfloat16")
+    models, hidden = tuple(sd.text_models.items()), HiddenState(1, final_norm=True)
+    ids = {"text_encoder": shape(2, 1, 77, dtype=jnp.int32)}
+    kernels(pipeline._encode_ids.trace(models, hidden, sd.params, ids, {}), platform)
+    params = of_dtype(vae.abstract_params(sd.vae.config), jnp.bfloat16)
+    kernels(pipeline._encode_image.trace(sd.vae, params, shape(1, 512, 512, 3)), platform)
+    kernels(pipeline._decode_latents.trace(sd.vae, params, shape(1, 64, 64, 4)), platform)
