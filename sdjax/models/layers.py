@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from sdjax.models.convolution import convolution
+from sdjax.models.convolution import convolution, upsample_nearest, upsampled_convolution
+from sdjax.models.norms import group_norm, layer_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +34,6 @@ class Compute:
         """The platform computed for: the one asked for, else JAX's default backend."""
         backend = self.platform or jax.default_backend()
         return "gpu" if backend in ("cuda", "rocm") else backend
-
-
-# For what is cheap to compute and large to keep: the backward pass keeps its inputs and computes it again. Nothing
-# here is inside a loop, so the barriers against common subexpressions stay.
-recomputed = jax.checkpoint
 
 
 class Dense(nn.Module):
@@ -71,7 +67,8 @@ class Conv(nn.Module):
     padding: Sequence[tuple[int, int]] | None = None  # None: size // 2 on every side
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    def __call__(self, x: Float[Array, "B H W C"], enlarged: tuple[int, int] | None = None) -> Float[Array, "B h w D"]:
+        """enlarged: height and width x is brought to (nearest neighbour) before the convolution."""
         dtype = self.compute.dtype
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
@@ -82,9 +79,13 @@ class Conv(nn.Module):
         def convolve(x, kernel):
             return convolution(x, kernel.astype(dtype), self.stride, padding, self.compute.target)
 
-        y = convolve(x, kernel)
+        large = x if enlarged is None else upsample_nearest(x, *enlarged)  # left out of the program where nothing uses it
+        if enlarged == (2 * x.shape[1], 2 * x.shape[2]) and self.compute.target == "cpu":
+            y = upsampled_convolution(x, kernel.astype(dtype), self.compute.target)
+        else:
+            y = convolve(large, kernel)
         if self.has_variable("lora", "down"):
-            y = _adapt(self, x, y, kernel, convolve)
+            y = _adapt(self, large, y, kernel, convolve)
         return y + bias.astype(dtype)
 
 
@@ -138,22 +139,10 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *S C"]) -> Float[Array, "B *S C"]:
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
-
-        def normalise(x, scale, bias):
-            grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
-            mean = jnp.mean(grouped, axis=(1, 3), keepdims=True)
-            variance = jnp.mean(jnp.square(grouped - mean), axis=(1, 3), keepdims=True)
-            # One multiply-add per element: the group's statistics are folded into the channel's scale and bias first.
-            gain = jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(self.groups, -1)
-            y = (grouped * gain + (bias.reshape(self.groups, -1) - mean * gain)).reshape(x.shape)
-            if self.silu:
-                y = nn.silu(y)
-            return y.astype(self.compute.dtype)
-
-        return recomputed(normalise)(x, scale, bias)
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        y = group_norm(x, scale, bias, self.groups, self.epsilon, self.silu, self.compute.target)
+        return y.astype(self.compute.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -164,17 +153,10 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
-
-        def normalise(x, scale, bias):
-            x = x.astype(jnp.float32)
-            mean = jnp.mean(x, axis=-1, keepdims=True)
-            variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
-            y = (x - mean) * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
-            return y.astype(self.compute.dtype)
-
-        return recomputed(normalise)(x, scale, bias)
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        y = layer_norm(x, scale, bias, self.epsilon, self.compute.target)
+        return y.astype(self.compute.dtype)
 
 
 class Embed(nn.Module):
@@ -200,17 +182,6 @@ def timestep_embedding(
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     embedding = jnp.concatenate([cos, sin] if flip_sin_to_cos else [sin, cos], axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, width % 2)))
-
-
-def upsample_nearest(x: Float[Array, "B H W C"], height: int, width: int) -> Float[Array, "B h w C"]:
-    """Nearest-neighbour enlargement, PyTorch's rule `source = floor(i * in / out)`."""
-    batch, h, w, channels = x.shape
-    if (height, width) == (2 * h, 2 * w):
-        doubled = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, h, 2, w, 2, channels))
-        return doubled.reshape(batch, height, width, channels)
-    rows = jnp.arange(height) * h // height
-    columns = jnp.arange(width) * w // width
-    return x[:, rows][:, :, columns]
 
 
 ACTIVATIONS = {
@@ -261,6 +232,4 @@ class Resample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], size: tuple[int, int] | None = None) -> Array:
-        if size is not None:
-            x = upsample_nearest(x, *size)
-        return Conv(x.shape[-1], self.compute, stride=self.stride, padding=self.padding, name="conv")(x)
+        return Conv(x.shape[-1], self.compute, stride=self.stride, padding=self.padding, name="conv")(x, size)

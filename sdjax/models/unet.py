@@ -20,7 +20,6 @@ from sdjax.models.layers import (
     LayerNorm,
     Resample,
     ResnetBlock,
-    recomputed,
     timestep_embedding,
 )
 
@@ -145,7 +144,7 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        @recomputed
+        @jax.checkpoint  # cheap to compute again, and four times as wide as the rest to keep
         def gated(projected):
             value, gate = jnp.split(projected, 2, axis=-1)
             return value * ACTIVATIONS["gelu"](gate)
@@ -251,8 +250,8 @@ class Stack(nn.Module):
                 )(x, context)
             outputs.append(x)
         if self.downsample:
-            padding = ((config.downsample_padding,) * 2,) * 2
-            x = Resample(self.compute, 2, padding, name="downsamplers_0")(x)
+            pad = (config.downsample_padding, config.downsample_padding)
+            x = Resample(self.compute, 2, (pad, pad), name="downsamplers_0")(x)
             outputs.append(x)
         if self.upsample:
             x = Resample(self.compute, name="upsamplers_0")(x, size)
@@ -369,6 +368,7 @@ class UNet(nn.Module):
             j = last - i  # the level on the way down at the same size
             layers = config.layers_per_block[j] + 1
             taken, skips = skips[-layers:], skips[:-layers]
+            size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None  # an odd size is not doubled exactly
             x, _ = Stack(
                 config,
                 channels[j],
@@ -380,7 +380,7 @@ class UNet(nn.Module):
                 compute,
                 upsample=i < last,
                 name=f"up_blocks_{i}",
-            )(x, time, context, taken, skips[-1].shape[1:3] if skips else None)
+            )(x, time, context, taken, size)
 
         if config.norm_num_groups is not None:
             x = GroupNorm(config.norm_num_groups, config.norm_eps, compute, silu=config.act_fn == "silu", name="conv_norm_out")(x)
@@ -395,7 +395,9 @@ def abstract_inputs(config: UNetConfig, batch: int = 1, size: int | None = None,
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     added = {}
     if config.addition_embed_type == "text_time":
-        embeds = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        width, time = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+        assert width and time, "text_time configs have both"
+        embeds = width - 6 * time
         added = {"text_embeds": f32(batch, embeds), "time_ids": f32(batch, 6)}
     if config.time_cond_proj_dim:
         added["timestep_cond"] = f32(batch, config.time_cond_proj_dim)
