@@ -22,6 +22,7 @@ import optax
 from sdjax import lora
 from sdjax.models.layers import Compute
 from sdjax.models.unet import UNet, UNetConfig, abstract_params
+from sdjax.train.parallel import memory_first
 
 CONFIGS = {
     "sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
@@ -84,7 +85,7 @@ def build(args):
         out = unet.apply(variables, latents, timesteps, trained if args.mode == "ti" else context)
         return jnp.mean(jnp.square(out.astype(jnp.float32) - noise))
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=memory_first(jax.default_backend()))
     def step(state, params):
         trained, moments = state
         gradient = jax.grad(loss)(trained, params)
