@@ -81,9 +81,7 @@ class StableDiffusion:
             clip_skip=clip_skip,
         )  # fmt: skip
         plan = self._plan(request)
-        noise = request.noise(self) if latents is None else jnp.asarray(latents, jnp.float32)
-        if noise.shape != request.latent_shape(self):
-            raise ConfigError(f"latents have shape {noise.shape}; this call needs {request.latent_shape(self)}")
+        noise = self._noise(request, latents)
         return self._draw(request, plan, sampling.initial(plan, noise), progress)
 
     def img2img(
@@ -124,9 +122,9 @@ class StableDiffusion:
         count = len(request.prompts)
         if len(images) not in (1, count):
             raise ConfigError(f"{len(images)} images for {count} pictures: give one, or one each")
+        noise = self._noise(request, latents)
         pixels = np.stack([_pixels(picture, width, height) for picture in images])
         start = jnp.broadcast_to(self.encode_image(pixels), request.latent_shape(self))
-        noise = request.noise(self) if latents is None else jnp.asarray(latents, jnp.float32)
         return self._draw(request, plan, sampling.initial_from_image(plan, start, noise), progress)
 
     def _request(self, prompt, negative_prompt, num_images, seed, height, width) -> "Request":
@@ -153,31 +151,69 @@ class StableDiffusion:
             self.schedule, request.sampler, request.steps, karras=request.karras, strength=request.strength
         )
 
-    def _draw(self, request: "Request", plan: sampling.Plan, state: sampling.State, progress: bool):
-        from tqdm.auto import tqdm
+    def _noise(self, request: "Request", latents: Float[Array, "B h w 4"] | None) -> Float[Array, "B h w 4"]:
+        """The latents given, else the seeds' own."""
+        noise = request.noise(self) if latents is None else jnp.asarray(latents, jnp.float32)
+        if noise.shape != request.latent_shape(self):
+            raise ConfigError(f"latents have shape {noise.shape}; this call needs {request.latent_shape(self)}")
+        return noise
 
-        context, added = self._condition(request)
-        guidance, rescale = jnp.float32(request.guidance), jnp.float32(request.guidance_rescale)
-        for i in tqdm(range(int(plan.length)), desc=request.sampler, disable=not progress, leave=False):
-            state = _sampler_step(
-                self.unet, self.schedule.prediction_type, self.params["unet"], state, np.int32(i), plan,
-                request.keys, context, added, guidance, rescale,
-            )  # fmt: skip
+    def _draw(self, request: "Request", plan: sampling.Plan, state: sampling.State, progress: bool):
+        # Prompts longer than the window give a longer context. Pictures whose contexts are equally long are drawn
+        # together, so that none depends on how long its neighbours' prompts are.
+        groups: dict[int, list[int]] = {}
+        for row, texts in enumerate(zip(request.negatives, request.prompts, strict=True)):
+            groups.setdefault(self._windows(texts if self._guided(request) else texts[1:]), []).append(row)
+        latents = np.empty(state.latents.shape, np.float32)
+        for windows, rows in groups.items():
+            own = state
+            if len(groups) > 1:
+                own = sampling.State(state.latents[np.array(rows)], state.history[:, np.array(rows)])
+            latents[rows] = self._denoise(request, rows, windows, plan, own, progress)
         pictures = []
-        for i, pixels in enumerate(np.asarray(self.decode_latents(state.latents))):
+        for i, pixels in enumerate(np.asarray(self.decode_latents(latents))):
             picture = Image.fromarray(np.round(pixels * 255).astype(np.uint8))
             picture.info["parameters"] = parameters_text(dataclasses.asdict(request), i, model=self.name)
             pictures.append(picture)
         return pictures
 
-    def _condition(self, request: "Request") -> tuple[Array, dict[str, Array] | None]:
-        """Context and added conditions of the batch; the unconditional half comes first when guidance is on."""
-        guided = request.guidance != 1.0 and not self.unet.config.time_cond_proj_dim
-        texts = [*request.negatives, *request.prompts] if guided else list(request.prompts)
-        context, pooled = self.encode_prompts(texts, clip_skip=request.clip_skip)
+    def _denoise(
+        self,
+        request: "Request",
+        rows: Sequence[int],
+        windows: int,
+        plan: sampling.Plan,
+        state: sampling.State,
+        progress,
+    ) -> np.ndarray:
+        """Final latents of the given rows of a request."""
+        from tqdm.auto import tqdm
+
+        context, added = self._condition(request, rows, windows)
+        keys = request.keys[np.array(rows)]
+        guidance, rescale = jnp.float32(request.guidance), jnp.float32(request.guidance_rescale)
+        for i in tqdm(range(int(plan.length)), desc=request.sampler, disable=not progress, leave=False):
+            state = _sampler_step(
+                self.unet, self.schedule.prediction_type, self.params["unet"], state, np.int32(i), plan,
+                keys, context, added, guidance, rescale,
+            )  # fmt: skip
+        return np.asarray(state.latents)
+
+    def _guided(self, request: "Request") -> bool:
+        """Whether an unconditional half is drawn beside; guidance 1 needs none, nor a model that takes it as input."""
+        return request.guidance != 1.0 and not self.unet.config.time_cond_proj_dim
+
+    def _condition(
+        self, request: "Request", rows: Sequence[int], windows: int
+    ) -> tuple[Array, dict[str, Array] | None]:
+        """Context and added conditions of the given rows; the unconditional half comes first when guidance is on."""
+        prompts, negatives = ([texts[row] for row in rows] for texts in (request.prompts, request.negatives))
+        guided = self._guided(request)
+        texts = [*negatives, *prompts] if guided else prompts
+        context, pooled = self.encode_prompts(texts, clip_skip=request.clip_skip, chunks=windows)
         if guided and self.folder.model_index.get("force_zeros_for_empty_prompt"):
             # SDXL was trained with zeros, not an encoded empty text, where the prompt was dropped.
-            empty = jnp.asarray([not text for text in request.negatives] + [False] * len(request.prompts))
+            empty = jnp.asarray([not text for text in negatives] + [False] * len(prompts))
             context = jnp.where(empty[:, None, None], jnp.zeros((), context.dtype), context)
             pooled = jnp.where(empty[:, None], jnp.zeros((), pooled.dtype), pooled)
         added = self.added_conditions(pooled, request.height, request.width) or {}
@@ -207,8 +243,12 @@ class StableDiffusion:
     def tokenize(self, prompts: Sequence[str], *, chunks: int | None = None) -> dict[str, Int[np.ndarray, "B n T"]]:
         """Token ids for each text model, in equally many windows."""
         tokenizers = {name: self.tokenizers[TEXT_ENCODERS[name]] for name in self.text_models}
-        count = chunks or max(t.chunks(prompt) for t in tokenizers.values() for prompt in prompts)
+        count = chunks or self._windows(prompts)
         return {name: tokenizer.encode(prompts, chunks=count) for name, tokenizer in tokenizers.items()}
+
+    def _windows(self, prompts: Sequence[str]) -> int:
+        """Windows the longest of the prompts takes in any text model."""
+        return max(tokenizer.chunks(prompt) for tokenizer in self.tokenizers.values() for prompt in prompts)
 
     def _check_clip_skip(self, clip_skip: int | None) -> None:
         layers = min(model.config.num_hidden_layers for model in self.text_models.values())
