@@ -99,7 +99,7 @@ def make_train_step(recipe: Recipe) -> TrainStep:
                 lambda part: gradient_of(state.trainable, frozen, part, key), batch, recipe.accumulation
             )
         loss, gradients = reduce((loss, gradients))
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, optimizer = recipe.optimizer.update(gradients, state.optimizer, state.trainable)
         moved = optax.apply_updates(state.trainable, updates)

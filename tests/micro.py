@@ -1,0 +1,125 @@
+"""A model too small to draw anything, with random weights, and a handful of pictures: what training tests run on."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageDraw
+
+from sdjax import pipeline
+from sdjax.config import RunConfig, from_table
+from sdjax.formats.diffusers_folder import save_folder
+from sdjax.models import clip, unet, vae
+
+UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "in_channels": 4,
+    "out_channels": 4,
+    "sample_size": 8,
+    "block_out_channels": [16, 32],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "mid_block_type": None,
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 2,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 16,
+}
+XL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 16 + 6 * 8,
+    "cross_attention_dim": 32,
+}
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "scaling_factor": 1.0,
+}
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def make_model(folder: Path, *, sdxl: bool = False) -> Path:
+    """A model folder for 16 x 16 pictures: tiny's tokenizer and schedule, random weights."""
+    tiny = pipeline.outline("tiny")
+    text = {**tiny.folder.configs["text_encoder"], **TEXT}
+    configs = {"unet": dict(UNET), "vae": dict(VAE), "text_encoder": text}
+    index = dict(tiny.folder.model_index)
+    tokenizers = {"tokenizer": tiny.folder.tokenizers["tokenizer"]}
+    if sdxl:
+        configs["unet"] |= XL
+        configs["text_encoder_2"] = {**text, "architectures": ["CLIPTextModelWithProjection"], "projection_dim": 16}
+        tokenizers["tokenizer_2"] = tokenizers["tokenizer"]
+        index |= {
+            "_class_name": "StableDiffusionXLPipeline",
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": index["tokenizer"],
+            "force_zeros_for_empty_prompt": True,
+        }
+    shapes = {
+        name: {"unet": unet.abstract_params, "vae": vae.abstract_params}.get(name, clip.abstract_params)(
+            {"unet": unet.UNetConfig, "vae": vae.VAEConfig}.get(name, clip.TextConfig).from_dict(config)
+        )
+        for name, config in configs.items()
+    }
+    random = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        if path[-1].key == "scale":
+            return np.ones(leaf.shape, np.float32)
+        return (random.normal(size=leaf.shape) / max(1, np.prod(leaf.shape[:-1])) ** 0.5).astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(fill, shapes)
+    save_folder(
+        folder,
+        configs=configs,
+        params=params,
+        tokenizers=tokenizers,
+        scheduler=tiny.folder.scheduler,
+        model_index=index,
+        dtype=jnp.dtype("float32"),
+    )
+    return folder
+
+
+def make_images(folder: Path, count: int = 12) -> Path:
+    """Discs of several colours with their captions in metadata.jsonl."""
+    folder.mkdir(parents=True)
+    colours = ["red", "green", "blue", "orange"]
+    with (folder / "metadata.jsonl").open("w") as lines:
+        for i in range(count):
+            image = Image.new("RGB", (16, 16), "white")
+            colour = colours[i % len(colours)]
+            ImageDraw.Draw(image).ellipse((1 + i % 3, 2, 10 + i % 5, 13), fill=colour)
+            image.save(folder / f"{i:02d}.png")
+            lines.write(json.dumps({"file_name": f"{i:02d}.png", "text": f"{colour} circle"}) + "\n")
+    return folder
+
+
+def settings(model: Path, images: Path, output: Path, *, stages: list[dict] | None = None, **changes) -> RunConfig:
+    """A short run on one device: 6 steps, a checkpoint every 2; `changes` replace whole tables."""
+    stage = {"name": "style", "train": ["lora"], "steps": 6, "learning_rate": 5e-3, "lora_rank": 2}
+    table = {
+        "model": str(model),
+        "output": str(output),
+        "data": {"path": str(images), "resolution": 16, "batch_size": 4, "validation_count": 4},
+        "stages": [{**stage, **s} for s in stages or [{}]],
+        "validation": {"prompts": ["red circle", "blue circle"], "steps": 2, "guidance": 2.0, "every": 3},
+        "checkpoint": {"every": 2, "keep": 10},
+        "parallel": {"mesh": {"data": 1}},
+    }
+    return from_table({**table, **changes})
+
+
+def quick_compilation():
+    """For a fixture: XLA optimises little, since tests spend their time compiling."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

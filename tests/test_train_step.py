@@ -1,0 +1,131 @@
+"""One step is pure: independent of the partition over devices and of accumulation, exact where it claims to be."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import micro
+import numpy as np
+import pytest
+
+from sdjax.data.dataset import make_batch
+from sdjax.train import stages
+from sdjax.train.parallel import parallelize, reduced_bytes
+from sdjax.train.step import Draws, _draw, join_adapters, make_train_step, squared_error
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    yield from micro.quick_compilation()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """(run, its stage, ready with the state on the host) of a batch of 8."""
+    folder = tmp_path_factory.mktemp("step")
+    model, images = micro.make_model(folder / "model"), micro.make_images(folder / "images")
+    data = {"path": str(images), "resolution": 16, "batch_size": 8}
+    stage = {"min_snr_gamma": 5.0, "lora_dropout": 0.1}
+    run = stages.plan_run(micro.settings(model, images, folder / "run", data=data, stages=[stage]))
+    ready = stages.prepare(run, run.stages[0], {})
+    return run, run.stages[0], ready._replace(state=jax.tree.map(np.asarray, ready.state))
+
+
+def batch_of(prepared, number):
+    run, plan, ready = prepared
+    return make_batch(ready.dataset, plan.batches(len(ready.dataset.moments), run.config.seed), number)
+
+
+def train(prepared, *, accumulation=1, **settings):
+    """(compiled step, losses, trainable) after STEPS steps."""
+    run, plan, ready = prepared
+    recipe = plan.recipe._replace(accumulation=accumulation)
+    parallel = parallelize(make_train_step(recipe), batch_size=8 // accumulation, **settings)
+    state, frozen = parallel.place_state(ready.state), parallel.place_frozen(ready.frozen)
+    key = plan.keys(run.config.seed)[1]
+    compiled = parallel.step.lower(state, frozen, parallel.place_batch(batch_of(prepared, 0)), key).compile()
+    losses = []
+    for number in range(STEPS):
+        state, metrics = compiled(state, frozen, parallel.place_batch(batch_of(prepared, number)), key)
+        assert metrics["finite"]
+        losses.append(float(metrics["loss"]))
+    return compiled, losses, parallel.fetch(state).trainable
+
+
+@pytest.fixture(scope="module")
+def alone(prepared):
+    return train(prepared, data=1)
+
+
+def largest_difference(ours, theirs):
+    """Largest difference of any leaf, relative to the leaf's largest value."""
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_eight_devices_give_the_curve_and_adapter_of_one_and_reduce_only_the_adapter(prepared, alone, mode):
+    """Losses within 1e-5. Adam turns rounding in a gradient near 0 into a visible step: adapters within 2e-3."""
+    compiled, losses, trainable = train(prepared, mode=mode)
+    worst = largest_difference(trainable, alone[2])
+    print(f"{mode}: losses within {np.max(np.abs(np.divide(losses, alone[1]) - 1)):.1e}, adapters within {worst:.1e}")
+    np.testing.assert_allclose(losses, alone[1], rtol=1e-5)
+    assert worst < 2e-3
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(prepared[2].state.trainable))
+    reduced = reduced_bytes(compiled.as_text())
+    print(f"{mode}: {reduced} bytes reduced a step, the adapter has {size}")
+    assert size <= reduced <= size + 16  # and a few scalars
+
+
+def test_accumulation_is_the_exact_mean(prepared, alone):
+    """4 x 2 examples against 8 at once; the same tolerance, for the same reason."""
+    _, losses, trainable = train(prepared, accumulation=4, data=1)
+    np.testing.assert_allclose(losses, alone[1], rtol=1e-5)
+    assert largest_difference(trainable, alone[2]) < 2e-3
+
+
+def test_a_new_adapter_changes_nothing(prepared):
+    _, plan, ready = prepared
+    random = np.random.default_rng(0)
+    draws = Draws(
+        latents=jnp.asarray(random.normal(size=(8, 8, 8, 4)), jnp.float32),
+        noise=jnp.asarray(random.normal(size=(8, 8, 8, 4)), jnp.float32),
+        timesteps=jnp.arange(8) * 120,
+        dropout=jax.random.split(jax.random.key(0), 8),
+    )
+    error = jax.jit(functools.partial(squared_error, plan.recipe))
+    adapters = join_adapters(ready.state.trainable, ready.frozen["scales"])
+    ours, base = (error(tree, ready.frozen, batch_of(prepared, 0), draws) for tree in (adapters, {}))
+    np.testing.assert_array_equal(ours, base)
+
+
+def test_only_what_is_finite_reaches_the_weights_and_only_step_and_place_decide_the_randomness(prepared):
+    _, plan, ready = prepared
+    step = jax.jit(make_train_step(plan.recipe))
+    key = jax.random.key(0)
+    batch = batch_of(prepared, 0)
+    state, metrics = step(ready.state, ready.frozen, batch, key)
+    assert metrics["finite"]
+    _, again = step(ready.state, ready.frozen, {name: array[::-1] for name, array in batch.items()}, key)
+    assert float(again["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
+    _, later = step(ready.state._replace(step=np.int32(1)), ready.frozen, batch, key)
+    assert float(later["loss"]) != pytest.approx(float(metrics["loss"]), rel=1e-3)
+
+    batch["context"][3, 0, 0] = np.nan
+    after, metrics = step(state, ready.frozen, batch, key)
+    assert not metrics["finite"] and np.isnan(metrics["loss"])
+    assert after.step == 2
+    jax.tree.map(np.testing.assert_array_equal, after[1:], state[1:])
+
+
+def test_time_steps_stay_in_their_range(prepared):
+    _, plan, _ = prepared
+    batch = {"moments": np.zeros((4000, 1, 1, 8), np.float32), "index": np.arange(4000, dtype=np.int32)}
+    for bounds, expected in (((0.0, 1.0), (0, 999)), ((0.2, 0.21), (200, 209)), ((0.9999, 1.0), (999, 999))):
+        recipe = plan.recipe._replace(stage=dataclasses.replace(plan.stage, timestep_range=bounds))
+        found = jax.jit(functools.partial(_draw, recipe))(batch, jax.random.key(0)).timesteps
+        assert expected[0] <= int(found.min()) <= expected[0] + 2
+        assert expected[1] - 2 <= int(found.max()) <= expected[1]
