@@ -277,7 +277,7 @@ class StableDiffusion:
         means = [_encode_image(self.vae, self.params["vae"], pixels[i : i + 1]) for i in range(len(pixels))]
         return vae.scale_latents(self.vae.config, jnp.concatenate(means))
 
-    def decode_latents(self, latents: Float[Array, "B h w 4"]) -> Float[Array, "B H W 3"]:
+    def decode_latents(self, latents: Float[Array | np.ndarray, "B h w 4"]) -> Float[Array, "B H W 3"]:
         """Pictures with values in [0, 1]; one at a time, so that memory does not grow with the batch."""
         unscaled = vae.unscale_latents(self.vae.config, jnp.asarray(latents, jnp.float32))
         return jnp.concatenate(

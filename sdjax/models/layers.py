@@ -5,14 +5,13 @@ A layer looks for its adapter in the Flax collection `lora`, at its own path bes
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from sdjax.models.convolution import convolution, upsample_nearest, upsampled_convolution
+from sdjax.models.convolution import Padding, convolution, upsample_nearest, upsampled_convolution
 from sdjax.models.norms import group_norm, layer_norm
 
 
@@ -64,7 +63,7 @@ class Conv(nn.Module):
     compute: Compute
     size: int = 3
     stride: int = 1
-    padding: Sequence[tuple[int, int]] | None = None  # None: size // 2 on every side
+    padding: Padding | None = None  # None: size // 2 on every side
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], enlarged: tuple[int, int] | None = None) -> Float[Array, "B h w D"]:
@@ -73,13 +72,15 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        padding = tuple(self.padding or ((self.size // 2,) * 2,) * 2)
+        half = (self.size // 2, self.size // 2)
+        padding = self.padding or (half, half)
         x = x.astype(dtype)
 
         def convolve(x, kernel):
             return convolution(x, kernel.astype(dtype), self.stride, padding, self.compute.target)
 
-        large = x if enlarged is None else upsample_nearest(x, *enlarged)  # left out of the program where nothing uses it
+        # Left out of the program where nothing uses it.
+        large = x if enlarged is None else upsample_nearest(x, *enlarged)
         if enlarged == (2 * x.shape[1], 2 * x.shape[2]) and self.compute.target == "cpu":
             y = upsampled_convolution(x, kernel.astype(dtype), self.compute.target)
         else:
@@ -121,7 +122,7 @@ def _adapt(layer: nn.Module, x, y, kernel, convolve=None):
 
 
 def dora_norm(kernel: Array, down: Array, up: Array, scale: Array) -> Float[Array, "*B D"]:
-    """Norm of each output's weight vector, base and bypass together: `|W + scale down up|` over all but the last axis."""
+    """Norm of each output's weight vector with its bypass: `|W + scale down up|` over all but the last axis."""
     delta = jnp.einsum("...r,rd->...d", down, up) if up.ndim == 2 else jnp.einsum("b...r,brd->b...d", down, up)
     scale = scale.reshape(scale.shape + (1,) * (delta.ndim - scale.ndim))
     adapted = kernel.astype(jnp.float32) + delta.astype(jnp.float32) * scale
@@ -142,7 +143,7 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         y = group_norm(x, scale, bias, self.groups, self.epsilon, self.silu, self.compute.target)
-        return y.astype(self.compute.dtype)
+        return jnp.asarray(y, self.compute.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -156,7 +157,7 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         y = layer_norm(x, scale, bias, self.epsilon, self.compute.target)
-        return y.astype(self.compute.dtype)
+        return jnp.asarray(y, self.compute.dtype)
 
 
 class Embed(nn.Module):

@@ -21,7 +21,7 @@ def group_norm(
     silu: bool,
     target: str,
 ) -> Float[Array, "B ... C"]:
-    """Normalises each example over its space and each group of channels (Wu and He 2018), then SiLU if asked; float32."""
+    """Normalises each example over space and each group of channels (Wu and He 2018), then SiLU if asked; float32."""
     return _group_norm_forward(x, scale, bias, groups, epsilon, silu, target)[0]
 
 

@@ -96,13 +96,17 @@ class UNetConfig:
             if config.get(name, only) != only:
                 raise ConfigError(f"U-Net config: {name} = {config[name]!r} is not supported; only {only!r} is")
         if config.get("addition_embed_type") not in (None, "text_time"):
-            raise ConfigError(f"U-Net config: addition_embed_type = {config['addition_embed_type']!r}; choices: null, text_time")
+            raise ConfigError(
+                f"U-Net config: addition_embed_type = {config['addition_embed_type']!r}; choices: null, text_time"
+            )
         for name, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             for block in config.get(name, ()):
                 if block not in known:
                     raise ConfigError(f"U-Net config: unknown block {block!r} in {name}; choices: {', '.join(known)}")
         if config.get("mid_block_type", "UNetMidBlock2DCrossAttn") not in MID_BLOCKS:
-            raise ConfigError(f"U-Net config: mid_block_type = {config['mid_block_type']!r}; choices: {list(MID_BLOCKS)}")
+            raise ConfigError(
+                f"U-Net config: mid_block_type = {config['mid_block_type']!r}; choices: {list(MID_BLOCKS)}"
+            )
         if config.get("act_fn", "silu") not in ACTIVATIONS:
             raise ConfigError(f"U-Net config: act_fn = {config['act_fn']!r}; choices: {', '.join(ACTIVATIONS)}")
         channels = tuple(config.get("block_out_channels", cls.block_out_channels))
@@ -383,7 +387,9 @@ class UNet(nn.Module):
             )(x, time, context, taken, size)
 
         if config.norm_num_groups is not None:
-            x = GroupNorm(config.norm_num_groups, config.norm_eps, compute, silu=config.act_fn == "silu", name="conv_norm_out")(x)
+            x = GroupNorm(
+                config.norm_num_groups, config.norm_eps, compute, silu=config.act_fn == "silu", name="conv_norm_out"
+            )(x)
             if config.act_fn != "silu":
                 x = ACTIVATIONS[config.act_fn](x)
         return Conv(config.out_channels, compute, size=config.conv_out_kernel, name="conv_out")(x)
