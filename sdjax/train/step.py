@@ -123,7 +123,7 @@ def squared_error(
         variables["lora"] = adapters["unet"]
     output = recipe.model.unet.apply(variables, noisy, draws.timesteps.astype(jnp.float32), context, added)
     target = diffusion.target(schedule, draws.latents, draws.noise, draws.timesteps)
-    return jnp.mean(jnp.square(output.astype(jnp.float32) - target), axis=(1, 2, 3))
+    return jnp.mean(jnp.square(jnp.asarray(output, jnp.float32) - target), axis=(1, 2, 3))
 
 
 def join_adapters(trainable: Mapping[str, PyTree], scales: Mapping[str, PyTree]) -> dict[str, PyTree]:
