@@ -118,7 +118,8 @@ class Encoder(nn.Module):
             level = Level(config, features, config.layers_per_block, compute, downsample=down, name=f"down_blocks_{i}")
             x = level(x)
         x = MidBlock(config, compute, name="mid_block")(x)
-        x = _norm_act(config, compute)(x)
+        # SiLU whatever act_fn says, as in diffusers, where that is the blocks' alone.
+        x = GroupNorm(config.norm_num_groups, EPSILON, compute, silu=True, name="conv_norm_out")(x)
         return Conv(2 * config.latent_channels, compute, name="conv_out")(x)
 
 
@@ -138,13 +139,8 @@ class Decoder(nn.Module):
             up = i < len(channels) - 1
             level = Level(config, features, config.layers_per_block + 1, compute, upsample=up, name=f"up_blocks_{i}")
             x = level(x)
-        x = _norm_act(config, compute)(x)
+        x = GroupNorm(config.norm_num_groups, EPSILON, compute, silu=True, name="conv_norm_out")(x)
         return Conv(config.out_channels, compute, name="conv_out")(x)
-
-
-def _norm_act(config: VAEConfig, compute: Compute):
-    norm = GroupNorm(config.norm_num_groups, EPSILON, compute, name="conv_norm_out")
-    return lambda x: ACTIVATIONS[config.act_fn](norm(x))
 
 
 class AutoencoderKL(nn.Module):
