@@ -60,8 +60,6 @@ def _run(args: argparse.Namespace) -> None:
     image = None if args.image is None else _read_image(args.image)
     out = _writable_folder(args.out)
 
-    # Otherwise transformers, which only brings the tokenizer, tells every user to install PyTorch.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from sdjax import compilation_cache, pipeline, sampling
     from sdjax.formats.lora_file import load_lora
 

@@ -28,6 +28,8 @@ class Tokenizer:
 
         window: the text model's number of positions (77 for Stable Diffusion); files often leave it out.
         """
+        # Otherwise transformers tells every user to install PyTorch, which its tokenizers do not need.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import CLIPTokenizer
 
         if not Path(folder).is_dir():  # or transformers would look for it on the hub
