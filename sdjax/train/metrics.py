@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from jaxtyping import Array
 
 from sdjax.errors import DataError, TrainingStopped
@@ -68,7 +69,8 @@ class Metrics:
         (step, values), self._waiting = self._waiting, None
         loss, norm = float(values["loss"]), float(values["grad_norm"])
         now = time.perf_counter()
-        rates = self._plan.recipe.optimizer.learning_rates(step - 1)
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # elsewhere it would queue behind the step
+            rates = self._plan.recipe.optimizer.learning_rates(step - 1)
         different = len(set(rates.values())) > 1
         line = {
             "stage": self._plan.stage.name,
