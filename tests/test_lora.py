@@ -1,0 +1,536 @@
+"""Adapters: what each operation promises, and forward passes and gradients against PyTorch + peft."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from sdjax import lora
+from sdjax.errors import ConfigError
+from sdjax.formats.lora_file import load_lora, save_lora
+from sdjax.formats.parameter_names import leaves
+from sdjax.models import unet
+from sdjax.models.layers import Compute
+
+SD1 = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 12,
+    "norm_num_groups": 4,
+    "in_channels": 4,
+}
+SDXL = SD1 | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": [1, 2],
+    "attention_head_dim": [2, 4],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 30,
+}
+FAMILIES = {"sd1": SD1, "sdxl": SDXL}
+BATCH = 3
+ATTENTION = r"(to_q|to_k|to_v|to_out_0)$"
+CONVOLUTIONS = r"(conv1|conv_shortcut|downsamplers_0/conv|proj_in)$"
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def inputs_of(config, batch=BATCH):
+    added = None
+    if config.get("addition_embed_type"):
+        added = {"text_embeds": normal(4, batch, 6), "time_ids": np.full((batch, 6), 64, np.float32)}
+    timesteps = np.linspace(3, 981, batch, dtype=np.float32)
+    return normal(1, batch, 8, 8, 4), timesteps, normal(2, batch, 7, config["cross_attention_dim"]), added
+
+
+@pytest.fixture(scope="module")
+def base():
+    """A small U-Net of ours with weights of a sensible size everywhere, norms and biases included."""
+    config = unet.UNetConfig.from_dict(SD1)
+    shapes = unet.abstract_params(config)
+    params = {}
+    for i, (path, leaf) in enumerate(leaves(shapes)):
+        drawn = normal(i, *leaf.shape)
+        params[path] = jnp.asarray(
+            drawn / math.sqrt(math.prod(leaf.shape[:-1]))
+            if len(leaf.shape) > 1
+            else (path[-1] == "scale") + 0.2 * drawn
+        )
+    return config, lora.nest(params)
+
+
+# Compiled without optimisation: here compiling is the cost.
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.partial(compiled, static_argnums=0)
+def _apply(model, variables, inputs):
+    return model.apply(variables, *inputs)
+
+
+def apply(config, params, adapter=None, *, inputs=None):
+    variables = {"params": params} | ({} if adapter is None else {"lora": adapter})
+    return _apply(unet.UNet(config), variables, inputs or inputs_of(SD1))
+
+
+def random_adapter(params, seed=0, **how):
+    """An adapter that changes something: `up` is drawn too, and a magnitude is moved off the base's norm."""
+    start = lora.init(jax.random.key(seed), params, **({"rank": 2, "which": "attention"} | how))
+
+    def filled(adapter):
+        key = jax.random.fold_in(jax.random.key(seed + 1), adapter["up"].size)
+        filled = adapter | {"up": 0.1 * jax.random.normal(key, adapter["up"].shape, jnp.float32)}
+        if "magnitude" in adapter:
+            filled["magnitude"] = 1.3 * adapter["magnitude"] + 0.1
+        return filled
+
+    return lora.map_layers(filled, start)
+
+
+# A new adapter.
+
+
+@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"which": "conv"}, {"which": "transformer", "alpha": 8.0}])
+def test_a_new_adapter_changes_nothing_at_all(base, options):
+    config, params = base
+    adapter = lora.init(jax.random.key(0), params, rank=4, **options)
+    np.testing.assert_array_equal(apply(config, params, adapter), apply(config, params))
+
+
+def test_a_new_dora_changes_nothing(base):
+    """Dividing the norm by itself costs a rounding."""
+    config, params = base
+    adapter = lora.init(jax.random.key(0), params, rank=4, which="conv", dora=True)
+    assert oracle.error(apply(config, params, adapter), apply(config, params)) < 1e-6
+
+
+def test_the_start_is_normal_with_variance_one_over_rank(base):
+    _, params = base
+    adapter = lora.init(jax.random.key(0), params, rank=8, which="linear")
+    downs = np.concatenate([np.ravel(layer["down"]) for _, layer in lora.layers(adapter, "down")])
+    assert abs(downs.std() * math.sqrt(8) - 1) < 0.03
+    assert abs(downs.mean()) < 0.02
+    assert all((np.asarray(layer["up"]) == 0).all() for _, layer in lora.layers(adapter, "down"))
+    again = lora.init(jax.random.key(1), params, rank=8, which="linear")
+    first, other = (next(lora.layers(tree, "down"))[1]["down"] for tree in (adapter, again))
+    assert not np.array_equal(first, other)
+
+
+def test_alpha_and_rslora_set_the_scale(base):
+    _, params = base
+
+    def scale(**options):
+        return float(next(lora.layers(lora.init(jax.random.key(0), params, rank=4, **options), "down"))[1]["scale"])
+
+    assert scale() == 1.0
+    assert scale(alpha=2.0) == 0.5
+    assert scale(rslora=True) == 2.0
+    assert scale(alpha=3.0, rslora=True) == 1.5
+
+
+def test_presets_choose_the_layers_they_name(base):
+    _, params = base
+    chosen = {which: set(lora.targets(params, which)) for which in lora.TARGETS}
+    assert chosen["attention"] < chosen["attention+ff"] < chosen["transformer"] < chosen["conv"]
+    assert chosen["attention+ff"] < chosen["linear"] < chosen["conv"]
+    assert len(chosen["attention"]) == 4 * 8  # four transformers: one down, one in the middle, two up
+    assert all(path[-1].startswith("to_") for path in chosen["attention"])
+    assert {path[-1] for path in chosen["transformer"] - chosen["attention+ff"]} == {"proj_in", "proj_out"}
+    assert chosen["conv"] == {path for path, _ in lora.layers(params, "kernel")}
+    assert all(params_at(params, path)["kernel"].ndim == 2 for path in chosen["linear"])
+
+
+def params_at(tree, path):
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def test_kohyas_default_set_on_the_published_model():
+    """192 modules of SD1.5's U-Net, 128 of them attention (formats: kohya, diffusers)."""
+    config = unet.UNetConfig.from_dict({"cross_attention_dim": 768, "in_channels": 4})
+    params = unet.abstract_params(config)
+    assert len(lora.targets(params, "attention")) == 128
+    assert len(lora.targets(params, "transformer")) == 192
+
+
+def test_ranks_of_their_own(base):
+    _, params = base
+    ranks = {"mid_block": 0, "up_blocks_1/.*attn2": 5, "up_blocks": 1}
+    adapter = dict(lora.layers(lora.init(jax.random.key(0), params, rank=2, ranks=ranks), "down"))
+    assert not any(path[0] == "mid_block" for path in adapter)
+    for path, layer in adapter.items():
+        expected = 2 if path[0] == "down_blocks_0" else 5 if "attn2" in path else 1
+        assert layer["down"].shape[-1] == layer["up"].shape[0] == expected
+        assert float(layer["scale"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"which": "attentions"}, "choices are attention, attention.ff, transformer, linear, conv"),
+        ({"which": ["nothing_here$"]}, "matches no layer"),
+        ({"which": ["("]}, "no regular expression"),
+        ({"ranks": {"mid": -1}}, "rank -1 for mid_block"),
+    ],
+)
+def test_what_cannot_be_adapted_is_named(base, options, message):
+    with pytest.raises(ConfigError, match=message):
+        lora.init(jax.random.key(0), base[1], rank=2, **options)
+
+
+# Bypass and merge.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"which": "conv", "alpha": 1.0},
+        {"which": "transformer", "rslora": True},
+        {"which": "conv", "dora": True},
+    ],
+    ids=["attention", "conv", "transformer", "dora"],
+)
+def test_the_bypass_equals_the_merged_kernel(base, options):
+    config, params = base
+    adapter = random_adapter(params, **options)
+    bypass, merged = apply(config, params, adapter), apply(config, lora.merge(params, adapter))
+    assert oracle.error(bypass, apply(config, params)) > 0.03
+    assert oracle.error(bypass, merged) < 1e-5
+
+
+def test_merging_is_exact_and_weighted(base):
+    _, params = base
+    adapter = random_adapter(params, which="conv", alpha=1.0)
+    merged = lora.merge(params, adapter, 0.5)
+    for path, layer in lora.layers(adapter, "down"):
+        kernel, down, up = (
+            np.asarray(array, np.float64) for array in (params_at(params, path)["kernel"], layer["down"], layer["up"])
+        )
+        expected = kernel + 0.5 * float(layer["scale"]) * (down.reshape(-1, down.shape[-1]) @ up).reshape(kernel.shape)
+        np.testing.assert_allclose(params_at(merged, path)["kernel"], expected, rtol=1e-5, atol=1e-6)
+    untouched = dict(leaves(lora.merge(params, adapter, 0.0)))
+    for path, leaf in leaves(params):
+        np.testing.assert_array_equal(leaf, untouched[path])
+
+
+def test_merging_keeps_the_dtype_and_refuses_another_models_layers(base):
+    _, params = base
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    merged = lora.merge(half, random_adapter(params))
+    assert all(leaf.dtype == jnp.bfloat16 for _, leaf in leaves(merged))
+    with pytest.raises(ConfigError, match="layer the model lacks: elsewhere/to_q"):
+        lora.merge(params, {"elsewhere": {"to_q": {"down": 0, "up": 0, "scale": 0}}})
+
+
+def test_dora_against_numpy(base):
+    """Liu et al. 2024, equation 5: the columns of W + delta, each brought to its magnitude."""
+    _, params = base
+    adapter = random_adapter(params, which="conv", dora=True, alpha=3.0)
+    merged = lora.merge(params, adapter)
+    for path, layer in lora.layers(adapter, "down"):
+        kernel, down, up = (
+            np.asarray(array, np.float64) for array in (params_at(params, path)["kernel"], layer["down"], layer["up"])
+        )
+        moved = kernel.reshape(-1, kernel.shape[-1]) + float(layer["scale"]) * down.reshape(-1, down.shape[-1]) @ up
+        expected = np.asarray(layer["magnitude"]) * moved / np.linalg.norm(moved, axis=0)
+        np.testing.assert_allclose(
+            np.reshape(params_at(merged, path)["kernel"], moved.shape), expected, rtol=1e-4, atol=1e-6
+        )
+    start = lora.init(jax.random.key(0), params, rank=2, dora=True)
+    for path, layer in lora.layers(start, "down"):
+        np.testing.assert_allclose(
+            layer["magnitude"], np.linalg.norm(params_at(params, path)["kernel"], axis=0), rtol=1e-5
+        )
+
+
+# Several at once.
+
+
+def test_adding_equals_the_sum_of_merges(base):
+    config, params = base
+    one = random_adapter(params, 1, alpha=1.0)
+    two = random_adapter(params, 2, rank=3, which="conv")
+    both = lora.add([(one, 0.7), (two, -0.4)])
+    expected = lora.merge(lora.merge(params, one, 0.7), two, -0.4)
+    merged = dict(leaves(lora.merge(params, both)))
+    for path, leaf in leaves(expected):
+        np.testing.assert_allclose(merged[path], leaf, rtol=1e-5, atol=1e-6)
+    assert oracle.error(apply(config, params, both), apply(config, expected)) < 1e-5
+
+
+def test_dora_layers_add_only_beside_others(base):
+    _, params = base
+    dora = random_adapter(params, which=["attn1/to_q$"], dora=True)
+    other = random_adapter(params, which=["attn2/to_q$"])
+    both = lora.merge(params, lora.add([(dora, 1.0), (other, 0.5)]))
+    expected = dict(leaves(lora.merge(lora.merge(params, dora), other, 0.5)))
+    for path, leaf in leaves(both):
+        np.testing.assert_allclose(leaf, expected[path], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="cannot be added to another adapter"):
+        lora.add([(dora, 1.0), (random_adapter(params), 1.0)])
+    with pytest.raises(ConfigError, match="cannot be weighted"):
+        lora.add([(dora, 0.5)])
+
+
+def test_an_adapter_an_example_equals_one_by_one(base):
+    """Ranks, targets and scales all differ: what one adapter leaves out is zero in the stack."""
+    config, params = base
+    adapters = [
+        random_adapter(params, 1, alpha=1.0),
+        random_adapter(params, 2, rank=3, which="conv"),
+        random_adapter(params, 3, rank=1, which=["attn2"]),
+    ]
+    together = apply(config, params, lora.stack(adapters))
+    inputs = inputs_of(SD1)
+    for i, adapter in enumerate(adapters):
+        alone = apply(config, params, adapter, inputs=tuple(x if x is None else x[i : i + 1] for x in inputs))
+        assert oracle.error(together[i : i + 1], alone) < 1e-5
+    with pytest.raises(ConfigError, match="DoRA layers cannot be stacked"):
+        lora.stack([random_adapter(params, dora=True), adapters[0]])
+
+
+def test_many_adapters_by_vmap(base):
+    """The other way to many adapters: one input, a batch of adapter trees."""
+    config, params = base
+    adapters = [random_adapter(params, seed) for seed in (1, 2)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
+    inputs = inputs_of(SD1, 1)
+    model = unet.UNet(config)
+    out = compiled(jax.vmap(lambda adapter: model.apply({"params": params, "lora": adapter}, *inputs)))(stacked)
+    for i, adapter in enumerate(adapters):
+        assert oracle.error(out[i], apply(config, params, adapter, inputs=inputs)) < 1e-5
+
+
+def test_extracting_recovers_a_low_rank_change(base):
+    _, params = base
+    adapter = random_adapter(params, which="conv", rank=2)
+    tuned = lora.merge(params, adapter)
+    found = lora.extract(tuned, params, rank=2, which="conv")
+    assert all(layer["down"].shape[-1] <= 2 for _, layer in lora.layers(found, "down"))
+    again = dict(leaves(lora.merge(params, found)))
+    for path, leaf in leaves(tuned):
+        np.testing.assert_allclose(again[path], leaf, atol=2e-5)
+    rest = {"/".join(path) for path, _ in lora.layers(found, "down")}
+    assert {"/".join(path) for path, _ in lora.layers(adapter, "down")} == rest
+
+
+def test_extracting_less_rank_gives_the_nearest(base):
+    """Eckart and Young: what is left has the norm of the singular values left out."""
+    _, params = base
+    tuned = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.asarray(normal(leaf.size, *leaf.shape)), params)
+    for path, layer in lora.layers(lora.extract(tuned, params, rank=3), "down"):
+        change = np.asarray(params_at(tuned, path)["kernel"] - params_at(params, path)["kernel"])
+        left = np.linalg.norm(change - np.asarray(lora.delta(layer)))
+        np.testing.assert_allclose(left, np.linalg.norm(np.linalg.svd(change)[1][3:]), rtol=1e-4, atol=1e-5)
+
+
+def test_split_and_join_are_inverse(base):
+    adapter = random_adapter(base[1], which="conv", dora=True)
+    trained, scales = lora.split(adapter)
+    assert {path[-1] for path, _ in leaves(trained)} == {"down", "up", "magnitude"}
+    assert {path[-1] for path, _ in leaves(scales)} == {"scale"}
+    joined = dict(leaves(lora.join(trained, scales)))
+    assert joined.keys() == dict(leaves(adapter)).keys()
+    for path, leaf in leaves(adapter):
+        np.testing.assert_array_equal(joined[path], leaf)
+
+
+# Dropout.
+
+
+def test_dropout_drops_the_asked_share_and_keeps_the_mean():
+    """One linear layer whose adapter passes its input through, so that the output shows the mask."""
+    from sdjax.models.layers import Dense
+
+    width, rate = 64, 0.3
+    layer = Dense(width, Compute(), use_bias=False)
+    adapter = {"down": jnp.eye(width), "up": jnp.eye(width), "scale": jnp.float32(1.0)}
+    x = jnp.ones((4, 100, width), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 4)
+    dropped = lora.with_dropout({"layer": adapter}, rate, keys)["layer"]
+    variables = {"params": {"kernel": jnp.zeros((width, width), jnp.float32)}, "lora": dropped}
+    y = np.asarray(layer.apply(variables, x))
+    assert set(np.unique(y.round(5))) == {0.0, np.float32(1 / 0.7).round(5)}
+    assert abs((y == 0).mean() - rate) < 0.01
+    assert abs(y.mean() - 1) < 0.02
+    # Each example has a mask of its own, from its own key, whatever batch it stands in.
+    assert not np.array_equal(y[0], y[1])
+    alone = lora.with_dropout({"layer": adapter}, rate, keys[2:3])["layer"]
+    np.testing.assert_array_equal(layer.apply(variables | {"lora": alone}, x[2:3])[0], y[2])
+
+
+def test_dropout_is_of_the_adapter_alone(base):
+    config, params = base
+    keys = jax.random.split(jax.random.key(0), BATCH)
+    adapter = random_adapter(params)
+    whole, none = apply(config, params, adapter), apply(config, params, lora.with_dropout(adapter, 0.0, keys))
+    assert oracle.error(none, whole) < 1e-6
+    some = apply(config, params, lora.with_dropout(adapter, 0.5, keys))
+    assert oracle.error(some, whole) > 0.01
+    # A new adapter is dropped from nothing: the base model is untouched by dropout.
+    fresh = lora.with_dropout(lora.init(jax.random.key(0), params, rank=2), 0.5, keys)
+    np.testing.assert_array_equal(apply(config, params, fresh), apply(config, params))
+
+
+# Gradients.
+
+
+def gradients(read, adapter, inputs, wanted, *, remat=False):
+    """Of mean((out - wanted)^2), with respect to the adapter's trained leaves and the context."""
+    model = unet.UNet(read.module.config, Compute(remat=remat))
+    trained, scales = lora.split(adapter)
+    latents, timesteps, context, added = inputs
+
+    def loss(trained, context):
+        out = model.apply(
+            {"params": read.params, "lora": lora.join(trained, scales)}, latents, timesteps, context, added
+        )
+        return jnp.mean(jnp.square(out - wanted)), out
+
+    (value, out), grads = compiled(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(trained, context)
+    return value, out, *grads
+
+
+def test_remat_changes_no_gradient(base):
+    config, params = base
+    adapter = random_adapter(params, which="conv")
+    read = oracle.Read(unet.UNet(config), params)
+    wanted = normal(9, BATCH, 8, 8, 4)
+    kept, again = (gradients(read, adapter, inputs_of(SD1), wanted, remat=remat) for remat in (False, True))
+    for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+KINDS = {
+    "attention": {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"], "lora_alpha": 2},
+    "convolutions": {"target_modules": ["conv1", "conv_shortcut", "downsamplers.0.conv", "proj_in", "conv_in"]},
+    "dora": {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"], "use_dora": True, "lora_alpha": 6},
+    "rslora": {"target_modules": ["to_k", "ff.net.0.proj"], "use_rslora": True},
+}
+
+
+def peft_unet(folder, config, kind):
+    """A diffusers U-Net with a random adapter of peft's, ours read from the files both wrote."""
+    import torch
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    model = oracle.randomised(UNet2DConditionModel(**config))
+    read = oracle.saved(model, folder / "unet")
+    options = {"r": 4, "lora_alpha": 4, "init_lora_weights": False} | KINDS[kind]
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(**options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_magnitude" in name:
+                parameter.mul_(1.3).add_(0.1)
+    model.eval()
+
+    def write(folder, tensors):
+        StableDiffusionPipeline.save_lora_weights(
+            folder,
+            unet_lora_layers=convert_state_dict_to_diffusers(tensors),
+            unet_lora_adapter_metadata={key: value for key, value in options.items() if key != "init_lora_weights"},
+        )
+        return load_lora(folder, {"unet": read.params})["unet"]
+
+    adapter = write(folder / "lora", get_peft_model_state_dict(model))
+    return model, read, adapter, write
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_and_gradients_match_peft(tmp_path, family, kind):
+    import torch
+    from peft.utils import get_peft_model_state_dict
+
+    config = FAMILIES[family]
+    model, read, adapter, write = peft_unet(tmp_path, config, kind)
+    latents, timesteps, context, added = inputs_of(config)
+    wanted = normal(9, BATCH, 8, 8, 4)
+    their_context = oracle.tensor(context).requires_grad_()
+    out = model(
+        oracle.channels_first(latents),
+        oracle.tensor(timesteps),
+        their_context,
+        added_cond_kwargs={name: oracle.tensor(value) for name, value in (added or {}).items()},
+    ).sample
+    loss = torch.mean((out - oracle.channels_first(wanted)) ** 2)
+    loss.backward()
+
+    value, ours, by_adapter, by_context = gradients(read, adapter, (latents, timesteps, context, added), wanted)
+    assert oracle.error(ours, oracle.channels_last(out)) <= 1e-4
+    assert oracle.error(value, loss.detach()) <= 1e-4
+    assert oracle.error(by_context, their_context.grad) <= 1e-3
+
+    # Their gradients are written as an adapter file, so that they come back in our tree.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(parameter.grad)
+    expected = dict(leaves(lora.split(write(tmp_path / "grad", get_peft_model_state_dict(model)))[0]))
+    found = dict(leaves(by_adapter))
+    assert found.keys() == expected.keys()
+    assert len(found) >= 10
+    largest = max(float(np.linalg.norm(leaf)) for leaf in expected.values())
+    for path, leaf in expected.items():
+        # Each layer's own gradient, unless it is so small that rounding of the others is all it holds.
+        difference = np.linalg.norm(np.asarray(found[path]) - leaf)
+        assert difference <= 1e-3 * max(float(np.linalg.norm(leaf)), 1e-4 * largest), "/".join(path)
+
+
+# Files, through diffusers and back.
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("style", ["kohya", "peft"])
+@pytest.mark.parametrize("which", ["attention", "transformer", "conv"])
+def test_what_we_export_diffusers_loads(tmp_path, style, which):
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    model = oracle.randomised(UNet2DConditionModel(**SD1))
+    read = oracle.saved(model, tmp_path / "unet")
+    # time_emb_proj and the like are no modules of kohya's LoCon; what is exported are the transformers and resnets.
+    which = ["attentions", "resnets.*/conv", "samplers_0"] if which == "conv" else which
+    adapter = random_adapter(read.params, which=which, alpha=1.0)
+    save_lora(tmp_path / "lora.safetensors", {"unet": adapter}, {"unet": read.params}, style=style)
+    tensors, alphas = StableDiffusionPipeline.lora_state_dict(tmp_path / "lora.safetensors")
+    StableDiffusionPipeline.load_lora_into_unet(tensors, alphas, model)
+    inputs = inputs_of(SD1)
+    out = model(
+        *(convert(x) for convert, x in zip((oracle.channels_first, oracle.tensor, oracle.tensor), inputs, strict=False))
+    )
+    ours = apply(read.module.config, read.params, adapter)
+    assert oracle.error(ours, read(*inputs)) > 0.01
+    assert oracle.error(ours, oracle.channels_last(out.sample)) <= 1e-4
+    again = load_lora(tmp_path / "lora.safetensors", {"unet": read.params})["unet"]
+    assert oracle.error(apply(read.module.config, read.params, again), ours) <= 1e-6
+
+
+def test_alpha_survives_both_styles(tmp_path, base):
+    """As a tensor, in metadata or folded in: the change it makes is the same."""
+    _, params = base
+    adapter = random_adapter(params, alpha=1.0)
+    for style in ("kohya", "peft"):
+        save_lora(tmp_path / f"{style}.safetensors", {"unet": adapter}, {"unet": params}, style=style)
+        again = load_lora(tmp_path / f"{style}.safetensors", {"unet": params})["unet"]
+        changes = {path: lora.delta(layer) for path, layer in lora.layers(again, "down")}
+        for path, layer in lora.layers(adapter, "down"):
+            np.testing.assert_allclose(changes[path], lora.delta(layer), rtol=1e-5, atol=1e-7)
