@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     prompts = _prompts(args.prompt, args.prompts_file)
     loras = [_lora(text) for text in args.lora]
-    _check_values(args)
+    _check_values(args, len(prompts))
+    strength = _strength(args)
     image = None if args.image is None else _read_image(args.image)
     out = _writable_folder(args.out)
 
@@ -64,7 +65,7 @@ def _run(args: argparse.Namespace) -> None:
     from sdjax.formats.lora_file import load_lora
 
     sd = pipeline.outline(args.model, args.dtype, variant=args.variant)
-    sampling.plan(sd.schedule, args.sampler, args.steps, karras=args.karras, strength=args.strength or 1.0)
+    sampling.plan(sd.schedule, args.sampler, args.steps, karras=args.karras, strength=strength)
     sd.hidden_state(args.clip_skip)
     adapters = [load_lora(lora.path, sd.params) for lora in loras]
 
@@ -86,9 +87,7 @@ def _run(args: argparse.Namespace) -> None:
     def draw(texts: list[str], seed: int) -> list[Image.Image]:
         if image is None:
             return sd.text2image(texts, args.negative_prompt, seed=seed, **settings)
-        return sd.img2img(
-            texts, image, strength=args.strength, negative_prompt=args.negative_prompt, seed=seed, **settings
-        )
+        return sd.img2img(texts, image, strength=strength, negative_prompt=args.negative_prompt, seed=seed, **settings)
 
     pictures = []
     wanted = [prompt for prompt in prompts for _ in range(args.num_images)]
@@ -173,18 +172,17 @@ def _lora(text: str) -> Lora:
     return Lora(path, weight)
 
 
-def _check_values(args: argparse.Namespace) -> None:
+def _check_values(args: argparse.Namespace, prompts: int) -> None:
     """What can be told wrong without looking at the model, which may have to be downloaded. Raises ConfigError."""
     for flag, value, choices in (("--sampler", args.sampler, SAMPLER_NAMES), ("--dtype", args.dtype, _DTYPES)):
         if value not in choices:
             raise ConfigError(f"{flag} {value}: choices are {', '.join(choices)}")
-    count = len(args.prompt) * args.num_images
     for flag, value, low, high in (
         ("--steps", args.steps, 1, 1000),
         ("--num-images", args.num_images, 1, math.inf),
         ("--batch-size", args.batch_size, 1, math.inf),
         ("--clip-skip", args.clip_skip, 1, math.inf),
-        ("--seed", args.seed, 0, 2**32 - max(count, 1)),
+        ("--seed", args.seed, 0, 2**32 - prompts * max(args.num_images, 1)),  # each picture has its own
         ("--guidance", args.guidance, 0, 1000),
         ("--guidance-rescale", args.guidance_rescale, 0, 1),
     ):
@@ -193,12 +191,15 @@ def _check_values(args: argparse.Namespace) -> None:
     for flag, value in (("--height", args.height), ("--width", args.width)):
         if value is not None and (value < 8 or value % 8):
             raise ConfigError(f"{flag} {value}: must be a positive multiple of 8")
+
+
+def _strength(args: argparse.Namespace) -> float:
     if args.image is None and args.strength is not None:
         raise ConfigError("--strength says how far to redraw an --image, and none is given")
-    if args.image is not None:
-        args.strength = 0.75 if args.strength is None else args.strength
-        if not 0 < args.strength <= 1:
-            raise ConfigError(f"--strength {args.strength:g}: must lie above 0 and at most at 1")
+    strength = args.strength if args.strength is not None else 1.0 if args.image is None else 0.75
+    if not 0 < strength <= 1:
+        raise ConfigError(f"--strength {strength:g}: must lie above 0 and at most at 1")
+    return strength
 
 
 def _read_image(path: Path) -> Image.Image:
