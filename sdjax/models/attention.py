@@ -124,6 +124,7 @@ def _blockwise_backward(saved, d_out):
         zeros = jnp.zeros((k.shape[0], k.shape[2], k.shape[1]), jnp.float32)
         chunks = tuple(_split(x, chunk, axis=1) for x in (q, log_total, correction, d_out))
         (d_k, d_v), d_q = jax.lax.scan(rows, (zeros, zeros), chunks)
+        d_k, d_v = jax.lax.optimization_barrier((d_k, d_v))  # else XLA turns the products back into [T, D] ones
         return _join(d_q, axis=1), d_k.swapaxes(1, 2).astype(k.dtype), d_v.swapaxes(1, 2).astype(v.dtype)
 
     gradients = _map(some_heads, *(_split(x, heads, axis=0) for x in (q, k, v, out, log_total, d_out)))
@@ -135,8 +136,10 @@ _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
 def _blocks(q, k) -> tuple[int, int]:
-    """Heads and queries to take at a time, so that a block has at most BLOCK scores: divisors of what there is."""
+    """Heads and queries to take at a time: all, or divisors of them so that a block has at most BLOCK scores."""
     heads, queries, keys = q.shape[0], q.shape[1], k.shape[1]
+    if heads * queries * keys <= 4 * BLOCK:
+        return heads, queries  # no loop: its overhead is more than what smaller blocks gain
     if queries * keys <= BLOCK:
         return max(n for n in range(1, heads + 1) if heads % n == 0 and n * queries * keys <= BLOCK), queries
     chunk = max(n for n in range(1, max(2, BLOCK // keys + 1)) if queries % n == 0)
