@@ -339,10 +339,28 @@ def test_the_command_returns_exit_codes_and_one_line(settings, capsys, tmp_path,
         signal.signal(signal.SIGTERM, former)
 
 
-def test_bfloat16_with_remat_and_accumulation_trains(settings):
+def test_bfloat16_with_remat_and_accumulation_trains_under_pmap(settings):
     config = settings(
-        dtype="bfloat16", remat=True, data={"accumulation": 2, "batch_size": 2}, stages=[{"steps": 2}], validation={}
+        dtype="bfloat16",
+        remat=True,
+        data={"accumulation": 2, "batch_size": 2},
+        stages=[{"steps": 2}],
+        validation={},
+        parallel={"mode": "pmap", "mesh": {"data": 2}},
     )
     assert train(config) == 0
     tree = load_lora(f"{config.output}/export/style", pipeline.outline(config.model).params)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
+def test_a_full_disk_is_one_line(settings, monkeypatch, tmp_path, capsys):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sdjax.train.loop.plan_run", full)
+    file = tmp_path / "run.toml"
+    file.write_text(configuration.to_toml(settings()))
+    former = signal.getsignal(signal.SIGTERM)
+    assert main([str(file)]) == 3
+    signal.signal(signal.SIGTERM, former)
+    assert capsys.readouterr().err.splitlines()[-1] == "error: [Errno 28] No space left on device"

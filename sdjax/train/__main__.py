@@ -11,7 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 from sdjax.config import parse_args
-from sdjax.errors import SdjaxError
+from sdjax.errors import DataError, SdjaxError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,11 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         compilation_cache.enable()
         with logging_redirect_tqdm():
             return train(arguments.config, resume=arguments.resume, resume_step=arguments.resume_step)
-    except SdjaxError as error:
+    except (SdjaxError, OSError) as error:  # OSError: a full disk, a drive that went away
         if "--debug" in argv:
             raise
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.exit_code if isinstance(error, SdjaxError) else DataError.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT
