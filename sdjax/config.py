@@ -1,24 +1,14 @@
-"""A run's settings: frozen dataclasses, filled from a TOML file and flags, strictly.
+"""A run's settings: frozen dataclasses, and the rules that no single field can state.
 
-`parse_args` is the way in: TOML file -> `RunConfig` -> every field again as a flag -> checked `RunConfig`.
-Paths are relative to the current directory, in the file and in flags alike. TOML knows no null, so a text that may
-be absent is empty, and a number that may be absent is left out.
+`sdjax.config_file` fills them from a TOML file and flags. Paths are relative to the current directory. TOML knows no
+null, so a text that may be absent is empty, and a number that may be absent is left out.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import io
-import json
 import math
 import re
-import sys
-import tomllib
-import types
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from sdjax.errors import ConfigError
 
@@ -49,14 +39,10 @@ NotNegative = Annotated[float, Rule(0)]
 Resolution = Annotated[int, Rule(8, 4096, multiple=8)]
 Seed = Annotated[int, Rule(0, 2**32 - 1)]
 Text = Annotated[str, "not empty"]
-OnBadImage = Literal["skip", "fail"]
-MissingCaption = Literal["fail", "empty", "skip"]
+
 LoraTargets = Literal["attention", "attention+ff", "transformer", "linear", "conv"]
-
-TRAINABLE = ("lora",)
-"""What `train` may name today; the other kinds of the documentation are refused as not available yet."""
-
-PLANNED = ("textual_inversion", "unet", "text_encoder", "vae")
+Kind = Literal["lora", "textual_inversion", "unet", "text_encoder", "text_encoder_2", "vae"]
+"""What `train` may name: bypasses, embeddings of new words, or all weights of a model."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +61,34 @@ class Data:
     """Mirror each image left to right half of the time."""
     caption: str = ""
     """One caption for every image that has none of its own."""
-    missing_caption: MissingCaption = "fail"
-    """An image without a readable caption: fail, train it with an empty caption, or skip it."""
-    on_bad_image: OnBadImage = "fail"
+    missing_caption: Literal["fail", "empty", "skip", "folder"] = "fail"
+    """An image without a caption: fail, take an empty one, skip it, or take its folder's name (kohya's N_NAME)."""
+    on_bad_image: Literal["skip", "fail"] = "fail"
     """An unreadable image: fail, or skip it with a warning."""
     background: str = "white"
     """Colour put behind transparent pixels: a CSS name or #rrggbb."""
     caption_dropout: Fraction = 0.0
     """Share of examples trained with the empty caption, 0 to 1."""
+    repeats: dict[str, Whole] = field(default_factory=dict)
+    """Times an image is shown in an epoch: pattern over its name, such as cat/* -> times. First match counts."""
+    random_crops: Whole = 0
+    """Random crops of each image, cached and taken in turn; 0: the middle."""
+    buckets: bool = False
+    """Keep each image's shape: batches of several sizes of about resolution x resolution pixels, planned up front."""
+    bucket_step: Annotated[int, Rule(8, 512, multiple=8)] = 64
+    """Sides of a bucket are multiples of this, in pixels."""
+    bucket_max_aspect: Annotated[float, Rule(1, 8)] = 2.0
+    """Long side of a bucket over its short one, at most."""
+    shuffle_tags: bool = False
+    """Shuffle a caption's comma-separated tags."""
+    keep_tags: Whole = 0
+    """First tags that shuffling and dropping leave alone."""
+    tag_dropout: Fraction = 0.0
+    """Share of the tags left out, 0 to 1."""
+    caption_variants: Count = 8
+    """Versions of each caption prepared when tags are shuffled or dropped, or a template is used."""
+    mask_path: str = ""
+    """Folder of masks for masked_loss: same names as the images, white is learned; empty: the images' alpha channel."""
     validation_path: str = ""
     """Folder of images held out of training, instead of a share of path."""
     validation_count: Whole = 0
@@ -93,38 +99,15 @@ class Data:
     """Folder for cached latents and prompt embeddings; empty: OUTPUT/cache."""
 
 
-@dataclass(frozen=True)
-class DataOverride:
-    """What one stage changes in [data]; a field left out keeps the run's value."""
+DataOverride = dataclasses.make_dataclass(
+    "DataOverride",
+    [(name, hint | None, None) for name, hint in get_type_hints(Data, include_extras=True).items()],
+    frozen=True,
+)
+"""What one stage changes in [data]: the same fields; one left out (None) keeps the run's value."""
 
-    path: Text | None = None
-    """Replaces data.path in this stage."""
-    resolution: Resolution | None = None
-    """Replaces data.resolution in this stage."""
-    batch_size: Count | None = None
-    """Replaces data.batch_size in this stage."""
-    accumulation: Count | None = None
-    """Replaces data.accumulation in this stage."""
-    flip: bool | None = None
-    """Replaces data.flip in this stage."""
-    caption: str | None = None
-    """Replaces data.caption in this stage."""
-    missing_caption: MissingCaption | None = None
-    """Replaces data.missing_caption in this stage."""
-    on_bad_image: OnBadImage | None = None
-    """Replaces data.on_bad_image in this stage."""
-    background: str | None = None
-    """Replaces data.background in this stage."""
-    caption_dropout: Fraction | None = None
-    """Replaces data.caption_dropout in this stage."""
-    validation_path: str | None = None
-    """Replaces data.validation_path in this stage."""
-    validation_count: Whole | None = None
-    """Replaces data.validation_count in this stage."""
-    validation_fraction: Annotated[float, Rule(0, 0.9)] | None = None
-    """Replaces data.validation_fraction in this stage."""
-    cache: str | None = None
-    """Replaces data.cache in this stage."""
+
+VAE_LOSS = {"l1": 1.0, "l2": 1.0, "pooled": 0.5, "chroma": 1.0, "gradient": 0.5, "kl": 2e-4}
 
 
 @dataclass(frozen=True)
@@ -133,14 +116,28 @@ class Stage:
 
     name: Annotated[str, "file name"]
     """Name of the stage, used for its files."""
-    train: tuple[str, ...]
-    """What is trained: lora."""
+    train: tuple[Kind, ...]
+    """What is trained: lora, textual_inversion, or all weights of unet, text_encoder, text_encoder_2, or vae alone."""
     steps: Count
     """Optimizer steps."""
     learning_rate: Positive | dict[str, NotNegative]
-    """Peak learning rate, or one for each part: unet 1e-4 text_encoder 5e-5."""
+    """Peak learning rate, or one for each part: unet 1e-4 text_encoder 5e-5 textual_inversion 5e-3."""
+    placeholder_tokens: tuple[Text, ...] = ()
+    """Textual Inversion: the new words. One that an earlier stage made is trained further."""
+    vectors_per_token: tuple[Count, ...] = (1,)
+    """Vectors of each new word: one number for all, or one each."""
+    init_tokens: tuple[Text, ...] = ()
+    """What each new word starts as: a word or phrase, <rand-SIGMA>, <zero>, or an embedding file."""
+    template: Literal["caption", "object", "style"] | tuple[Text, ...] = "caption"
+    """Captions: the images' own, the paper's lists for an object or a style, or own ones with {} for the new words."""
+    clip_ti_decay: bool = False
+    """Draw the norm of the new vectors towards clip_ti_norm after each step."""
+    clip_ti_norm: Positive | None = None
+    """Norm that clip_ti_decay draws to. Left out: the median of the text model's own table (0.4 for SD1)."""
     lora_parts: tuple[Literal["unet", "text_encoder", "text_encoder_2"], ...] = ("unet",)
     """Models that get an adapter: unet, text_encoder, text_encoder_2."""
+    lora_continue: bool = False
+    """Train the adapter of the earlier stages further instead of adding one on top."""
     lora_rank: Count = 4
     """Rank of the adapter."""
     lora_ranks: dict[str, Whole] = field(default_factory=dict)
@@ -157,27 +154,82 @@ class Stage:
     """Learn the magnitude of each output on its own (DoRA)."""
     lora_plus_ratio: Positive = 1.0
     """LoRA+: learning rate of the up matrices as a multiple of the part's."""
-    optimizer: Literal["adamw"] = "adamw"
+    ema_decay: Annotated[float, Rule(0, 0.999999)] = 0.0
+    """Decay of a moving average of what is trained, which is what is drawn and exported (0.999 is usual); 0: none."""
+    optimizer: Literal["adamw", "adafactor", "lion", "prodigy", "schedule_free"] = "adamw"
     """Optimizer."""
-    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up; linear and cosine end at 0."""
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
+        "constant"
+    )
+    """Course of the learning rate after the warm-up; all but the constant ones end at 0."""
+    schedule_cycles: Count = 1
+    """Cycles of cosine_with_restarts."""
+    schedule_power: Positive = 1.0
+    """Exponent of polynomial."""
+    schedule_hold: Fraction = 0.0
+    """Share of the steps after the warm-up in which the rate stays at its peak before it falls."""
     warmup_steps: Whole = 0
     """Optimizer steps in which the learning rate rises from 0 to its peak."""
     weight_decay: NotNegative = 1e-2
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay."""
     betas: tuple[Annotated[float, Rule(0, 0.999999)], Annotated[float, Rule(0, 0.999999)]] = (0.9, 0.999)
-    """AdamW's decay rates of the first and second moment."""
+    """Decay rates of the first and second moment (adamw, lion, prodigy, schedule_free)."""
     eps: Positive = 1e-8
-    """AdamW's epsilon."""
+    """Epsilon of adamw, prodigy and schedule_free."""
     clip_norm: NotNegative = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
+    loss: Literal["l2", "l1", "huber"] = "l2"
+    """Distance to the target: squared, absolute, or pseudo-Huber."""
+    huber_c: Positive = 0.1
+    """Where pseudo-Huber turns from squared to absolute."""
+    huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
+    """How huber_c falls with the noise."""
     min_snr_gamma: NotNegative = 0.0
     """Min-SNR loss weighting with this gamma (5 is usual); 0: off."""
     debiased: bool = False
     """Debiased loss weighting; not together with min_snr_gamma."""
+    noise_offset: NotNegative = 0.0
+    """Strength of a constant shift of each channel's noise (0.05 is usual); 0: off."""
+    multires_noise_iterations: Whole = 0
+    """Octaves of multi-resolution noise (6 to 10 are usual); 0: off."""
+    multires_noise_discount: Fraction = 0.3
+    """Weight of each further octave as a multiple of the one before."""
+    input_perturbation: NotNegative = 0.0
+    """Strength of noise that is added to the input but not to the target (0.1 is usual); 0: off."""
     timestep_range: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Time steps trained, as fractions of the schedule: from 0 (clean) to 1 (noise)."""
-    data: DataOverride = DataOverride()
+    timestep_bias: Literal["none", "earlier", "later"] = "none"
+    """Which time steps of the range are drawn more often: earlier ones are nearer to the clean image."""
+    timestep_bias_multiplier: Positive = 1.0
+    """How much more often."""
+    timestep_bias_portion: Fraction = 0.25
+    """Share of the range that is drawn more often."""
+    masked_loss: bool = False
+    """Learn only where the mask is white (data.mask_path, or the images' alpha channel)."""
+    unmasked_weight: Fraction = 0.0
+    """Weight of the loss where the mask is black."""
+    prior_prompt: str = ""
+    """Prior preservation: what an ordinary picture of the class is called, such as a dog; empty: off."""
+    prior_path: str = ""
+    """Folder of class pictures; missing ones are drawn by the model. Empty: OUTPUT/prior/STAGE."""
+    prior_count: Count = 100
+    """Class pictures."""
+    prior_weight: NotNegative = 1.0
+    """Weight of their loss."""
+    vae_loss: dict[str, NotNegative] = field(default_factory=lambda: dict(VAE_LOSS))
+    """Weights of the terms of the autoencoder's loss: l1, l2, pooled, chroma, gradient, kl."""
+    vae_augment: bool = False
+    """Autoencoder: shift its pictures and swap their colour channels at random, besides data.flip."""
+    vae_normalise: bool = False
+    """Autoencoder: at the end, shift and scale each latent channel to mean 0 and deviation 1."""
+    data: DataOverride = field(default_factory=DataOverride)  # type: ignore[valid-type]
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """What is trained, each with a learning rate of its own: part -> "lora", "rows" (of new words) or "weights"."""
+        parts = dict.fromkeys(self.lora_parts, "lora") if "lora" in self.train else {}
+        parts |= {"textual_inversion": "rows"} if "textual_inversion" in self.train else {}
+        return parts | {kind: "weights" for kind in self.train if kind not in ("lora", "textual_inversion")}
 
 
 @dataclass(frozen=True)
@@ -253,6 +305,10 @@ class RunConfig:
     """Number type of the computation; what is trained stays float32."""
     clip_skip: Count | None = None
     """Text model layer used, counted from the end: 1 last, 2 penultimate. Left out: the model's own."""
+    prediction_type: Literal["", "epsilon", "v_prediction"] = ""
+    """What the U-Net answers, to train it towards another; empty: as the model does."""
+    zero_terminal_snr: bool = False
+    """Rescale the noise schedule so that its last step is pure noise; wants prediction_type v_prediction."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, slower."""
     variant: str = ""
@@ -269,146 +325,7 @@ class RunConfig:
         return dataclasses.replace(self.data, **changes)
 
 
-class Arguments(NamedTuple):
-    """A training command line, read and checked."""
-
-    config: RunConfig
-    resume: bool
-    """Go on from the newest good checkpoint, or start fresh if there is none."""
-    resume_step: int | None
-    """Go on from exactly this step."""
-    debug: bool
-    """Show tracebacks."""
-
-
-# --------------------------------------------------------------------------------------------------- tables <-> records
-
-
-def from_table(table: Mapping[str, Any]) -> RunConfig:
-    """A checked configuration from TOML's plain tables.
-
-    Raises ConfigError with the dotted key, what was given, the rule and the choices.
-    """
-    config = _record(RunConfig, table, "")
-    _check_whole(config)
-    return config
-
-
-def to_table(config: Any) -> dict[str, Any]:
-    """The plain tables of a configuration; absent values (None) are left out."""
-    return {f.name: _plain(value) for f in dataclasses.fields(config) if (value := getattr(config, f.name)) is not None}
-
-
-def flatten(config: RunConfig) -> dict[str, Any]:
-    """Dotted key -> value, for comparing two runs: `stages.0.learning_rate`, `data.path`, ..."""
-
-    def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                yield from walk(_join(key, name), inner)
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            for number, inner in enumerate(value):
-                yield from walk(f"{key}.{number}", inner)
-        else:
-            yield key, value
-
-    return dict(walk("", to_table(config)))
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_table(value)
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return dict(value) if isinstance(value, dict) else value
-
-
-def _record(cls: type, table: Any, key: str) -> Any:
-    if not isinstance(table, Mapping):
-        raise _wrong(key, table, "a table")
-    hints = get_type_hints(cls, include_extras=True)
-    for name in table:
-        if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            advice = f"did you mean {_join(key, near[0])}?" if near else f"choices: {', '.join(hints)}"
-            raise ConfigError(f"unknown key {_join(key, name)}: {advice}")
-    missing = [
-        _join(key, f.name)
-        for f in dataclasses.fields(cls)
-        if f.name not in table and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"missing: {', '.join(missing)}")
-    return cls(**{name: _value(hints[name], value, _join(key, name)) for name, value in table.items()})
-
-
-def _value(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the type `hint` wants it, or ConfigError."""
-    kind, arguments = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _record(hint, value, key)  # type: ignore[arg-type]
-    if kind is Annotated:
-        return _annotated(arguments, value, key)
-    if kind is Literal:
-        if value not in arguments or not isinstance(value, str):
-            raise _wrong(key, value, f"one of {', '.join(arguments)}")
-        return value
-    if kind in (Union, types.UnionType):
-        # `X | None`, `number | table` or `name | list`: the value's own shape picks the branch.
-        container = dict if isinstance(value, Mapping) else tuple if isinstance(value, (list, tuple)) else None
-        branch = next((a for a in arguments if container and get_origin(a) is container), arguments[0])
-        return _value(branch, value, key)
-    if kind is dict:
-        if not isinstance(value, Mapping):
-            raise _wrong(key, value, "a table")
-        return {name: _value(arguments[1], inner, _join(key, name)) for name, inner in value.items()}
-    if kind is tuple:
-        return _sequence(arguments, value, key)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise _wrong(key, value, {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[hint])
-    return value
-
-
-def _annotated(arguments: tuple[Any, ...], value: Any, key: str) -> Any:
-    hint, rule = arguments
-    value = _value(hint, value, key)
-    if isinstance(rule, Rule):
-        expected = rule.broken_by(value)
-    elif rule == "file name":
-        expected = None if re.fullmatch(r"[\w.-]*\w[\w.-]*", value) else "a name of letters, digits, '_', '-' and '.'"
-    else:
-        expected = None if value else "not empty"
-    if expected:
-        raise _wrong(key, value, expected)
-    return value
-
-
-def _sequence(arguments: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
-    if isinstance(value, str) and arguments[-1] is Ellipsis:
-        value = [value]  # one name may stand for a list of one
-    if not isinstance(value, (list, tuple)):
-        raise _wrong(key, value, "a list")
-    if arguments[-1] is Ellipsis:
-        return tuple(_value(arguments[0], item, f"{key}.{i}") for i, item in enumerate(value))
-    if len(value) != len(arguments):
-        raise _wrong(key, value, f"a list of {len(arguments)}")
-    return tuple(_value(hint, item, f"{key}.{i}") for i, (hint, item) in enumerate(zip(arguments, value, strict=True)))
-
-
-def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name
-
-
-def _wrong(key: str, value: Any, expected: str) -> ConfigError:
-    return ConfigError(f"{key} = {value!r}: expected {expected}")
-
-
-# -------------------------------------------------------------------------------------------- rules over several fields
-
-
-def _check_whole(config: RunConfig) -> None:
+def check(config: RunConfig) -> None:
     """Rules that no single field can state."""
     if not config.stages:
         raise ConfigError("stages is empty: a run needs at least one [[stages]] table")
@@ -428,26 +345,22 @@ def _check_whole(config: RunConfig) -> None:
 
 
 def _check_stage(stage: Stage, key: str) -> None:
-    for kind in stage.train:
-        if kind in PLANNED:
-            raise ConfigError(f"{key}.train: {kind!r} is not available yet; choices: {', '.join(TRAINABLE)}")
-        if kind not in TRAINABLE:
-            raise ConfigError(f"{key}.train: unknown kind {kind!r}; choices: {', '.join(TRAINABLE)}")
     for name in ("train", "lora_parts", "lora_targets"):
         values = getattr(stage, name)
         if not values or (isinstance(values, tuple) and len(set(values)) < len(values)):
-            raise _wrong(f"{key}.{name}", list(values), "at least one name, and none twice")
+            raise wrong(f"{key}.{name}", list(values), "at least one name, and none twice")
     patterns = stage.lora_targets if isinstance(stage.lora_targets, tuple) else ()
     for pattern in (*patterns, *stage.lora_ranks):
         try:
             re.compile(pattern)
         except re.error as e:
             raise ConfigError(f"{key}: {pattern!r} is not a regular expression: {e}") from None
-    if isinstance(stage.learning_rate, dict) and set(stage.learning_rate) != set(stage.lora_parts):
+    if isinstance(stage.learning_rate, dict) and set(stage.learning_rate) != set(stage.parts):
         raise ConfigError(
             f"{key}.learning_rate has {', '.join(stage.learning_rate) or 'no part'}, "
-            f"but the stage trains {', '.join(stage.lora_parts)}: one rate for each"
+            f"but the stage trains {', '.join(stage.parts)}: one rate for each"
         )
+    _check_parts(stage, key)
     if stage.min_snr_gamma and stage.debiased:
         raise ConfigError(f"{key}: min_snr_gamma and debiased are two weightings of the same loss: choose one")
     if stage.schedule == "constant_with_warmup" and not stage.warmup_steps:
@@ -455,7 +368,32 @@ def _check_stage(stage: Stage, key: str) -> None:
     if stage.warmup_steps > stage.steps:
         raise ConfigError(f"{key}.warmup_steps = {stage.warmup_steps} is more than {key}.steps = {stage.steps}")
     if stage.timestep_range[0] >= stage.timestep_range[1]:
-        raise _wrong(f"{key}.timestep_range", list(stage.timestep_range), "the first below the second")
+        raise wrong(f"{key}.timestep_range", list(stage.timestep_range), "the first below the second")
+
+
+def _check_parts(stage: Stage, key: str) -> None:
+    """What is trained together, and the words of Textual Inversion."""
+    both = sorted(set(stage.lora_parts) & set(stage.train)) if "lora" in stage.train else []
+    if both:
+        raise ConfigError(f"{key}: {both[0]} is trained as a whole and by LoRA: leave it out of train or of lora_parts")
+    if "vae" in stage.train and len(stage.train) > 1:
+        raise ConfigError(f"{key}.train: vae is trained alone, in a stage of its own")
+    if unknown := set(stage.vae_loss) - set(VAE_LOSS):
+        raise ConfigError(f"{key}.vae_loss has {unknown.pop()!r}: choices are {', '.join(VAE_LOSS)}")
+    words = stage.placeholder_tokens
+    if ("textual_inversion" in stage.train) != bool(words):
+        raise ConfigError(f"{key}: train = ['textual_inversion'] and placeholder_tokens need each other")
+    for word in words:
+        if word.split() != [word] or words.count(word) > 1:
+            raise wrong(f"{key}.placeholder_tokens", list(words), "different words without spaces")
+    if len(stage.vectors_per_token) not in (1, len(words)):
+        raise wrong(f"{key}.vectors_per_token", list(stage.vectors_per_token), f"one number, or {len(words)}")
+    if stage.init_tokens and len(stage.init_tokens) != len(words):
+        raise wrong(f"{key}.init_tokens", list(stage.init_tokens), f"one for each of {len(words)} placeholder_tokens")
+    if stage.template != "caption" and not words:
+        raise ConfigError(f"{key}.template needs placeholder_tokens")
+    if isinstance(stage.template, tuple) and not all("{}" in text for text in stage.template):
+        raise wrong(f"{key}.template", list(stage.template), "texts with {} where the new words go")
 
 
 def _check_data(data: Data, key: str) -> None:
@@ -464,121 +402,12 @@ def _check_data(data: Data, key: str) -> None:
     try:
         ImageColor.getrgb(data.background)
     except ValueError:
-        raise _wrong(f"{key}.background", data.background, "a CSS colour name or #rrggbb") from None
+        raise wrong(f"{key}.background", data.background, "a CSS colour name or #rrggbb") from None
     given = [n for n in ("validation_path", "validation_count", "validation_fraction") if getattr(data, n)]
     if len(given) > 1:
         raise ConfigError(f"{key}: {' and '.join(given)} both say what is held out: choose one")
 
 
-# ------------------------------------------------------------------------------------------------------ files and flags
-
-
-def load(path: str | Path) -> RunConfig:
-    """Read a TOML file."""
-    return from_table(_read(Path(path)))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError(f"{path}: {e.strerror or e}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path} is not valid TOML: {e}") from None
-
-
-def to_toml(config: RunConfig) -> str:
-    """The configuration as TOML text; `from_table(tomllib.loads(to_toml(c))) == c`."""
-    return "\n".join(_toml_lines(to_table(config), "")).lstrip("\n") + "\n"
-
-
-def _toml_lines(table: dict[str, Any], key: str) -> Iterator[str]:
-    """Plain values first, then a [header] for each inner table: TOML's own order."""
-    inner = {k: v for k, v in table.items() if isinstance(v, dict)}
-    lists = {k: v for k, v in table.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
-    for name, value in table.items():
-        if name not in inner and name not in lists:
-            yield f"{_toml_key(name)} = {_toml_value(value)}"
-    for name, value in inner.items():
-        if value:
-            yield from ("", f"[{_join(key, _toml_key(name))}]", *_toml_lines(value, _join(key, _toml_key(name))))
-    for name, items in lists.items():
-        for item in items:
-            yield from ("", f"[[{_join(key, name)}]]", *_toml_lines(item, _join(key, name)))
-
-
-def _toml_key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_value(name)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(_toml_value(item) for item in value)}]"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        # JSON's escapes are TOML's, except that TOML also wants DEL escaped.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)
-
-
-def parse_args(argv: Sequence[str] | None = None, prog: str = "sdjax.train") -> Arguments:
-    """Read `CONFIG.toml [--key value ...] [--resume [--resume-step N]] [--debug]`; flags win over the file.
-
-    A stage is addressed by its number: `--stages.0.steps 5`. `--help` prints and exits with 0. Raises ConfigError.
-    """
-    import tyro
-
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and not argv[0].startswith("-"):
-        config = load(argv[0])
-    elif {"-h", "--help"} & set(argv):
-        config = RunConfig("MODEL", "OUTPUT", Data("FOLDER"), (Stage("NAME", ("lora",), 1000, 1e-4),))
-    else:
-        raise ConfigError(f"the configuration comes first: {prog} CONFIG.toml [--key value ...] [--resume]")
-
-    @dataclass(frozen=True)
-    class Command:
-        file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG.toml", help="The run's settings.")]
-        config: Annotated[RunConfig, tyro.conf.arg(name="")]
-        resume: Annotated[bool, tyro.conf.arg(help="Go on from the newest good checkpoint.")] = False
-        resume_step: Annotated[int | None, tyro.conf.arg(help="Go on from exactly this step.")] = None
-        debug: Annotated[bool, tyro.conf.arg(help="Show tracebacks of errors.")] = False
-
-    default = Command("", config)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            command, unknown = tyro.cli(Command, prog=prog, args=argv, default=default, return_unknown_args=True)
-    except SystemExit as e:
-        if not e.code:
-            raise
-        raise ConfigError(_unboxed(complaint.getvalue())) from None
-    if unknown:
-        flags = [f"--{key}" for key in ("resume", "resume-step", "debug", *_flags(config))]
-        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), flags, n=1)
-        raise ConfigError(f"unknown flag {unknown[0]}: {f'did you mean {near[0]}?' if near else '--help lists them'}")
-    # Once more through the tables, so that flags obey the same rules as the file.
-    config = from_table(to_table(command.config))
-    return Arguments(config, command.resume or command.resume_step is not None, command.resume_step, command.debug)
-
-
-def _flags(record: Any) -> Iterator[str]:
-    """The flag of every field: `stages.0.lora-rank`."""
-    for f in dataclasses.fields(record):
-        value = getattr(record, f.name)
-        inner = {f.name: value}
-        if isinstance(value, tuple):
-            inner = {f"{f.name}.{i}": item for i, item in enumerate(value)}
-        records = {name: item for name, item in inner.items() if dataclasses.is_dataclass(item)}
-        for name, item in records.items():
-            yield from (f"{name}.{flag}" for flag in _flags(item))
-        if not records:
-            yield f.name.replace("_", "-")
-
-
-def _unboxed(text: str) -> str:
-    """tyro's boxed message as one line: what stands between the title and the first rule inside the box."""
-    lines = [line.strip("│ \n") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
-    rule = next((i for i, line in enumerate(lines) if line and not line.strip("─")), len(lines))
-    return " ".join(line for line in lines[:rule] if line)
+def wrong(key: str, value: Any, expected: str) -> ConfigError:
+    """The error for a value that breaks a rule."""
+    return ConfigError(f"{key} = {value!r}: expected {expected}")

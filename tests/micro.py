@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from sdjax import pipeline
-from sdjax.config import RunConfig, from_table
+from sdjax.config import RunConfig
+from sdjax.config_file import from_table
 from sdjax.formats.diffusers_folder import save_folder
 from sdjax.models import clip, unet, vae
 

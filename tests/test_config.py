@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdjax import config
+from sdjax import config, config_file
 from sdjax.config import Data, DataOverride, RunConfig, Stage
 from sdjax.errors import ConfigError
 
@@ -49,6 +49,10 @@ mesh = { data = -1, fsdp = 1 }
 """
 
 
+def with_words(**changes):
+    return with_stage(**{"train": ["textual_inversion"], "placeholder_tokens": ["<plana>"]} | changes)
+
+
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "run.toml"
@@ -68,7 +72,7 @@ def with_stage(**changes):
 
 
 def test_the_file_as_written(path):
-    run = config.load(path)
+    run = config_file.load(path)
     assert run.stages[0].learning_rate == 1e-3  # TOML reads 1e-3 as a number
     assert run.stages[1].learning_rate == {"unet": 1e-4, "text_encoder": 5e-5}
     assert run.stages[1].lora_ranks == {"mid_block.*": 8}
@@ -93,7 +97,7 @@ def test_flags_win_over_the_file(path):
         --stages.1.learning-rate unet 1 text_encoder 1e-5 --stages.0.data.flip True --no-remat
         --stages.0.lora-targets attention+ff --stages.1.lora-targets to_q$ to_k$ --validation.prompts a
     """
-    arguments = config.parse_args([path, *flags.split(), "b c"])
+    arguments = config_file.parse_args([path, *flags.split(), "b c"])
     run = arguments.config
     assert (arguments.resume, arguments.resume_step, arguments.debug) == (True, None, False)
     assert run.stages[0].steps == 5
@@ -110,30 +114,30 @@ def test_flags_win_over_the_file(path):
 
 
 def test_resuming_from_a_step_is_resuming(path):
-    arguments = config.parse_args([path, "--resume-step", "100", "--debug"])
+    arguments = config_file.parse_args([path, "--resume-step", "100", "--debug"])
     assert (arguments.resume, arguments.resume_step, arguments.debug) == (True, 100, True)
-    assert not config.parse_args([path]).resume
+    assert not config_file.parse_args([path]).resume
 
 
 def test_every_field_is_a_flag_with_its_help(path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        config.parse_args([path, "--help"])
+        config_file.parse_args([path, "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    for flag in config._flags(config.load(path)):
+    for flag in config_file._flags(config_file.load(path)):
         assert f"--{flag}" in text
     assert "(default: 0.001)" in text
 
 
 def test_help_needs_no_file(capsys):
     with pytest.raises(SystemExit) as stopped:
-        config.parse_args(["--help"])
+        config_file.parse_args(["--help"])
     assert stopped.value.code == 0
     assert "--stages.0.lora-rank" in capsys.readouterr().out
 
 
 def test_every_field_is_documented():
-    for record in (Data, DataOverride, Stage, config.Validation, config.Checkpoint, config.Mesh):
+    for record in (Data, Stage, config.Validation, config.Checkpoint, config.Mesh):
         body = inspect.getsource(record)
         for f in dataclasses.fields(record):
             if not dataclasses.is_dataclass(f.type):
@@ -172,11 +176,22 @@ def test_every_field_is_documented():
         (with_stage(learning_rate=0), "expected above 0"),
         (with_stage(learning_rate={"unet": "x"}), "stages.0.learning_rate.unet = 'x'"),
         (with_stage(learning_rate={"text_encoder": 1e-4}), "has text_encoder, but .* trains unet"),
-        (with_stage(train=["unet"]), "'unet' is not available yet; choices: lora"),
-        (with_stage(train=["textual_inversion"]), "not available yet; choices: lora"),
-        (with_stage(train=["lokr"]), "unknown kind 'lokr'; choices: lora"),
+        (with_stage(train=["lokr"]), "stages.0.train.0 = 'lokr': expected one of lora, textual_inversion, unet"),
+        (with_stage(train=["lora", "unet"]), "unet is trained as a whole and by LoRA"),
+        (with_stage(train=["vae", "unet"], lora_parts=["text_encoder"]), "vae is trained alone"),
+        (with_stage(train=["vae"], vae_loss={"l3": 1}), "has 'l3': choices are l1, l2"),
+        (with_stage(train=["textual_inversion"]), "need each other"),
+        (with_stage(placeholder_tokens=["<a>"]), "need each other"),
+        (with_words(placeholder_tokens=["<a b>"]), "different words without spaces"),
+        (with_words(placeholder_tokens=["<a>", "<a>"]), "different words"),
+        (with_words(vectors_per_token=[1, 2]), "one number, or 1"),
+        (with_words(vectors_per_token=0), "at least 1"),
+        (with_words(init_tokens=["a", "b"]), "one for each of 1"),
+        (with_words(template=["a photo"]), "with {} where the new words go"),
+        (with_stage(template="style"), "template needs placeholder_tokens"),
+        (with_words(learning_rate={"unet": 1e-3}), "has unet, but the stage trains textual_inversion"),
         (with_stage(train=[]), "at least one"),
-        (with_stage(train=3), "stages.0.train = 3: expected a list"),
+        (with_stage(train={}), "stages.0.train = {}: expected a list"),
         (with_stage(lora_targets="atention"), "expected one of attention, attention"),
         (with_stage(lora_targets=["to_(q"]), "not a regular expression"),
         (with_stage(lora_ranks={"*": 4}), "not a regular expression"),
@@ -196,7 +211,7 @@ def test_every_field_is_documented():
 )
 def test_a_wrong_setting_is_one_clear_line(table, message):
     with pytest.raises(ConfigError, match=message) as error:
-        config.from_table(table)
+        config_file.from_table(table)
     assert len(str(error.value).splitlines()) == 1
     assert error.value.exit_code == 2
 
@@ -212,35 +227,35 @@ def test_a_wrong_setting_is_one_clear_line(table, message):
         (["--stages.0.steps"], "stages.0.steps"),
         (["--stages.0.steps", "0"], "stages.0.steps = 0: expected at least 1"),
         (["--dtype", "int8"], "int8.*float32"),
-        (["--stages.0.train", "vae"], "not available yet"),
+        (["--stages.0.train", "lokr"], "lokr"),
     ],
 )
 def test_a_wrong_flag_is_one_clear_line(path, flags, message, capsys):
     with pytest.raises(ConfigError, match=message) as error:
-        config.parse_args([path, *flags])
+        config_file.parse_args([path, *flags])
     assert len(str(error.value).splitlines()) == 1
     assert not capsys.readouterr().err
 
 
 def test_a_missing_or_broken_file(tmp_path):
     with pytest.raises(ConfigError, match="the configuration comes first"):
-        config.parse_args([])
+        config_file.parse_args([])
     with pytest.raises(ConfigError, match="the configuration comes first"):
-        config.parse_args(["--resume"])
+        config_file.parse_args(["--resume"])
     with pytest.raises(ConfigError, match=r"nope\.toml: No such file"):
-        config.parse_args([str(tmp_path / "nope.toml")])
+        config_file.parse_args([str(tmp_path / "nope.toml")])
     broken = tmp_path / "broken.toml"
     broken.write_text("model = ")
     with pytest.raises(ConfigError, match=r"broken\.toml is not valid TOML: Invalid value"):
-        config.parse_args([str(broken)])
+        config_file.parse_args([str(broken)])
     broken.write_bytes(b'model = "\xff"')
     with pytest.raises(ConfigError, match="not valid TOML"):
-        config.parse_args([str(broken)])
+        config_file.parse_args([str(broken)])
 
 
 def test_written_and_read_again(path):
-    run = config.load(path)
-    assert config.from_table(tomllib.loads(config.to_toml(run))) == run
+    run = config_file.load(path)
+    assert config_file.from_table(tomllib.loads(config_file.to_toml(run))) == run
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
@@ -260,7 +275,7 @@ def test_any_text_and_number_survives_the_round_trip(text, prompts, number, rank
         (Stage("a", ("lora",), 1, number, lora_alpha=number, lora_ranks=ranks),),
         validation=config.Validation(prompts=tuple(prompts)),
     )
-    assert config.from_table(tomllib.loads(config.to_toml(run))) == run
+    assert config_file.from_table(tomllib.loads(config_file.to_toml(run))) == run
 
 
 def _compiles(pattern):
@@ -272,7 +287,7 @@ def _compiles(pattern):
 
 
 def test_flatten_names_every_value(path):
-    flat = config.flatten(config.load(path))
+    flat = config_file.flatten(config_file.load(path))
     assert flat["data.resolution"] == 64
     assert flat["stages.1.learning_rate.unet"] == 1e-4
     assert flat["stages.1.data.path"] == "character"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdjax import config, generate
+from sdjax import config, config_file, generate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,12 +38,12 @@ def test_files_named_exist():
 
 @pytest.mark.parametrize("text", blocks("toml"))
 def test_configurations_are_valid(text):
-    config.from_table(tomllib.loads(text))
+    config_file.from_table(tomllib.loads(text))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
 def test_recipes_are_valid_and_open_with_their_command(path):
-    config.load(path)
+    config_file.load(path)
     head = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert f"python -m sdjax.train configs/{path.name}" in head
 

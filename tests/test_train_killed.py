@@ -11,7 +11,7 @@ import time
 import micro
 import pytest
 
-from sdjax import config as configuration
+from sdjax import config_file
 from sdjax.train import checkpoint
 
 STEPS = 16
@@ -31,7 +31,7 @@ def start(place, output, *flags):
     data = {"path": str(place / "images"), "resolution": 16, "batch_size": 4, "cache": str(place / "cache")}
     stage = {"steps": STEPS, "lora_dropout": 0.1}
     config = micro.settings(place / "model", place / "images", output, data=data, stages=[stage], validation={})
-    file.write_text(configuration.to_toml(config))
+    file.write_text(config_file.to_toml(config))
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(place / "xla"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

@@ -19,8 +19,7 @@ import pytest
 from PIL import Image
 
 import sdjax
-from sdjax import config as configuration
-from sdjax import lora, pipeline
+from sdjax import config_file, lora, pipeline
 from sdjax.errors import ConfigError, DataError, TrainingStopped
 from sdjax.formats.lora_file import load_lora
 from sdjax.train import checkpoint
@@ -94,7 +93,7 @@ def test_metrics_have_a_line_a_step_and_a_validation(finished):
 
 def test_the_settings_are_kept_as_resolved(finished, place):
     output, _ = finished
-    kept = configuration.from_table(tomllib.loads((output / "config.toml").read_text()))
+    kept = config_file.from_table(tomllib.loads((output / "config.toml").read_text()))
     assert kept == micro.settings(place / "model", place / "images", output)
 
 
@@ -322,7 +321,7 @@ def test_truncated_weights_are_refused_before_any_is_read(settings, place, no_we
 
 def test_the_command_returns_exit_codes_and_one_line(settings, capsys, tmp_path, no_weights):
     file = tmp_path / "run.toml"
-    file.write_text(configuration.to_toml(settings()))
+    file.write_text(config_file.to_toml(settings()))
     former = signal.getsignal(signal.SIGTERM)
     try:
         for arguments, code, message in (
@@ -359,7 +358,7 @@ def test_a_full_disk_is_one_line(settings, monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr("sdjax.train.loop.plan_run", full)
     file = tmp_path / "run.toml"
-    file.write_text(configuration.to_toml(settings()))
+    file.write_text(config_file.to_toml(settings()))
     former = signal.getsignal(signal.SIGTERM)
     assert main([str(file)]) == 3
     signal.signal(signal.SIGTERM, former)

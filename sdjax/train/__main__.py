@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from sdjax.config import parse_args
+from sdjax.config_file import parse_args
 from sdjax.errors import DataError, SdjaxError
 
 

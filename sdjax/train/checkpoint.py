@@ -243,7 +243,7 @@ Where files lie is ignored because what is in them has a fingerprint of its own.
 
 
 def compare_runs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse to resume another run: two flat records (`config.flatten` plus fingerprints) are compared key by key.
+    """Refuse to resume another run: two flat records (`config_file.flatten` plus fingerprints) are compared key by key.
 
     Changes that MAY_CHANGE allows are logged; DataError lists the others. Values are compared as JSON keeps them.
     """

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from sdjax import config as configuration
+from sdjax import config_file
 from sdjax.config import RunConfig
 from sdjax.data.dataset import make_batch, prefetch
 from sdjax.errors import ConfigError, TrainingStopped
@@ -58,7 +58,7 @@ def train(config: RunConfig, *, resume: bool = False, resume_step: int | None = 
         run = plan_run(config)
         position = _find_position(run, resume, resume_step)
         with replacing(output / "config.toml") as file:
-            file.write(configuration.to_toml(config).encode())
+            file.write(config_file.to_toml(config).encode())
         metrics = Metrics(output / "metrics.jsonl", run, stage=position.stage, step=position.step)
         for plan in run.stages[position.stage :]:
             position, code = _train_stage(run, plan, position, metrics)

@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree, UInt8
 
 from sdjax import lora, sampling
-from sdjax.config import Data, RunConfig, Stage, flatten
+from sdjax.config import Data, RunConfig, Stage
+from sdjax.config_file import flatten
 from sdjax.data import cache, plan, records
 from sdjax.data.dataset import Dataset, join
 from sdjax.data.images import to_float

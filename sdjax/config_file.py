@@ -1,0 +1,268 @@
+"""TOML and flags -> a checked `RunConfig`, and back, strictly.
+
+`parse_args` is the way in: TOML file -> `RunConfig` -> every field again as a flag -> checked `RunConfig`.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import math
+import re
+import sys
+import tomllib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from sdjax.config import Data, Rule, RunConfig, Stage, check, wrong
+from sdjax.errors import ConfigError
+
+
+class Arguments(NamedTuple):
+    """A training command line, read and checked."""
+
+    config: RunConfig
+    resume: bool
+    """Go on from the newest good checkpoint, or start fresh if there is none."""
+    resume_step: int | None
+    """Go on from exactly this step."""
+    debug: bool
+    """Show tracebacks."""
+
+
+# --------------------------------------------------------------------------------------------------- tables <-> records
+
+
+def from_table(table: Mapping[str, Any]) -> RunConfig:
+    """A checked configuration from TOML's plain tables.
+
+    Raises ConfigError with the dotted key, what was given, the rule and the choices.
+    """
+    config = _record(RunConfig, table, "")
+    check(config)
+    return config
+
+
+def to_table(config: Any) -> dict[str, Any]:
+    """The plain tables of a configuration; absent values (None) are left out."""
+    return {f.name: _plain(value) for f in dataclasses.fields(config) if (value := getattr(config, f.name)) is not None}
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> value, for comparing two runs: `stages.0.learning_rate`, `data.path`, ..."""
+
+    def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                yield from walk(_join(key, name), inner)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for number, inner in enumerate(value):
+                yield from walk(f"{key}.{number}", inner)
+        else:
+            yield key, value
+
+    return dict(walk("", to_table(config)))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_table(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return dict(value) if isinstance(value, dict) else value
+
+
+def _record(cls: type, table: Any, key: str) -> Any:
+    if not isinstance(table, Mapping):
+        raise wrong(key, table, "a table")
+    hints = get_type_hints(cls, include_extras=True)
+    for name in table:
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            advice = f"did you mean {_join(key, near[0])}?" if near else f"choices: {', '.join(hints)}"
+            raise ConfigError(f"unknown key {_join(key, name)}: {advice}")
+    missing = [
+        _join(key, f.name)
+        for f in dataclasses.fields(cls)
+        if f.name not in table and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"missing: {', '.join(missing)}")
+    return cls(**{name: _value(hints[name], value, _join(key, name)) for name, value in table.items()})
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the type `hint` wants it, or ConfigError."""
+    kind, arguments = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _record(hint, value, key)  # type: ignore[arg-type]
+    if kind is Annotated:
+        return _annotated(arguments, value, key)
+    if kind is Literal:
+        if value not in arguments or not isinstance(value, str):
+            raise wrong(key, value, f"one of {', '.join(arguments)}")
+        return value
+    if kind in (Union, types.UnionType):
+        # `X | None`, `number | table` or `name | list`: the value's own shape picks the branch.
+        container = dict if isinstance(value, Mapping) else tuple if isinstance(value, (list, tuple)) else None
+        branch = next((a for a in arguments if container and get_origin(a) is container), arguments[0])
+        return _value(branch, value, key)
+    if kind is dict:
+        if not isinstance(value, Mapping):
+            raise wrong(key, value, "a table")
+        return {name: _value(arguments[1], inner, _join(key, name)) for name, inner in value.items()}
+    if kind is tuple:
+        return _sequence(arguments, value, key)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise wrong(key, value, {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[hint])
+    return value
+
+
+def _annotated(arguments: tuple[Any, ...], value: Any, key: str) -> Any:
+    hint, rule = arguments
+    value = _value(hint, value, key)
+    if isinstance(rule, Rule):
+        expected = rule.broken_by(value)
+    elif rule == "file name":
+        expected = None if re.fullmatch(r"[\w.-]*\w[\w.-]*", value) else "a name of letters, digits, '_', '-' and '.'"
+    else:
+        expected = None if value else "not empty"
+    if expected:
+        raise wrong(key, value, expected)
+    return value
+
+
+def _sequence(arguments: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
+    if type(value) in (str, int, float) and arguments[-1] is Ellipsis:
+        value = [value]  # one value may stand for a list of one
+    if not isinstance(value, (list, tuple)):
+        raise wrong(key, value, "a list")
+    if arguments[-1] is Ellipsis:
+        return tuple(_value(arguments[0], item, f"{key}.{i}") for i, item in enumerate(value))
+    if len(value) != len(arguments):
+        raise wrong(key, value, f"a list of {len(arguments)}")
+    return tuple(_value(hint, item, f"{key}.{i}") for i, (hint, item) in enumerate(zip(arguments, value, strict=True)))
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+# ------------------------------------------------------------------------------------------------------ files and flags
+
+
+def load(path: str | Path) -> RunConfig:
+    """Read a TOML file."""
+    return from_table(_read(Path(path)))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror or e}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} is not valid TOML: {e}") from None
+
+
+def to_toml(config: RunConfig) -> str:
+    """The configuration as TOML text; `from_table(tomllib.loads(to_toml(c))) == c`."""
+    return "\n".join(_toml_lines(to_table(config), "")).lstrip("\n") + "\n"
+
+
+def _toml_lines(table: dict[str, Any], key: str) -> Iterator[str]:
+    """Plain values first, then a [header] for each inner table: TOML's own order."""
+    inner = {k: v for k, v in table.items() if isinstance(v, dict)}
+    lists = {k: v for k, v in table.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
+    for name, value in table.items():
+        if name not in inner and name not in lists:
+            yield f"{_toml_key(name)} = {_toml_value(value)}"
+    for name, value in inner.items():
+        if value:
+            yield from ("", f"[{_join(key, _toml_key(name))}]", *_toml_lines(value, _join(key, _toml_key(name))))
+    for name, items in lists.items():
+        for item in items:
+            yield from ("", f"[[{_join(key, name)}]]", *_toml_lines(item, _join(key, name)))
+
+
+def _toml_key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_value(name)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, except that TOML also wants DEL escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def parse_args(argv: Sequence[str] | None = None, prog: str = "sdjax.train") -> Arguments:
+    """Read `CONFIG.toml [--key value ...] [--resume [--resume-step N]] [--debug]`; flags win over the file.
+
+    A stage is addressed by its number: `--stages.0.steps 5`. `--help` prints and exits with 0. Raises ConfigError.
+    """
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-"):
+        config = load(argv[0])
+    elif {"-h", "--help"} & set(argv):
+        config = RunConfig("MODEL", "OUTPUT", Data("FOLDER"), (Stage("NAME", ("lora",), 1000, 1e-4),))
+    else:
+        raise ConfigError(f"the configuration comes first: {prog} CONFIG.toml [--key value ...] [--resume]")
+
+    @dataclass(frozen=True)
+    class Command:
+        file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG.toml", help="The run's settings.")]
+        config: Annotated[RunConfig, tyro.conf.arg(name="")]
+        resume: Annotated[bool, tyro.conf.arg(help="Go on from the newest good checkpoint.")] = False
+        resume_step: Annotated[int | None, tyro.conf.arg(help="Go on from exactly this step.")] = None
+        debug: Annotated[bool, tyro.conf.arg(help="Show tracebacks of errors.")] = False
+
+    default = Command("", config)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            command, unknown = tyro.cli(Command, prog=prog, args=argv, default=default, return_unknown_args=True)
+    except SystemExit as e:
+        if not e.code:
+            raise
+        raise ConfigError(_unboxed(complaint.getvalue())) from None
+    if unknown:
+        flags = [f"--{key}" for key in ("resume", "resume-step", "debug", *_flags(config))]
+        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), flags, n=1)
+        raise ConfigError(f"unknown flag {unknown[0]}: {f'did you mean {near[0]}?' if near else '--help lists them'}")
+    # Once more through the tables, so that flags obey the same rules as the file.
+    config = from_table(to_table(command.config))
+    return Arguments(config, command.resume or command.resume_step is not None, command.resume_step, command.debug)
+
+
+def _flags(record: Any) -> Iterator[str]:
+    """The flag of every field: `stages.0.lora-rank`."""
+    for f in dataclasses.fields(record):
+        value = getattr(record, f.name)
+        inner = {f.name: value}
+        if isinstance(value, tuple):
+            inner = {f"{f.name}.{i}": item for i, item in enumerate(value)}
+        records = {name: item for name, item in inner.items() if dataclasses.is_dataclass(item)}
+        for name, item in records.items():
+            yield from (f"{name}.{flag}" for flag in _flags(item))
+        if not records:
+            yield f.name.replace("_", "-")
+
+
+def _unboxed(text: str) -> str:
+    """tyro's boxed message as one line: what stands between the title and the first rule inside the box."""
+    lines = [line.strip("│ \n") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
+    rule = next((i for i, line in enumerate(lines) if line and not line.strip("─")), len(lines))
+    return " ".join(line for line in lines[:rule] if line)
