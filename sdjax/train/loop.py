@@ -20,6 +20,7 @@ from sdjax.data.dataset import make_batch, prefetch
 from sdjax.errors import ConfigError, TrainingStopped
 from sdjax.formats.safetensors_file import replacing
 from sdjax.train import checkpoint
+from sdjax.train.encoding import encode
 from sdjax.train.export import export
 from sdjax.train.metrics import Metrics
 from sdjax.train.stages import Adapters, Run, StagePlan, plan_run, prepare, result
@@ -95,14 +96,15 @@ def _find_position(run: Run, resume: bool, step: int | None) -> Position:
 def _train_stage(run: Run, plan: StagePlan, start: Position, metrics: Metrics) -> tuple[Position, int]:
     """Train one stage from where it stands to its export: what comes next, and the exit code of a signal or 0."""
     config, stage, parallel = run.config, plan.stage, plan.parallel
+    dataset, held_out = encode(run, plan, start.earlier)
     ready = prepare(run, plan, start.earlier)
-    validate = Validator(run, plan, ready, start.earlier, metrics)
+    validate = Validator(run, plan, held_out, ready, start.earlier, metrics)
     frozen = parallel.place_frozen(ready.frozen)
     state = parallel.place_state(ready.state if start.state is None else start.state)
     _, key = plan.keys(config.seed)
-    order = plan.batches(len(ready.dataset.moments), config.seed)
+    order = plan.batches(len(dataset.moments), config.seed)
     batches = prefetch(
-        lambda number: parallel.place_batch(make_batch(ready.dataset, order, number)), range(start.step, stage.steps)
+        lambda number: parallel.place_batch(make_batch(dataset, order, number)), range(start.step, stage.steps)
     )
 
     saved = start.step if start.state is not None else None

@@ -1,7 +1,7 @@
 """A run as a list of stages: what each trains on which data, checked before any weight is read, then made ready.
 
-`plan_run` needs the model's configs, tokenizers and weight headers only. `prepare` then encodes a stage's data (or
-finds it in the cache), frees the models that did so, loads what is trained or frozen, and makes the adapters.
+`plan_run` needs the model's configs, tokenizers and weight headers only. `prepare` then loads what is trained or
+frozen and makes the adapters, once `sdjax.train.encoding` has encoded the stage's data.
 
 A stage stands on what the earlier ones made: their adapters are merged into its frozen weights, and what it exports is
 the exact sum of all of them (ranks laid side by side), so that the last export is the whole result.
@@ -16,20 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, PRNGKeyArray, PyTree, UInt8
+from jaxtyping import PRNGKeyArray, PyTree
 
 from sdjax import lora, sampling
 from sdjax.config import Data, RunConfig, Stage
 from sdjax.config_file import flatten
-from sdjax.data import cache, plan, records
-from sdjax.data.dataset import Dataset, join
-from sdjax.data.images import to_float
+from sdjax.data import plan, records
 from sdjax.data.records import Record
 from sdjax.errors import ConfigError, DataError
-from sdjax.models.vae import AutoencoderKL
-from sdjax.pipeline import StableDiffusion, encode_ids, load_weights, outline
+from sdjax.pipeline import StableDiffusion, load_weights, outline
 from sdjax.train.optimizers import make_optimizer
 from sdjax.train.parallel import Parallel, parallelize
 from sdjax.train.step import Recipe, State, init_state, join_adapters, make_train_step
@@ -92,8 +87,6 @@ class Run(NamedTuple):
 class Ready(NamedTuple):
     """One stage with everything it needs in memory."""
 
-    dataset: Dataset
-    held_out: Dataset | None
     frozen: PyTree
     """`params` and `scales` as the step wants them, not yet placed on the devices."""
     state: State
@@ -125,15 +118,14 @@ def plan_run(config: RunConfig) -> Run:
 
 
 def prepare(run: Run, stage: StagePlan, earlier: Adapters) -> Ready:
-    """Encode the stage's images and captions or find them in the cache, then load what the steps need."""
-    dataset, held_out = _encode(run, stage, earlier)
+    """Load what the steps of a stage need, and make what it trains."""
     parts = ["unet", *(run.model.text_models if stage.recipe.trains_text else ())]
     params = {part: base_weights(run.model, part, earlier) for part in parts}
     first, _ = stage.keys(run.config.seed)
     adapted = {part: params[part] for part in stage.stage.lora_parts}
     trainable, scales = jax.jit(functools.partial(_init_adapters, stage.stage))(first, adapted)
     state = init_state(stage.recipe.optimizer, trainable)
-    return Ready(dataset, held_out, {"params": params, "scales": scales}, state)
+    return Ready({"params": params, "scales": scales}, state)
 
 
 def base_weights(model: StableDiffusion, part: str, adapters: Mapping[str, PyTree]) -> dict[str, Any]:
@@ -283,75 +275,3 @@ def _sum(earlier: Adapters, own: Adapters) -> Adapters:
         part: lora.add([(trees[part], 1.0) for trees in (earlier, own) if part in trees])
         for part in dict.fromkeys([*earlier, *own])
     }
-
-
-# ----------------------------------------------------------------------------------------------------------------- data
-
-
-def _encode(run: Run, stage: StagePlan, earlier: Adapters) -> tuple[Dataset, Dataset | None]:
-    """Latents and texts of the training and the held-out images; the models that make them are read only if needed."""
-    model, data = run.model, stage.data
-    folder = data.cache or Path(run.config.output) / "cache"
-    vae_weights = functools.cache(lambda: load_weights(model, "vae"))
-    shared = {
-        "folder": folder,
-        "model": f"{run.fingerprint} {run.config.dtype}",
-        "resolution": data.resolution,
-        "background": data.background,
-        "on_bad_image": data.on_bad_image,
-        # Like drawing, which decodes one picture at a time: large ones would fill the memory.
-        "batch_size": 8 if data.resolution <= 128 else 1,
-    }
-
-    def encode_images(images: UInt8[np.ndarray, "B R R 3"]) -> Array:
-        return _moments(model.vae, vae_weights(), to_float(images))
-
-    def latents(kind: str, wanted: tuple[Record, ...], flip: bool) -> cache.Latents:
-        with _bar(f"{stage.stage.name}: encoding {kind} images", len(wanted)) as bar:
-            return cache.cache_latents(
-                wanted, encode_images, flip=flip, progress=lambda done, _: bar.update(done - bar.n), **shared
-            )
-
-    training = latents("training", stage.records, data.flip)
-    held_out = latents("held-out", stage.held_out, False) if stage.held_out else None
-    captions = [record.caption for record in (*stage.records, *stage.held_out)]
-    texts = _encode_texts(run, stage, captions, earlier, folder)
-    return join(training, texts), None if held_out is None else join(held_out, texts)
-
-
-def _encode_texts(
-    run: Run, stage: StagePlan, captions: list[str], earlier: Adapters, folder: str | Path
-) -> cache.Texts:
-    """Context (and SDXL's pooled vector) of each caption; only its token ids if the text models are trained."""
-    model, recipe = run.model, stage.recipe
-    adapters = {part: tree for part, tree in earlier.items() if part in model.text_models}
-    weights = functools.cache(lambda: {part: base_weights(model, part, adapters) for part in model.text_models})
-    zeroed = model.is_sdxl and bool(model.folder.model_index.get("force_zeros_for_empty_prompt"))
-
-    def encode(captions: list[str]) -> dict[str, Any]:
-        arrays: dict[str, Any] = {"empty": np.array([not caption for caption in captions])} if zeroed else {}
-        ids = model.tokenize(captions, chunks=stage.windows)
-        if recipe.trains_text:
-            return arrays | ids
-        context, pooled = encode_ids(model.text_models, weights(), ids, recipe.hidden)
-        return arrays | {"context": context} | ({"pooled": pooled} if model.is_sdxl else {})
-
-    settings = {
-        "ids": recipe.trains_text,
-        "windows": stage.windows,
-        "hidden": dataclasses.asdict(recipe.hidden),
-        "dtype": run.config.dtype,
-        "earlier": [hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for leaf in jax.tree.leaves(adapters)],
-    }
-    return cache.cache_texts(captions, encode, folder=folder, model=run.fingerprint, settings=settings)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _moments(module: AutoencoderKL, params: PyTree, images: Array) -> Array:
-    return jnp.asarray(module.apply({"params": params}, images, method="encode"))
-
-
-def _bar(title: str, total: int):
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc=title, unit="image", leave=False, disable=None)

@@ -27,15 +27,17 @@ HeldOutLoss = Callable[[Mapping[str, PyTree], PyTree], float]
 class Validator:
     """Validates one stage: metrics.jsonl gets the held-out loss, samples/ a grid of the pictures."""
 
-    def __init__(self, run: Run, plan: StagePlan, ready: Ready, earlier: Adapters, metrics: Metrics) -> None:
+    def __init__(
+        self, run: Run, plan: StagePlan, held_out: Dataset | None, ready: Ready, earlier: Adapters, metrics: Metrics
+    ) -> None:
         self._run, self._plan, self._ready, self._earlier, self._metrics = run, plan, ready, earlier, metrics
         self._settings = run.config.validation
         self._samples = Path(run.config.output) / "samples"
         self._held_out_loss = None
         self._drawn: dict[int, list[Image.Image]] = {}
-        if ready.held_out is not None:
+        if held_out is not None:
             size = plan.data.batch_size
-            self._held_out_loss = make_held_out_loss(plan.recipe, ready.held_out, self._settings, size)
+            self._held_out_loss = make_held_out_loss(plan.recipe, held_out, self._settings, size)
 
     def __call__(self, step: int, state: State) -> None:
         """Loss and pictures of the state (on the host) after `step` steps."""
