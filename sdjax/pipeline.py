@@ -43,6 +43,8 @@ class StableDiffusion:
     schedule: diffusion.NoiseSchedule
     folder: ModelFolder
     name: str
+    placeholders: dict[str, Float[Array, "K D"]] = dataclasses.field(default_factory=dict)
+    """Text model -> vectors of the words its tokenizer has learned, beside the table."""
 
     # ------------------------------------------------------------------------------------------------ drawing
 
@@ -238,7 +240,12 @@ class StableDiffusion:
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B P"]]:
         """Context and pooled vector of each prompt. chunks: exactly so many windows; default what the longest takes."""
         hidden = self.hidden_state(clip_skip)
-        return encode_ids(self.text_models, self.params, self.tokenize(prompts, chunks=chunks), hidden)
+        variables = {name: self.variables(name) for name in self.text_models}
+        return encode_ids(self.text_models, variables, self.tokenize(prompts, chunks=chunks), hidden)
+
+    def variables(self, part: str) -> dict[str, Any]:
+        """The Flax collections one of the models computes with."""
+        return collections(self.params[part], rows=self.placeholders.get(part))
 
     def tokenize(self, prompts: Sequence[str], *, chunks: int | None = None) -> dict[str, Int[np.ndarray, "B n T"]]:
         """Token ids for each text model, in equally many windows."""
@@ -419,33 +426,38 @@ def load_weights(sd: StableDiffusion, part: str) -> dict[str, Any]:
     return load_params(tensors, sd.params[part], dtype=module.compute.dtype, what=f"{sd.name}: {part}")
 
 
+def collections(params: Any, *, lora: Any = None, rows: Any = None) -> dict[str, Any]:
+    """A model's Flax collections: its weights, an adapter, and the vectors of new words, the latter where given."""
+    variables = {"params": params}
+    if lora is not None:
+        variables["lora"] = lora
+    if rows is not None:
+        variables["placeholder"] = {"embeddings": {"token_embedding": {"rows": rows}}}
+    return variables
+
+
 def encode_ids(
     text_models: Mapping[str, clip.TextModel],
-    params: Mapping[str, Any],
+    variables: Mapping[str, Any],
     ids: Mapping[str, Int[Array | np.ndarray, "B n T"]],
     hidden: HiddenState,
-    adapters: Mapping[str, Any] | None = None,
 ) -> tuple[Float[Array, "B n*T D"], Float[Array, "B P"]]:
     """Token ids by text model -> context (the models' widths side by side) and the last model's pooled vector.
 
-    Pure, so that training differentiates through it. adapters: LoRA trees by text model.
+    Pure, so that training differentiates through it. variables: by text model, as of `collections`.
     Windows are encoded one by one and laid end to end; the pooled vector is the first window's.
     """
-    models = tuple(text_models.items())
-    text_params = {name: params[name] for name in text_models}
-    return _encode_ids(models, hidden, text_params, dict(ids), dict(adapters or {}))
+    own = {name: variables[name] for name in text_models}
+    return _encode_ids(tuple(text_models.items()), hidden, own, dict(ids))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode_ids(models, hidden, params, ids, adapters):
+def _encode_ids(models, hidden, variables, ids):
     contexts, pooled = [], None
     for name, model in models:
         batch, windows, length = ids[name].shape
-        variables = {"params": params[name]}
-        if name in adapters:
-            variables["lora"] = adapters[name]
         flat = ids[name].reshape(batch * windows, length)
-        context, pooled = model.apply(variables, flat, clip_skip=hidden.clip_skip, final_norm=hidden.final_norm)
+        context, pooled = model.apply(variables[name], flat, clip_skip=hidden.clip_skip, final_norm=hidden.final_norm)
         contexts.append(context.reshape(batch, windows * length, -1))
         pooled = pooled.reshape(batch, windows, -1)[:, 0]
     return jnp.concatenate(contexts, axis=-1), pooled

@@ -134,7 +134,8 @@ def test_the_other_parts_lower(platform):
     sd = model(platform, "bfloat16")
     models, hidden = tuple(sd.text_models.items()), HiddenState(1, final_norm=True)
     ids = {"text_encoder": shape(2, 1, 77, dtype=jnp.int32)}
-    kernels(pipeline._encode_ids.trace(models, hidden, sd.params, ids, {}), platform)
+    variables = {name: sd.variables(name) for name in sd.text_models}
+    kernels(pipeline._encode_ids.trace(models, hidden, variables, ids), platform)
     params = of_dtype(vae.abstract_params(sd.vae.config), jnp.bfloat16)
     kernels(pipeline._encode_image.trace(sd.vae, params, shape(1, 512, 512, 3)), platform)
     kernels(pipeline._decode_latents.trace(sd.vae, params, shape(1, 64, 64, 4)), platform)

@@ -161,7 +161,11 @@ class LayerNorm(nn.Module):
 
 
 class Embed(nn.Module):
-    """Rows of a table `[V, D]` by integer index."""
+    """Rows of a table `[V, D]` by integer index.
+
+    Indices from V on mean the rows of new words `[K, D]` (or `[B, K, D]`, each example its own), which lie beside the
+    table in the collection `placeholder`: what trains them neither touches the table nor forms its gradient.
+    """
 
     rows: int
     width: int
@@ -170,7 +174,16 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, ids: Array) -> Array:
         table = self.param("embedding", nn.initializers.normal(0.02), (self.rows, self.width))
-        return jnp.take(table, ids, axis=0, mode="clip").astype(self.compute.dtype)
+        vectors = jnp.take(table, ids, axis=0, mode="clip").astype(self.compute.dtype)
+        if not self.has_variable("placeholder", "rows"):
+            return vectors
+        rows = self.get_variable("placeholder", "rows")
+        own = jnp.maximum(ids - self.rows, 0)
+        if rows.ndim == 3:
+            new = jnp.take_along_axis(rows, own[..., None], axis=1, mode="clip")
+        else:
+            new = jnp.take(rows, own, axis=0, mode="clip")
+        return jnp.where((ids >= self.rows)[..., None], new.astype(self.compute.dtype), vectors)
 
 
 def timestep_embedding(
