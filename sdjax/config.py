@@ -303,6 +303,8 @@ class RunConfig:
     """Seed of all randomness."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number type of the computation; what is trained stays float32."""
+    export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Number type of the models that are exported as a whole."""
     clip_skip: Count | None = None
     """Text model layer used, counted from the end: 1 last, 2 penultimate. Left out: the model's own."""
     prediction_type: Literal["", "epsilon", "v_prediction"] = ""

@@ -419,11 +419,11 @@ def outline(
     )
 
 
-def load_weights(sd: StableDiffusion, part: str) -> dict[str, Any]:
-    """Reads the parameters of one part (`unet`, `vae`, `text_encoder`, ...) of a model, in the dtype it computes in."""
+def load_weights(sd: StableDiffusion, part: str, *, dtype: Any = None) -> dict[str, Any]:
+    """Reads the parameters of one part (`unet`, `vae`, ...) of a model, by default in the dtype it computes in."""
     module = {"unet": sd.unet, "vae": sd.vae, **sd.text_models}[part]
     tensors = sd.folder.tensors(part)
-    return load_params(tensors, sd.params[part], dtype=module.compute.dtype, what=f"{sd.name}: {part}")
+    return load_params(tensors, sd.params[part], dtype=dtype or module.compute.dtype, what=f"{sd.name}: {part}")
 
 
 def collections(params: Any, *, lora: Any = None, rows: Any = None) -> dict[str, Any]:

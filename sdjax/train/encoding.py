@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,22 @@ from sdjax.data.dataset import Dataset, join
 from sdjax.data.images import to_float
 from sdjax.data.records import Record
 from sdjax.models.vae import AutoencoderKL
-from sdjax.pipeline import encode_ids, load_weights
-from sdjax.train.stages import Adapters, Run, StagePlan, base_weights
+from sdjax.pipeline import collections, encode_ids
+from sdjax.train.made import Made, base_weights
+from sdjax.train.stages import Run, StagePlan
 
 
-def encode(run: Run, stage: StagePlan, earlier: Adapters) -> tuple[Dataset, Dataset | None]:
+def encode(run: Run, stage: StagePlan, earlier: Made) -> tuple[Dataset, Dataset | None]:
     """Latents and texts of the training and the held-out images, from the cache or computed (and cached) now.
 
     The models that make them are read only if needed, and freed before it returns.
     """
-    model, data = run.model, stage.data
+    model, data = stage.recipe.model, stage.data
     folder = data.cache or Path(run.config.output) / "cache"
-    vae_weights = functools.cache(lambda: load_weights(model, "vae"))
+    vae_weights = functools.cache(lambda: base_weights(model, "vae", earlier))
     shared = {
         "folder": folder,
-        "model": f"{run.fingerprint} {run.config.dtype}",
+        "model": f"{run.fingerprint} {earlier.digest('vae')} {run.config.dtype}",
         "resolution": data.resolution,
         "background": data.background,
         "on_bad_image": data.on_bad_image,
@@ -54,13 +54,15 @@ def encode(run: Run, stage: StagePlan, earlier: Adapters) -> tuple[Dataset, Data
     return join(training, texts), None if held_out is None else join(held_out, texts)
 
 
-def _encode_texts(
-    run: Run, stage: StagePlan, captions: list[str], earlier: Adapters, folder: str | Path
-) -> cache.Texts:
+def _encode_texts(run: Run, stage: StagePlan, captions: list[str], earlier: Made, folder: str | Path) -> cache.Texts:
     """Context (and SDXL's pooled vector) of each caption; only its token ids if the text models are trained."""
-    model, recipe = run.model, stage.recipe
-    adapters = {part: tree for part, tree in earlier.items() if part in model.text_models}
-    weights = functools.cache(lambda: {part: base_weights(model, part, adapters) for part in model.text_models})
+    model, recipe = stage.recipe.model, stage.recipe
+    variables = functools.cache(
+        lambda: {
+            part: collections(base_weights(model, part, earlier), rows=earlier.rows.get(part))
+            for part in model.text_models
+        }
+    )
     zeroed = model.is_sdxl and bool(model.folder.model_index.get("force_zeros_for_empty_prompt"))
 
     def encode(captions: list[str]) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def _encode_texts(
         ids = model.tokenize(captions, chunks=stage.windows)
         if recipe.trains_text:
             return arrays | ids
-        context, pooled = encode_ids(model.text_models, weights(), ids, recipe.hidden)
+        context, pooled = encode_ids(model.text_models, variables(), ids, recipe.hidden)
         return arrays | {"context": context} | ({"pooled": pooled} if model.is_sdxl else {})
 
     settings = {
@@ -76,7 +78,8 @@ def _encode_texts(
         "windows": stage.windows,
         "hidden": dataclasses.asdict(recipe.hidden),
         "dtype": run.config.dtype,
-        "earlier": [hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for leaf in jax.tree.leaves(adapters)],
+        "words": stage.words,
+        "earlier": earlier.digest(*model.text_models),
     }
     return cache.cache_texts(captions, encode, folder=folder, model=run.fingerprint, settings=settings)
 

@@ -4,33 +4,73 @@ Every file is written under another name and renamed when whole, the LoRA last; 
 so that the same run gives the same files.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-from sdjax.config import RunConfig, Stage
+import jax.numpy as jnp
+import numpy as np
+
+from sdjax.config import RunConfig
+from sdjax.formats.embedding_file import file_name, save_embedding
 from sdjax.formats.lora_file import save_lora
 from sdjax.formats.safetensors_file import replacing
-from sdjax.pipeline import StableDiffusion
-from sdjax.train.stages import Adapters, StagePlan
+from sdjax.pipeline import load_weights
+from sdjax.train.made import Made
+from sdjax.train.stages import StagePlan
 
 PEFT_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "lora.safetensors"
 
 
-def export(
-    folder: Path, config: RunConfig, plan: StagePlan, model: StableDiffusion, adapters: Adapters, grid: Path | None
-) -> None:
-    """Write `lora.safetensors` (kohya's keys), the same in PEFT's keys, README.md and, if there is one, the grid."""
+def export(folder: Path, config: RunConfig, plan: StagePlan, made: Made, grid: Path | None) -> None:
+    """Write all that the stages have made, this one the last.
+
+    `lora.safetensors` (kohya's keys) and the same in PEFT's keys; WORD.safetensors for each new word; `model/` if a
+    model was trained as a whole, with the others as they were; README.md and, if there is one, the grid.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = _metadata(config, plan)
-    save_lora(folder / PEFT_FILE, adapters, model.params, style="peft")
+    model, metadata = plan.recipe.model, _metadata(config, plan)
+    if made.adapters:
+        save_lora(folder / PEFT_FILE, made.adapters, model.params, style="peft")
+    for word, rows in words(plan, made).items():
+        save_embedding(folder / file_name(word), word, rows)
+    if made.weights:
+        _save_model(folder / "model", config, plan, made)
     if grid is not None:
         with replacing(folder / "samples.png") as file, grid.open("rb") as source:
             shutil.copyfileobj(source, file)
     with replacing(folder / "README.md") as file:
-        file.write(_card(config, plan, has_grid=grid is not None).encode())
-    save_lora(folder / KOHYA_FILE, adapters, model.params, style="kohya", metadata=metadata)
+        file.write(_card(config, plan, made, has_grid=grid is not None).encode())
+    if made.adapters:
+        save_lora(folder / KOHYA_FILE, made.adapters, model.params, style="kohya", metadata=metadata)
+
+
+def words(plan: StagePlan, made: Made) -> dict[str, dict[str, Any]]:
+    """Each new word's vectors [n, D] by text model."""
+    found, first = {}, 0
+    for word, count in plan.words.items():
+        found[word] = {name: np.asarray(rows[first : first + count]) for name, rows in made.rows.items()}
+        first += count
+    return found
+
+
+def _save_model(folder: Path, config: RunConfig, plan: StagePlan, made: Made) -> None:
+    """The models trained as a whole with the rest of the base; adapters and new words are files of their own."""
+    model = plan.recipe.model
+    params = {
+        part: made.weights[part] if part in made.weights else load_weights(model, part, dtype=jnp.float32)
+        for part in model.params
+    }
+    scheduler = {**model.folder.scheduler, **model.schedule.config}
+    whole = dataclasses.replace(model, params=params, folder=dataclasses.replace(model.folder, scheduler=scheduler))
+    temporary = folder.with_name(".model-new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    whole.save(temporary, dtype=config.export_dtype)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def _metadata(config: RunConfig, plan: StagePlan) -> dict[str, str]:
@@ -54,14 +94,14 @@ def _metadata(config: RunConfig, plan: StagePlan) -> dict[str, str]:
     }
 
 
-def _card(config: RunConfig, plan: StagePlan, *, has_grid: bool) -> str:
+def _card(config: RunConfig, plan: StagePlan, made: Made, *, has_grid: bool) -> str:
     stage, data = plan.stage, plan.data
-    captions = list(dict.fromkeys(record.caption for record in plan.records if record.caption))
+    captions = list(dict.fromkeys(caption for record in plan.records if (caption := record.caption)))
     earlier = [s.name for s in config.stages[: plan.number]]
     hub_id = not Path(config.model).exists() and "/" in config.model
     settings = {
         "base model": f"`{config.model}`",
-        "trained": f"LoRA of {', '.join(stage.lora_parts)}, rank {stage.lora_rank}, targets {_listed(stage)}",
+        "trained": "; ".join(_trained(plan)),
         "on top of": ", ".join(earlier) + " (included in these files)" if earlier else "the base model",
         "images": f"{len(plan.records)} at {data.resolution} x {data.resolution}",
         "steps": f"{stage.steps} of {plan.examples} images",
@@ -70,16 +110,18 @@ def _card(config: RunConfig, plan: StagePlan, *, has_grid: bool) -> str:
         "clip skip": str(plan.recipe.hidden.clip_skip),
         "number type": config.dtype,
     }
-    prompt = (config.validation.prompts or tuple(captions) or ("a prompt",))[0]
+    example = " ".join(plan.words) or next(iter(captions), "a prompt")
+    prompt = next((prompt for prompt in config.validation.prompts if prompt), example)
+    tags = [*(["lora"] if made.adapters else []), *(["textual_inversion"] if made.rows else []), "sdjax"]
     lines = [
         "---",
         *([f"base_model: {config.model}"] if hub_id else []),
         "library_name: diffusers",
-        "tags: [stable-diffusion, text-to-image, lora, sdjax]",
+        f"tags: [stable-diffusion, text-to-image, {', '.join(tags)}]",
         "---",
         f"# {stage.name}",
         "",
-        "A LoRA for Stable Diffusion, trained with sdjax.",
+        "For Stable Diffusion, trained with sdjax.",
         "",
         *(["![before and after](samples.png)", ""] if has_grid else []),
         "| | |",
@@ -87,15 +129,14 @@ def _card(config: RunConfig, plan: StagePlan, *, has_grid: bool) -> str:
         *(f"| {name} | {value} |" for name, value in settings.items()),
         "",
         "## Prompts",
-        "There is no trigger word beyond what the captions hold. Captions it was trained with, for example:",
-        "",
+        "New words: " + ", ".join(f"`{word}` ({count} vectors)" for word, count in plan.words.items())
+        if plan.words
+        else "There is no trigger word beyond what the captions hold.",
+        *(["", "Captions it was trained with, for example:", ""] if captions else []),
         *(f"- {caption}" for caption in captions[:8]),
         "",
         "## Use",
-        f"- sdjax: `python -m sdjax.generate --model {config.model} --lora {KOHYA_FILE} --prompt {json.dumps(prompt)}`",
-        f"- diffusers: `pipeline.load_lora_weights(FOLDER, weight_name={json.dumps(PEFT_FILE)})`",
-        f"- A1111: copy `{KOHYA_FILE}` to `models/Lora/{stage.name}.safetensors`, prompt `<lora:{stage.name}:1>`",
-        f"- ComfyUI: copy `{KOHYA_FILE}` to `models/loras/`, then the node Load LoRA",
+        *_use(config, plan, made, prompt),
         "",
         "## Licence",
         "These weights derive from the base model and from the training images: the licences of both apply. Name them",
@@ -105,6 +146,42 @@ def _card(config: RunConfig, plan: StagePlan, *, has_grid: bool) -> str:
     return "\n".join(lines)
 
 
-def _listed(stage: Stage) -> str:
+def _trained(plan: StagePlan) -> list[str]:
+    stage, parts = plan.stage, plan.stage.parts
+    adapted = [part for part, kind in parts.items() if kind == "lora"]
+    whole = [part for part, kind in parts.items() if kind == "weights"]
     targets = stage.lora_targets
-    return targets if isinstance(targets, str) else ", ".join(f"`{pattern}`" for pattern in targets)
+    listed = targets if isinstance(targets, str) else ", ".join(f"`{pattern}`" for pattern in targets)
+    return [
+        *([f"LoRA of {', '.join(adapted)}, rank {stage.lora_rank}, targets {listed}"] if adapted else []),
+        *([f"Textual Inversion of {', '.join(stage.placeholder_tokens)}"] if stage.placeholder_tokens else []),
+        *([f"all weights of {', '.join(whole)}"] if whole else []),
+    ]
+
+
+def _use(config: RunConfig, plan: StagePlan, made: Made, prompt: str) -> list[str]:
+    """How other programs load the files."""
+    name, files = plan.stage.name, {word: file_name(word) for word in plan.words}
+    model = "model" if made.weights else config.model
+    flags = [
+        f"--model {model}",
+        *([f"--lora {KOHYA_FILE}"] if made.adapters else []),
+        *(f"--embedding {file}" for file in files.values()),
+        f"--prompt {json.dumps(prompt)}",
+    ]
+    lines = [f"- sdjax: `python -m sdjax.generate {' '.join(flags)}`"]
+    if made.weights:
+        lines.append('- diffusers: `DiffusionPipeline.from_pretrained("model")`')
+    if made.adapters:
+        lines += [
+            f"- diffusers: `pipeline.load_lora_weights(FOLDER, weight_name={json.dumps(PEFT_FILE)})`",
+            f"- A1111: copy `{KOHYA_FILE}` to `models/Lora/{name}.safetensors`, prompt `<lora:{name}:1>`",
+            f"- ComfyUI: copy `{KOHYA_FILE}` to `models/loras/`, then the node Load LoRA",
+        ]
+    for word, file in files.items():
+        lines += [
+            f"- diffusers: `pipeline.load_textual_inversion(FOLDER, weight_name={json.dumps(file)}, "
+            f"token={json.dumps(word)})`",
+            f"- A1111 and ComfyUI: copy `{file}` to `embeddings/`; there the word is `{Path(file).stem}`",
+        ]
+    return lines

@@ -20,10 +20,12 @@ from sdjax.data.dataset import make_batch, prefetch
 from sdjax.errors import ConfigError, TrainingStopped
 from sdjax.formats.safetensors_file import replacing
 from sdjax.train import checkpoint
+from sdjax.train.autoencoder import normalised
 from sdjax.train.encoding import encode
 from sdjax.train.export import export
+from sdjax.train.made import NOTHING, Made, result
 from sdjax.train.metrics import Metrics
-from sdjax.train.stages import Adapters, Run, StagePlan, plan_run, prepare, result
+from sdjax.train.stages import Run, StagePlan, plan_run, prepare
 from sdjax.train.step import State
 from sdjax.train.validation import Validator
 
@@ -40,7 +42,7 @@ class Position(NamedTuple):
     """Optimizer steps of all earlier stages."""
     state: State | None
     """Of that stage, on the host; None: the stage has not begun."""
-    earlier: Adapters
+    earlier: Made
     """What the stages before have made."""
 
 
@@ -81,13 +83,13 @@ def _find_position(run: Run, resume: bool, step: int | None) -> Position:
             )
         checkpoint.compare_runs(saved, current)
         number = metadata["stage"]
-        return {"earlier": run.stages[number - 1].result if number else {}, "state": run.stages[number].state}
+        return {"earlier": run.stages[number - 1].result if number else NOTHING, "state": run.stages[number].state}
 
     found = checkpoint.restore(folder, expect, step=step) if resume else None
     if found is None:
         if resume:
             log.warning("nothing saved in %s: starting fresh", folder)
-        return Position(0, 0, 0, None, {})
+        return Position(0, 0, 0, None, NOTHING)
     number, done = found.metadata["stage"], found.metadata["step"]
     log.info("going on from stage %s, step %d", run.config.stages[number].name, done)
     return Position(number, done, found.step - done, found.state["state"], found.state["earlier"])
@@ -139,11 +141,15 @@ def _train_stage(run: Run, plan: StagePlan, start: Position, metrics: Metrics) -
             if step + 1 == stage.steps or _due(step + 1, config.checkpoint.every):
                 save(step + 1)
         final = parallel.fetch(state)
-        adapters = jax.tree.map(np.asarray, result(start.earlier, final, ready.frozen["scales"]))
+        made = result(plan.recipe, start.earlier, final, ready.frozen)
+        if stage.vae_normalise:
+            weights = normalised(run.model.vae, made.weights["vae"], dataset.buckets[0].arrays["pixels"])
+            made = made._replace(weights=made.weights | {"vae": weights})
+        made = jax.tree.map(np.asarray, made)
         place = Path(config.output) / "export" / stage.name
-        export(place, config, plan, run.model, adapters, validate.before_and_after())
+        export(place, config, plan, made, validate.before_and_after())
     log.info("stage %s is done: %s", stage.name, place)
-    return Position(plan.number + 1, 0, start.before + stage.steps, None, adapters), stop.exit_code
+    return Position(plan.number + 1, 0, start.before + stage.steps, None, made), stop.exit_code
 
 
 def _due(step: int, every: int) -> bool:

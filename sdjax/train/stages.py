@@ -3,8 +3,8 @@
 `plan_run` needs the model's configs, tokenizers and weight headers only. `prepare` then loads what is trained or
 frozen and makes the adapters, once `sdjax.train.encoding` has encoded the stage's data.
 
-A stage stands on what the earlier ones made: their adapters are merged into its frozen weights, and what it exports is
-the exact sum of all of them (ranks laid side by side), so that the last export is the whole result.
+A stage stands on what the earlier ones made (`sdjax.train.made`): their adapters are merged into its frozen weights and
+their words are known, and what it exports holds all of it, so that the last export is the whole result.
 """
 
 import dataclasses
@@ -16,23 +16,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
-from sdjax import lora, sampling
+from sdjax import diffusion, sampling
 from sdjax.config import Data, RunConfig, Stage
 from sdjax.config_file import flatten
 from sdjax.data import plan, records
 from sdjax.data.records import Record
 from sdjax.errors import ConfigError, DataError
-from sdjax.pipeline import StableDiffusion, load_weights, outline
+from sdjax.formats.embedding_file import load_embedding
+from sdjax.pipeline import TEXT_ENCODERS, StableDiffusion, outline
+from sdjax.train.made import NOTHING, Made, Rows, base_weights, beneath, first_rows, result, start
 from sdjax.train.optimizers import make_optimizer
 from sdjax.train.parallel import Parallel, parallelize
-from sdjax.train.step import Recipe, State, init_state, join_adapters, make_train_step
+from sdjax.train.step import Recipe, State, init_state, make_train_step
 
 log = logging.getLogger(__name__)
-
-Adapters = dict[str, PyTree]
-"""Part (`unet`, `text_encoder`, ...) -> complete LoRA tree."""
 
 
 class StagePlan(NamedTuple):
@@ -48,8 +48,12 @@ class StagePlan(NamedTuple):
     parallel: Parallel
     state: State
     """Shapes of what a checkpoint holds of this stage."""
-    result: Adapters
-    """Shapes of the adapters after this stage, those of earlier stages added."""
+    words: dict[str, int]
+    """Vectors of each new word of this stage and of those before it, in the order of their rows."""
+    new_words: dict[str, Rows | int]
+    """Those this stage adds: how many vectors, or the vectors of a file."""
+    result: Made
+    """Shapes of what this stage and those before it make."""
 
     @property
     def stage(self) -> Stage:
@@ -88,7 +92,7 @@ class Ready(NamedTuple):
     """One stage with everything it needs in memory."""
 
     frozen: PyTree
-    """`params` and `scales` as the step wants them, not yet placed on the devices."""
+    """As the step wants it, not yet placed on the devices."""
     state: State
 
 
@@ -101,14 +105,20 @@ def plan_run(config: RunConfig) -> Run:
     data = [config.data_of(stage) for stage in config.stages]
     found = [_find_images(d, f"stages.{i}") for i, d in enumerate(data)]
     model = outline(config.model, config.dtype, variant=config.variant or None)
+    model = dataclasses.replace(
+        model,
+        schedule=diffusion.altered(
+            model.schedule, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr
+        ),
+    )
     model = _with_remat(model) if config.remat else model
     _check_model(config, model)
     fingerprint = _fingerprint(model)
     stages: list[StagePlan] = []
     for number, stage in enumerate(config.stages):
         training, held_out, _ = found[number]
-        earlier = stages[-1].result if stages else {}
-        stages.append(_plan_stage(config, number, data[number], training, held_out, model, earlier))
+        before = stages[-1] if stages else None
+        stages.append(_plan_stage(config, number, data[number], training, held_out, model, before))
         log.info("stage %s: %s", stage.name, plan.describe(stages[-1].batches(len(training), config.seed), stage.steps))
     digests = {
         f"fingerprint.data.{stage.name}": images for stage, (_, _, images) in zip(config.stages, found, strict=True)
@@ -117,27 +127,22 @@ def plan_run(config: RunConfig) -> Run:
     return Run(config, model, fingerprint, tuple(stages), identity)
 
 
-def prepare(run: Run, stage: StagePlan, earlier: Adapters) -> Ready:
+def prepare(run: Run, stage: StagePlan, earlier: Made) -> Ready:
     """Load what the steps of a stage need, and make what it trains."""
-    parts = ["unet", *(run.model.text_models if stage.recipe.trains_text else ())]
-    params = {part: base_weights(run.model, part, earlier) for part in parts}
-    first, _ = stage.keys(run.config.seed)
-    adapted = {part: params[part] for part in stage.stage.lora_parts}
-    trainable, scales = jax.jit(functools.partial(_init_adapters, stage.stage))(first, adapted)
-    state = init_state(stage.recipe.optimizer, trainable)
-    return Ready({"params": params, "scales": scales}, state)
-
-
-def base_weights(model: StableDiffusion, part: str, adapters: Mapping[str, PyTree]) -> dict[str, Any]:
-    """The weights of one part, read from its file, with an adapter merged in if there is one for it."""
-    weights = load_weights(model, part)
-    return lora.merge(weights, adapters[part]) if part in adapters else weights
-
-
-def result(earlier: Adapters, state: State, scales: PyTree) -> Adapters:
-    """What all stages so far have made: the sum of the earlier adapters and the stage's own."""
-    own = join_adapters(state.trainable, scales)
-    return _sum(earlier, own)
+    recipe, below = stage.recipe, beneath(stage.stage, earlier)
+    parts = recipe.stage.parts
+    dtypes = {model: jnp.float32 if parts.get(model) == "weights" else None for model in recipe.models}
+    params = {model: base_weights(recipe.model, model, below, dtype=dtypes[model]) for model in recipe.models}
+    key, _ = stage.keys(run.config.seed)
+    new_rows, norms = first_rows(recipe, key, params, stage.new_words) if "textual_inversion" in parts else ({}, {})
+    first = jax.jit(functools.partial(start, recipe))(key, params, earlier, new_rows)
+    frozen = {
+        "params": {model: weights for model, weights in params.items() if parts.get(model) != "weights"},
+        "scales": first.scales,
+        "rows": first.rows,
+        "norms": norms,
+    }
+    return Ready(frozen, init_state(recipe, first.trainable))
 
 
 # ---------------------------------------------------------------------------------------------- checks, without weights
@@ -184,14 +189,61 @@ def _plan_stage(
     training: tuple[Record, ...],
     held_out: tuple[Record, ...],
     model: StableDiffusion,
-    earlier: Adapters,
+    before: StagePlan | None,
 ) -> StagePlan:
     stage = config.stages[number]
     key = f"stages.{number}"
-    for part in stage.lora_parts:
-        if part not in model.params:
+    for part in (*stage.parts, *(stage.lora_parts if "lora" in stage.train else ())):
+        if part not in (*model.params, "textual_inversion"):
             choices = ", ".join(name for name in model.params if name != "vae")
-            raise ConfigError(f"{key}.lora_parts: {config.model} has no {part}; it has {choices}")
+            raise ConfigError(f"{key}: {config.model} has no {part}; it has {choices}")
+    if stage.vae_normalise and not (model.vae.config.use_quant_conv and model.vae.config.use_post_quant_conv):
+        raise ConfigError(f"{key}.vae_normalise needs an autoencoder with quant_conv and post_quant_conv")
+    _check_resolution(config, key, data, model)
+    earlier_words = before.words if before else {}
+    new_words = _new_words(stage, key, earlier_words, model)
+    words = earlier_words | {word: _vectors(given) for word, given in new_words.items()}
+    places, first = {}, 0
+    for word, vectors in words.items():
+        places[word] = range(first, first + vectors)
+        first += vectors
+    recipe = Recipe(
+        model=_knowing(model, words, key),
+        stage=stage,
+        optimizer=make_optimizer(stage, tuple(stage.parts)),
+        hidden=model.hidden_state(config.clip_skip),
+        resolution=data.resolution,
+        accumulation=data.accumulation,
+        rows=tuple(row for word in stage.placeholder_tokens for row in places[word]),
+    )
+    mesh = config.parallel.mesh
+    parallel = parallelize(
+        make_train_step(recipe), batch_size=data.batch_size, mode=config.parallel.mode, data=mesh.data, fsdp=mesh.fsdp
+    )
+    earlier = before.result if before else NOTHING
+
+    def shapes(key: PRNGKeyArray, params: PyTree, earlier: Made, new_rows: PyTree) -> tuple[State, Made]:
+        own = start(recipe, key, params, earlier, new_rows)
+        state = init_state(recipe, own.trainable)
+        return state, result(recipe, earlier, state, {"params": params, **own._asdict()})
+
+    whole = {part for part, kind in stage.parts.items() if kind == "weights"}
+    params = {name: _as_float32(model.params[name]) if name in whole else model.params[name] for name in recipe.models}
+    count = sum(map(_vectors, new_words.values()))
+    new_rows = {
+        name: jax.ShapeDtypeStruct((count, module.config.hidden_size), jnp.float32)
+        for name, module in model.text_models.items()
+    }
+    try:
+        state, total = jax.eval_shape(shapes, jax.random.key(0), params, earlier, new_rows)
+    except ConfigError as e:
+        raise ConfigError(f"{key}: {e}") from None
+    captions = [record.caption for record in (*training, *held_out)]
+    windows = max(t.chunks(caption) for t in recipe.model.tokenizers.values() for caption in captions)
+    return StagePlan(number, data, training, held_out, windows, recipe, parallel, state, words, new_words, total)
+
+
+def _check_resolution(config: RunConfig, key: str, data: Data, model: StableDiffusion) -> None:
     factor, native = model.vae.config.factor, model.unet.config.sample_size * model.vae.config.factor
     if data.resolution % factor:
         raise ConfigError(
@@ -203,28 +255,44 @@ def _plan_stage(
         )
     if data.resolution != native:
         log.warning("%s: resolution %d, but the model was trained at %d", key, data.resolution, native)
-    recipe = Recipe(
-        model=model,
-        stage=stage,
-        optimizer=make_optimizer(stage, stage.lora_parts),
-        hidden=model.hidden_state(config.clip_skip),
-        resolution=data.resolution,
-        accumulation=data.accumulation,
-    )
-    mesh = config.parallel.mesh
-    parallel = parallelize(
-        make_train_step(recipe), batch_size=data.batch_size, mode=config.parallel.mode, data=mesh.data, fsdp=mesh.fsdp
-    )
-    adapted = {part: model.params[part] for part in stage.lora_parts}
+
+
+def _new_words(stage: Stage, key: str, earlier: Mapping[str, int], model: StableDiffusion) -> dict[str, Rows | int]:
+    """The words a stage adds to those of earlier stages: how many vectors each has, or those of a file."""
+    counts = stage.vectors_per_token * (len(stage.placeholder_tokens) if len(stage.vectors_per_token) == 1 else 1)
+    inits = stage.init_tokens or ("",) * len(counts)
+    widths = {name: module.config.hidden_size for name, module in model.text_models.items()}
+    words: dict[str, Rows | int] = {}
+    for word, count, init in zip(stage.placeholder_tokens, counts, inits, strict=False):
+        if word in earlier:
+            continue
+        words[word] = count
+        if Path(init).suffix in (".safetensors", ".bin", ".pt"):
+            found = load_embedding(init, widths)
+            if len(found) != 1:
+                raise ConfigError(f"{key}.init_tokens: {init} holds {len(found)} words: give a file of one")
+            words[word] = next(iter(found.values()))
+    return words
+
+
+def _vectors(given: Rows | int) -> int:
+    return given if isinstance(given, int) else len(next(iter(given.values())))
+
+
+def _knowing(model: StableDiffusion, words: Mapping[str, int], key: str) -> StableDiffusion:
+    """The model with the words in its tokenizers."""
+    tokenizers = dict(model.tokenizers)
     try:
-        trainable, scales = jax.eval_shape(functools.partial(_init_adapters, stage), jax.random.key(0), adapted)
-        state = jax.eval_shape(functools.partial(init_state, recipe.optimizer), trainable)
-        total = jax.eval_shape(_sum, earlier, join_adapters(trainable, scales))
+        for name, module in model.text_models.items():
+            own = tokenizers[TEXT_ENCODERS[name]]
+            tokenizers[TEXT_ENCODERS[name]] = own.with_placeholders(words, first=module.config.vocab_size)
     except ConfigError as e:
-        raise ConfigError(f"{key}: {e}") from None
-    captions = [record.caption for record in (*training, *held_out)]
-    windows = max(t.chunks(caption) for t in model.tokenizers.values() for caption in captions)
-    return StagePlan(number, data, training, held_out, windows, recipe, parallel, state, total)
+        raise ConfigError(f"{key}.placeholder_tokens: {e}") from None
+    return dataclasses.replace(model, tokenizers=tokenizers)
+
+
+def _as_float32(shapes: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shapes)
 
 
 def _fingerprint(model: StableDiffusion) -> str:
@@ -239,39 +307,3 @@ def _fingerprint(model: StableDiffusion) -> str:
                     file.seek(max(0, size - (256 << 10)) * i // 15)
                     digest.update(file.read(256 << 10))
     return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------------- adapters
-
-
-def _init_adapters(
-    stage: Stage, key: PRNGKeyArray, params: Mapping[str, PyTree]
-) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
-    """(what is trained, scales) by part; with them the model computes exactly what it did."""
-    trainable, scales = {}, {}
-    for i, part in enumerate(stage.lora_parts):
-        try:
-            adapter = lora.init(
-                jax.random.fold_in(key, i),
-                params[part],
-                rank=stage.lora_rank,
-                alpha=stage.lora_alpha,
-                which=stage.lora_targets,
-                ranks=stage.lora_ranks,
-                rslora=stage.use_rslora,
-                dora=stage.use_dora,
-            )
-        except ConfigError as e:
-            raise ConfigError(f"{part}: {e}") from None
-        if not adapter:
-            raise ConfigError(f"{part}: lora_ranks leaves no layer with an adapter")
-        trainable[part], scales[part] = lora.split(adapter)
-    return trainable, scales
-
-
-def _sum(earlier: Adapters, own: Adapters) -> Adapters:
-    """Both adapters as one, exactly."""
-    return {
-        part: lora.add([(trees[part], 1.0) for trees in (earlier, own) if part in trees])
-        for part in dict.fromkeys([*earlier, *own])
-    }

@@ -1,13 +1,17 @@
 """One training step, a pure function: `train_step(state, frozen, batch, key) -> (state, metrics)`.
 
-What is trained is a dict part -> tree (`unet`, `text_encoder`, ...), for LoRA the adapters without their scales. The
-base weights are an argument that is neither differentiated nor reduced nor donated. The step holds no device and no
-axis: `sdjax.train.parallel` runs it under `jit` over a mesh or under `pmap`.
+What is trained is a dict part -> tree (`config.Stage.parts`), float32: for LoRA the adapter without its scales, for a
+model as a whole its weights, for `textual_inversion` the new words' rows by text model. Everything else is an argument
+that is neither differentiated nor reduced nor donated. The step holds no device and no axis: `sdjax.train.parallel`
+runs it under `jit` over a mesh or under `pmap`.
 
     batch    moments [B, h, w, 2C], index [B], and for the text either context [B, T, D] (and pooled [B, P]), or, when a
              text model is trained, the token ids by text model [B, n, T]; `empty` [B] where the model wants zeros in
              place of an empty caption
-    frozen   params: part -> weights; scales: part -> the adapters' scales
+             place of an empty caption; `mask` [B, h, w, 1] for a masked loss; `weight` [B] of each example in the loss
+    frozen   params: model -> weights; scales: part -> the adapters' scales; rows: text model -> [K, D], the vectors of
+             all new words (those being trained are put into their places); norms: text model -> what clip_ti_decay
+             draws to
     key      the stage's; the step number and `index` are folded in here, so that neither resuming nor the partition
              over devices changes a number
 """
@@ -22,11 +26,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
-from sdjax import diffusion, lora
+from sdjax import diffusion, lora, textual_inversion
 from sdjax.config import Stage
 from sdjax.models import vae
-from sdjax.pipeline import HiddenState, StableDiffusion, encode_ids
-from sdjax.train.optimizers import Optimizer
+from sdjax.pipeline import HiddenState, StableDiffusion, collections, encode_ids
+from sdjax.train import autoencoder
+from sdjax.train.optimizers import Optimizer, ema
 from sdjax.train.parallel import TrainStep
 
 Batch = Mapping[str, Array]
@@ -40,6 +45,8 @@ class State(NamedTuple):
     trainable: dict[str, PyTree]
     """Part -> what the optimizer moves, float32."""
     optimizer: PyTree
+    average: dict[str, PyTree]
+    """The moving average of `trainable`; empty without one."""
 
 
 class Recipe(NamedTuple):
@@ -53,11 +60,20 @@ class Recipe(NamedTuple):
     resolution: int
     """Side of the pictures in pixels, which SDXL is told."""
     accumulation: int = 1
+    rows: tuple[int, ...] = ()
+    """Where the rows being trained lie among those of all new words."""
 
     @property
     def trains_text(self) -> bool:
         """Whether the context changes during training and must be computed in each step."""
-        return any(part in self.model.text_models for part in self.stage.lora_parts)
+        return any(part in self.model.text_models or part == "textual_inversion" for part in self.stage.parts)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models a step computes with."""
+        if "vae" in self.stage.parts:
+            return ("vae",)
+        return ("unet", *(self.model.text_models if self.trains_text else ()))
 
 
 class Draws(NamedTuple):
@@ -67,20 +83,44 @@ class Draws(NamedTuple):
     noise: Float[Array, "B h w C"]
     timesteps: Int[Array, " B"]
     dropout: Key[Array, " B"]
+    perturbation: Float[Array, "B h w C"]
 
 
-def init_state(optimizer: Optimizer, trainable: dict[str, PyTree]) -> State:
+def init_state(recipe: Recipe, trainable: dict[str, PyTree]) -> State:
     """The state before the first step."""
-    return State(jnp.int32(0), trainable, optimizer.init(trainable))
+    average = trainable if recipe.stage.ema_decay else {}
+    return State(jnp.int32(0), trainable, recipe.optimizer.init(trainable), average)
+
+
+def evaluated(recipe: Recipe, state: State) -> dict[str, PyTree]:
+    """What is drawn with and exported: the moving average if there is one, else what the optimizer says."""
+    return state.average or recipe.optimizer.evaluated(state.optimizer, state.trainable)
+
+
+def variables(recipe: Recipe, trainable: Mapping[str, PyTree], frozen: PyTree) -> dict[str, dict[str, PyTree]]:
+    """Model -> its Flax collections, for the models of the step."""
+    parts, made = recipe.stage.parts, {}
+    for name in recipe.models:
+        kind = parts.get(name)
+        rows = frozen["rows"].get(name)
+        if "textual_inversion" in trainable and rows is not None:
+            rows = rows.at[np.array(recipe.rows)].set(trainable["textual_inversion"][name])
+        made[name] = collections(
+            trainable[name] if kind == "weights" else frozen["params"][name],
+            lora=lora.join(trainable[name], frozen["scales"][name]) if kind == "lora" else None,
+            rows=rows,
+        )
+    return made
 
 
 def make_train_step(recipe: Recipe) -> TrainStep:
     """The pure step of a recipe. Metrics: `loss`, `grad_norm` (before clipping) and whether both are `finite`.
 
-    The loss is the weighted squared error to `diffusion.target`, averaged over the whole batch. With accumulation A the
+    The loss is the weighted distance to `diffusion.target`, averaged over the whole batch. With accumulation A the
     batch holds A times as many examples, which are taken in A parts; the gradient is their exact mean, in float32. A
     step whose loss or gradient is not finite leaves the weights and the optimizer as they were and only counts.
     """
+    loss_of = autoencoder.loss if "vae" in recipe.stage.parts else _loss
 
     def train_step(
         state: State,
@@ -91,7 +131,7 @@ def make_train_step(recipe: Recipe) -> TrainStep:
         reduce: Callable[[PyTree], PyTree] = lambda tree: tree,
     ) -> tuple[State, dict[str, Array]]:
         key = jax.random.fold_in(key, state.step)
-        gradient_of = jax.value_and_grad(functools.partial(_loss, recipe))
+        gradient_of = jax.value_and_grad(functools.partial(loss_of, recipe))
         if recipe.accumulation == 1:
             loss, gradients = gradient_of(state.trainable, frozen, batch, key)
         else:
@@ -103,63 +143,86 @@ def make_train_step(recipe: Recipe) -> TrainStep:
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, optimizer = recipe.optimizer.update(gradients, state.optimizer, state.trainable)
         moved = optax.apply_updates(state.trainable, updates)
-        trainable, optimizer = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (moved, optimizer), (state.trainable, state.optimizer)
-        )
-        return State(state.step + 1, trainable, optimizer), {"loss": loss, "grad_norm": norm, "finite": finite}
+        if recipe.stage.clip_ti_decay:
+            rate = recipe.optimizer.schedules["textual_inversion"](state.step)
+            decay = functools.partial(textual_inversion.decay_norm, learning_rate=rate)
+            rows = {
+                name: decay(rows, target=frozen["norms"][name]) for name, rows in moved["textual_inversion"].items()
+            }
+            moved = {**moved, "textual_inversion": rows}
+        average = ema(state.average, moved, state.step, recipe.stage.ema_decay) if state.average else {}
+        new = State(state.step + 1, moved, optimizer, average)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        return kept._replace(step=new.step), {"loss": loss, "grad_norm": norm, "finite": finite}
 
     return train_step
 
 
-def squared_error(
-    recipe: Recipe, adapters: Mapping[str, Any], frozen: PyTree, batch: Batch, draws: Draws
+def distance(
+    recipe: Recipe, models: Mapping[str, Any], batch: Batch, draws: Draws, *, plain: bool = False
 ) -> Float[Array, " B"]:
-    """Each example's mean squared error to what the model should answer, unweighted, float32."""
-    schedule = recipe.model.schedule
-    context, added = _conditions(recipe, adapters, frozen, batch)
-    noisy = diffusion.add_noise(schedule, draws.latents, draws.noise, draws.timesteps)
-    variables = {"params": frozen["params"]["unet"]}
-    if "unet" in adapters:
-        variables["lora"] = adapters["unet"]
-    output = recipe.model.unet.apply(variables, noisy, draws.timesteps.astype(jnp.float32), context, added)
+    """Each example's mean distance to what the model should answer, without its weight in the loss, float32.
+
+    models: as of `variables`. plain: squared, on the whole picture and on unperturbed input, whatever the stage says.
+    """
+    stage, schedule = recipe.stage, recipe.model.schedule
+    noise = draws.noise
+    if stage.input_perturbation and not plain:
+        noise = noise + stage.input_perturbation * draws.perturbation
+    noisy = diffusion.add_noise(schedule, draws.latents, noise, draws.timesteps)
+    context, added = _conditions(recipe, models, batch)
+    output = recipe.model.unet.apply(models["unet"], noisy, draws.timesteps.astype(jnp.float32), context, added)
     target = diffusion.target(schedule, draws.latents, draws.noise, draws.timesteps)
-    return jnp.mean(jnp.square(jnp.asarray(output, jnp.float32) - target), axis=(1, 2, 3))
-
-
-def join_adapters(trainable: Mapping[str, PyTree], scales: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """Part -> complete adapter tree."""
-    return {part: lora.join(tree, scales[part]) for part, tree in trainable.items()}
+    kind = "l2" if plain else stage.loss
+    threshold = diffusion.huber_threshold(schedule, draws.timesteps, stage.huber_c, stage.huber_schedule)
+    error = diffusion.distance(jnp.asarray(output, jnp.float32), target, kind, threshold)
+    if "mask" in batch and not plain:
+        error = error * (batch["mask"] + (1 - batch["mask"]) * stage.unmasked_weight)
+    return jnp.mean(error, axis=(1, 2, 3))
 
 
 def _loss(recipe: Recipe, trainable: dict[str, PyTree], frozen: PyTree, batch: Batch, key: PRNGKeyArray) -> Array:
-    draws = _draw(recipe, batch, key)
-    adapters = join_adapters(trainable, frozen["scales"])
-    if rate := recipe.stage.lora_dropout:
-        adapters = {
-            part: lora.with_dropout(tree, rate, _dropout_keys(draws.dropout, i, batch.get(part)))
-            for i, (part, tree) in enumerate(adapters.items())
-        }
+    draws, stage = _draw(recipe, batch, key), recipe.stage
+    models = variables(recipe, trainable, frozen)
+    if stage.lora_dropout:
+        for i, part in enumerate(stage.lora_parts):
+            keys = _dropout_keys(draws.dropout, i, batch.get(part))
+            models[part] |= {"lora": lora.with_dropout(models[part]["lora"], stage.lora_dropout, keys)}
     weight = diffusion.loss_weight(
-        recipe.model.schedule,
-        draws.timesteps,
-        min_snr_gamma=recipe.stage.min_snr_gamma or None,
-        debiased=recipe.stage.debiased,
+        recipe.model.schedule, draws.timesteps, min_snr_gamma=stage.min_snr_gamma or None, debiased=stage.debiased
     )
-    return jnp.mean(weight * squared_error(recipe, adapters, frozen, batch, draws))
+    if "weight" in batch:
+        weight = weight * batch["weight"]
+    return jnp.mean(weight * distance(recipe, models, batch, draws))
 
 
 def _draw(recipe: Recipe, batch: Batch, key: PRNGKeyArray) -> Draws:
     low, high = timestep_bounds(recipe)
+    stage = recipe.stage
 
     def draw(moments: Float[Array, "h w C2"], index: Int[Array, ""]) -> Draws:
-        keys = jax.random.split(jax.random.fold_in(key, index), 4)
+        keys = jax.random.split(jax.random.fold_in(key, index), 5)
         shape = (*moments.shape[:-1], moments.shape[-1] // 2)
         latents = vae.posterior_sample(moments, jax.random.normal(keys[0], shape, jnp.float32))
         return Draws(
             vae.scale_latents(recipe.model.vae.config, latents),
-            jax.random.normal(keys[1], shape, jnp.float32),
-            jax.random.randint(keys[2], (), low, high),
+            diffusion.noise(
+                keys[1],
+                shape,
+                offset=stage.noise_offset,
+                multires_iterations=stage.multires_noise_iterations,
+                multires_discount=stage.multires_noise_discount,
+            ),
+            diffusion.draw_timestep(
+                keys[2],
+                low,
+                high,
+                bias=stage.timestep_bias,
+                multiplier=stage.timestep_bias_multiplier,
+                portion=stage.timestep_bias_portion,
+            ),
             keys[3],
+            jax.random.normal(keys[4], shape, jnp.float32),
         )
 
     return jax.vmap(draw)(batch["moments"], batch["index"])
@@ -174,14 +237,13 @@ def timestep_bounds(recipe: Recipe) -> tuple[int, int]:
 
 
 def _conditions(
-    recipe: Recipe, adapters: Mapping[str, Any], frozen: PyTree, batch: Batch
+    recipe: Recipe, models: Mapping[str, Any], batch: Batch
 ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None]:
     """Context and SDXL's added conditions: from the cache, or through the text models when they are trained."""
     model = recipe.model
     if recipe.trains_text:
-        trained = {part: tree for part, tree in adapters.items() if part in model.text_models}
         ids = {name: batch[name] for name in model.text_models}
-        context, pooled = encode_ids(model.text_models, frozen["params"], ids, recipe.hidden, trained)
+        context, pooled = encode_ids(model.text_models, models, ids, recipe.hidden)
     else:
         context, pooled = batch["context"], batch.get("pooled")
     if "empty" in batch:

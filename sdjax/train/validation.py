@@ -16,54 +16,69 @@ from sdjax.config import Validation
 from sdjax.data.dataset import Dataset
 from sdjax.formats.png_parameters import save_png
 from sdjax.models import vae
-from sdjax.pipeline import load_weights
+from sdjax.pipeline import StableDiffusion, load_weights
+from sdjax.train.made import NOTHING, Made, base_weights, result
 from sdjax.train.metrics import Metrics
-from sdjax.train.stages import Adapters, Ready, Run, StagePlan, base_weights
-from sdjax.train.step import Draws, Recipe, State, join_adapters, squared_error, timestep_bounds
+from sdjax.train.stages import Ready, Run, StagePlan
+from sdjax.train.step import Draws, Recipe, State, distance, evaluated, timestep_bounds, variables
 
 HeldOutLoss = Callable[[Mapping[str, PyTree], PyTree], float]
 
 
 class Validator:
-    """Validates one stage: metrics.jsonl gets the held-out loss, samples/ a grid of the pictures."""
+    """Validates one stage: metrics.jsonl gets the held-out loss, samples/ a grid of the pictures.
+
+    The pictures of an autoencoder are held-out ones, encoded and decoded; all others are drawn from the prompts.
+    """
 
     def __init__(
-        self, run: Run, plan: StagePlan, held_out: Dataset | None, ready: Ready, earlier: Adapters, metrics: Metrics
+        self, run: Run, plan: StagePlan, held_out: Dataset | None, ready: Ready, earlier: Made, metrics: Metrics
     ) -> None:
         self._run, self._plan, self._ready, self._earlier, self._metrics = run, plan, ready, earlier, metrics
         self._settings = run.config.validation
         self._samples = Path(run.config.output) / "samples"
         self._held_out_loss = None
         self._drawn: dict[int, list[Image.Image]] = {}
+        self._captions: Sequence[str] = self._settings.prompts
+        self._originals: list[Image.Image] = []
+        if "vae" in plan.stage.parts:
+            pixels = held_out.buckets[0].arrays["pixels"][:, 0] if held_out is not None else ()
+            shown = pixels[:: max(1, len(pixels) // 12)][:12]
+            self._originals = [Image.fromarray(np.asarray(picture)) for picture in shown]
+            self._captions = [""] * len(shown)
         if held_out is not None:
             size = plan.data.batch_size
-            self._held_out_loss = make_held_out_loss(plan.recipe, held_out, self._settings, size)
+            make = make_held_out_reconstruction if "vae" in plan.stage.parts else make_held_out_loss
+            self._held_out_loss = make(plan.recipe, held_out, self._settings, size)
 
     def __call__(self, step: int, state: State) -> None:
         """Loss and pictures of the state (on the host) after `step` steps."""
+        best = evaluated(self._plan.recipe, state)
         if self._held_out_loss is not None:
-            self._metrics.held_out(step, self._held_out_loss(state.trainable, self._ready.frozen))
-        if self._settings.prompts:
+            self._metrics.held_out(step, self._held_out_loss(best, self._ready.frozen))
+        if self._captions:
             self._drawn = {k: v for k, v in self._drawn.items() if k == 0}  # the first and the newest are kept
-            self._drawn[step] = self._draw(lambda part: self._current(part, state))
-            _save_grid(self._samples / f"{self._plan.stage.name}-{step}.png", self._drawn[step], self._settings.prompts)
+            self._drawn[step] = self._draw(self._current(state))
+            _save_grid(self._samples / f"{self._plan.stage.name}-{step}.png", self._drawn[step], self._captions)
 
     def before_and_after(self) -> Path | None:
         """The pictures of the base model beside those of the finished stage; None without prompts."""
-        if not self._settings.prompts:
+        if not self._captions:
             return None
-        is_base = not self._earlier and 0 in self._drawn
-        before = self._drawn[0] if is_base else self._draw(self._base)
+        is_base = self._earlier == NOTHING and 0 in self._drawn and not self._plan.words
+        before = self._originals or (self._drawn[0] if is_base else self._draw(self._base()))
         after = self._drawn[self._plan.stage.steps]
         name = self._plan.stage.name
         path = self._samples / f"{name}-before-after.png"
-        _save_comparison(path, {"base": before, name: after}, self._settings.prompts)
+        _save_comparison(path, {"original" if self._originals else "base": before, name: after}, self._captions)
         return path
 
-    def _draw(self, weights: Callable[[str], PyTree]) -> list[Image.Image]:
+    def _draw(self, sd: StableDiffusion) -> list[Image.Image]:
         """A picture of each prompt, one at a time so that memory stays small; prompt i has seed + i."""
-        model, settings = self._run.model, self._settings
-        sd = dataclasses.replace(model, params={part: weights(part) for part in model.params})
+        if self._originals:
+            pixels = np.asarray(sd.decode_latents(sd.encode_image(self._originals)))
+            return [Image.fromarray(np.round(picture * 255).astype(np.uint8)) for picture in pixels]
+        settings = self._settings
         return [
             sd.text2image(
                 prompt,
@@ -80,16 +95,51 @@ class Validator:
             for i, prompt in enumerate(settings.prompts)
         ]
 
-    def _current(self, part: str, state: State) -> PyTree:
-        frozen = self._ready.frozen
-        if part not in frozen["params"]:
-            return base_weights(self._run.model, part, self._earlier)
-        own = join_adapters(state.trainable, frozen["scales"])
-        return lora.merge(frozen["params"][part], own[part]) if part in own else frozen["params"][part]
+    def _current(self, state: State) -> StableDiffusion:
+        """The model as this state leaves it."""
+        recipe, frozen = self._plan.recipe, self._ready.frozen
+        models = variables(recipe, evaluated(recipe, state), frozen)
+        params = {
+            name: lora.merge(own["params"], own["lora"]) if "lora" in own else own["params"]
+            for name, own in models.items()
+        }
+        for part in recipe.model.params.keys() - params.keys():
+            params[part] = base_weights(recipe.model, part, self._earlier)
+        rows = result(recipe, self._earlier, state, frozen).rows
+        return dataclasses.replace(recipe.model, params=params, placeholders=rows)
 
-    def _base(self, part: str) -> PyTree:
-        at_hand = self._ready.frozen["params"] if not self._earlier else {}
-        return at_hand[part] if part in at_hand else load_weights(self._run.model, part)
+    def _base(self) -> StableDiffusion:
+        """The model before the first stage."""
+        at_hand = self._ready.frozen["params"] if self._earlier == NOTHING else {}
+        model = self._run.model
+        params = {part: at_hand[part] if part in at_hand else load_weights(model, part) for part in model.params}
+        return dataclasses.replace(model, params=params)
+
+
+def make_held_out_reconstruction(
+    recipe: Recipe, dataset: Dataset, settings: Validation, batch_size: int
+) -> HeldOutLoss:
+    """`loss(trainable, frozen) -> float`: mean squared error of held-out pictures in [-1, 1] after the autoencoder.
+
+    The peak signal-to-noise ratio in decibels is `10 log10(4 / loss)`.
+    """
+    pictures = dataset.buckets[0].arrays["pixels"]
+    count = min(settings.held_out_images or len(pictures), len(pictures))
+
+    @jax.jit
+    def errors(trainable: PyTree, pixels: Array) -> Float[Array, " B"]:
+        images = pixels.astype(jnp.float32) / 127.5 - 1
+        decoded = jnp.asarray(recipe.model.vae.apply({"params": trainable["vae"]}, images))
+        return jnp.mean(jnp.square(jnp.clip(decoded, -1, 1) - images), axis=(1, 2, 3))
+
+    def loss(trainable: Mapping[str, PyTree], frozen: PyTree) -> float:
+        total = 0.0
+        for start in range(0, count, batch_size):
+            rows = np.minimum(np.arange(start, start + batch_size), count - 1)
+            total += float(np.sum(errors(trainable, np.asarray(pictures[rows, 0]))[: count - start]))
+        return total / count
+
+    return loss
 
 
 def make_held_out_loss(recipe: Recipe, dataset: Dataset, settings: Validation, batch_size: int) -> HeldOutLoss:
@@ -116,9 +166,10 @@ def make_held_out_loss(recipe: Recipe, dataset: Dataset, settings: Validation, b
             latents=latents,
             noise=jax.vmap(lambda row: noise(row, latents.shape[1:]))(batch["index"]),
             timesteps=jnp.full(batch["index"].shape, timestep),
-            dropout=jnp.zeros(()),  # not used: no dropout here
+            dropout=jnp.zeros(()),  # not used: no dropout and no perturbation here
+            perturbation=jnp.zeros(()),
         )
-        return squared_error(recipe, join_adapters(trainable, frozen["scales"]), frozen, batch, draws)
+        return distance(recipe, variables(recipe, trainable, frozen), batch, draws, plain=True)
 
     def loss(trainable: Mapping[str, PyTree], frozen: PyTree) -> float:
         total = 0.0
