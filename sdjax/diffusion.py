@@ -1,4 +1,4 @@
-"""The noise schedule: how images are noised, what the model is asked for, and what each timestep weighs in the loss.
+"""The diffusion process: how images are noised, what the model is asked for, and how far off its answer is.
 
 Everywhere `x_t = alpha_t x_0 + sigma_t eps` with `alpha_t^2 = alphas_cumprod[t]` and `alpha_t^2 + sigma_t^2 = 1`.
 """
@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sdjax.errors import ConfigError
 
@@ -48,6 +49,18 @@ _BETA_DEFAULTS = {
     "UniPCMultistepScheduler": _WIDE,
 }
 
+# diffusers' classes that heed `rescale_betas_zero_snr`; the others draw with the betas as they are.
+_RESCALING = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
@@ -78,6 +91,30 @@ class NoiseSchedule:
         return cls(_cumprod(1 - used), betas, prediction_type, config)
 
 
+def altered(schedule: NoiseSchedule, *, prediction_type: str = "", zero_terminal_snr: bool = False) -> NoiseSchedule:
+    """The schedule with another prediction type (empty: as it is), rescaled to zero terminal SNR, or both.
+
+    The scheduler config says so too, for sampling and export. With zero terminal SNR it also spaces timesteps
+    "trailing", so that sampling starts at pure noise (Lin et al. 2023, section 3.3), and a class that would not heed
+    the rescale becomes DDIMScheduler. Raises ConfigError for an unknown prediction type, and for epsilon with zero
+    terminal SNR: at pure noise the noise says nothing about the image.
+    """
+    prediction_type = prediction_type or schedule.prediction_type
+    rescaled = zero_terminal_snr or bool(schedule.config.get("rescale_betas_zero_snr"))
+    if not zero_terminal_snr and prediction_type == schedule.prediction_type:
+        return schedule
+    if rescaled and prediction_type == "epsilon":
+        raise ConfigError("zero terminal SNR cannot be learnt with prediction_type 'epsilon': use 'v_prediction'")
+    config = {**schedule.config, "prediction_type": prediction_type}
+    if zero_terminal_snr:
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        name = config["_class_name"].removeprefix("Flax")
+        if name not in _RESCALING:
+            implied = {**_BETA_DEFAULTS.get(name, {}), "clip_sample": False, "set_alpha_to_one": False}
+            config = implied | config | {"_class_name": "DDIMScheduler"}
+    return NoiseSchedule.from_config(config)
+
+
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     """Shift and scale sqrt(alphas_cumprod) so that the last timestep is pure noise and the first stays (host side).
 
@@ -94,6 +131,68 @@ def snr(schedule: NoiseSchedule, timesteps: Int[Array, " B"]) -> Float[Array, " 
     """Signal-to-noise ratio alpha^2 / sigma^2 of each timestep; 0 at a zero-SNR end."""
     alphas_cumprod = jnp.asarray(schedule.alphas_cumprod)[timesteps]
     return alphas_cumprod / (1 - alphas_cumprod)
+
+
+def noise(
+    key: PRNGKeyArray,
+    shape: tuple[int, int, int],
+    *,
+    offset: float = 0.0,
+    multires_iterations: int = 0,
+    multires_discount: float = 0.3,
+) -> Float[Array, "h w C"]:
+    """One example's noise of `shape` [h, w, C], float32: unit normal, or made partly of larger patches.
+
+    offset: adds offset times one normal number a channel (Guttenberg 2023, "Diffusion with Offset Noise"), which
+    leaves a standard deviation of sqrt(1 + offset^2). multires_iterations: adds so many octaves (Whitaker 2023,
+    "Multi-Resolution Noise for Diffusion Model Training"), octave i normal of h // 2^i x w // 2^i, enlarged linearly
+    and times multires_discount^i, until a side is 1; the sum is divided by its standard deviation. As kohya's
+    `pyramid_noise_like` of a batch of one, except that there each octave is smaller by a random factor of 2 to 4 and
+    not by 2: sizes drawn at random would need a compilation each.
+    """
+    if not offset and not multires_iterations:
+        return jax.random.normal(key, shape, jnp.float32)
+    keys = jax.random.split(key, 2 + multires_iterations)
+    total = jax.random.normal(keys[0], shape, jnp.float32)
+    if offset:
+        total += offset * jax.random.normal(keys[1], (1, 1, shape[2]), jnp.float32)
+    if not multires_iterations:
+        return total
+    for i in range(multires_iterations):
+        height, width = (max(1, side >> i) for side in shape[:2])
+        octave = jax.random.normal(keys[2 + i], (height, width, shape[2]), jnp.float32)
+        total += multires_discount**i * jax.image.resize(octave, shape, "linear")
+        if 1 in (height, width):
+            break
+    return total / jnp.std(total, ddof=1)
+
+
+def draw_timestep(
+    key: PRNGKeyArray,
+    low: int,
+    high: int,
+    *,
+    bias: str = "none",
+    multiplier: float = 1.0,
+    portion: float = 0.25,
+) -> Int[Array, ""]:
+    """One example's timestep in low..high-1, int32.
+
+    bias "earlier" or "later": the first or last `portion` of these (rounded down) is `multiplier` times as likely as
+    the rest, as in diffusers' SDXL training script, which knows no range; "none": all alike. Earlier is nearer to the
+    image. Raises ConfigError for another bias.
+    """
+    if bias == "none":
+        return jax.random.randint(key, (), low, high)
+    weights = np.ones(high - low, np.float32)
+    favoured = int(portion * len(weights))
+    if bias == "earlier":
+        weights[:favoured] *= multiplier
+    elif bias == "later":
+        weights[len(weights) - favoured :] *= multiplier
+    else:
+        raise ConfigError(f"timestep_bias {bias!r} is not one of none, earlier, later")
+    return jax.random.choice(key, jnp.arange(low, high, dtype=jnp.int32), p=jnp.asarray(weights / weights.sum()))
 
 
 def add_noise(
@@ -144,6 +243,45 @@ def to_denoised(
     raise ConfigError(f"prediction_type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
 
 
+def distance(
+    output: Float[Array, "B ..."], target: Float[Array, "B ..."], kind: str, c: Float[Array, " B"]
+) -> Float[Array, "B ..."]:
+    """How far each number of the output is from the target, float32, by the difference d.
+
+    kind "l2": d^2; "l1": |d|; "huber": the pseudo-Huber distance `2c (sqrt(d^2 + c^2) - c)` of kohya, d^2 for d far
+    below c and 2c |d| far above, with c > 0 from `huber_threshold` (the others ignore it). Raises ConfigError for
+    another kind.
+    """
+    difference = output.astype(jnp.float32) - target.astype(jnp.float32)
+    if kind == "l2":
+        return jnp.square(difference)
+    if kind == "l1":
+        return jnp.abs(difference)
+    if kind == "huber":
+        c = jnp.reshape(c, (-1,) + (1,) * (difference.ndim - 1))
+        square = jnp.square(difference)
+        return 2 * c * square / (jnp.sqrt(square + jnp.square(c)) + c)  # the same without a difference of near equals
+    raise ConfigError(f"loss {kind!r} is not one of l2, l1, huber")
+
+
+def huber_threshold(schedule: NoiseSchedule, timesteps: Int[Array, " B"], c: float, kind: str) -> Float[Array, " B"]:
+    """Where each example's pseudo-Huber distance turns from squared to absolute, float32; c in (0, 1].
+
+    kind "constant": c; "exponential": c^(t / T), from 1 at the image to c at the noise; "snr": `(1 - c) / (1 + s)^2
+    + c` with s = sqrt(1 / alphas_cumprod - 1), likewise (c where alphas_cumprod is 0). As in kohya's sd-scripts since
+    0.9 (`huber_scale` = 1), after Khrapov et al. 2024, "Improving Diffusion Models's Data-Corruption Resistance using
+    Scheduled Pseudo-Huber Loss". Raises ConfigError for another kind.
+    """
+    if kind == "constant":
+        return jnp.full(timesteps.shape, c, jnp.float32)
+    if kind == "exponential":
+        return jnp.exp(float(np.log(c)) / len(schedule.alphas_cumprod) * timesteps.astype(jnp.float32))
+    if kind == "snr":
+        alpha, sigma = _levels(schedule, timesteps)
+        return (1 - c) * jnp.square(alpha / (alpha + sigma)) + c
+    raise ConfigError(f"huber_schedule {kind!r} is not one of constant, exponential, snr")
+
+
 def loss_weight(
     schedule: NoiseSchedule,
     timesteps: Int[Array, " B"],
@@ -155,7 +293,8 @@ def loss_weight(
 
     min_snr_gamma (Hang et al. 2023, section 3.4; 5 is usual): sample `min(snr, g)`, epsilon that over snr (1 at
     snr = 0, its limit), v that over snr + 1. debiased (Yu et al. 2024): epsilon `1 / sqrt(min(snr, 1000))` (0 at
-    snr = 0, where the image cannot be seen), v `1 / (snr + 1)` as kohya has it, sample `sqrt(min(snr, 1000))`.
+    snr = 0, where the image cannot be seen), v `1 / (min(snr, 1000) + 1)` as kohya has it, sample
+    `sqrt(min(snr, 1000))`. With v and zero terminal SNR, min-SNR gives the last timestep no weight, as there.
     Raises ConfigError for both at once or a gamma that is not positive.
     """
     if min_snr_gamma is not None and debiased:
@@ -175,7 +314,7 @@ def loss_weight(
         root = jnp.sqrt(jnp.minimum(safe_ratio, 1000.0))
         weights = {
             "epsilon": jnp.where(ratio > 0, 1 / root, 0.0),
-            "v_prediction": 1 / (ratio + 1),
+            "v_prediction": 1 / (jnp.minimum(ratio, 1000.0) + 1),
             "sample": jnp.where(ratio > 0, root, 0.0),
         }
     else:

@@ -105,7 +105,7 @@ def test_the_train_step_lowers(platform, dtype):
     stage = Stage(
         name="style", train=("lora",), steps=10, learning_rate=1e-4, lora_parts=parts, lora_dropout=0.1, min_snr_gamma=5
     )
-    optimizer = make_optimizer(stage, parts)
+    optimizer = make_optimizer(stage, stage.parts)
 
     def start():
         params = {part: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), sd.params[part]) for part in parts}

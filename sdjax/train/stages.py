@@ -210,7 +210,7 @@ def _plan_stage(
     recipe = Recipe(
         model=_knowing(model, words, key),
         stage=stage,
-        optimizer=make_optimizer(stage, tuple(stage.parts)),
+        optimizer=make_optimizer(stage, stage.parts),
         hidden=model.hidden_state(config.clip_skip),
         resolution=data.resolution,
         accumulation=data.accumulation,
