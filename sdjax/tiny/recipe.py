@@ -1,0 +1,380 @@
+"""What the embedded model is made from: its pictures with their captions, and the folder its training starts in.
+
+    npm pack emoji-datasource-google@16.0.0
+    python -m sdjax.tiny.recipe data runs/tiny/data --noto emoji-datasource-google-16.0.0.tgz
+    python -m sdjax.tiny.recipe model runs/tiny/start --captions runs/tiny/data/pictures/metadata.jsonl
+
+then configs/tiny_vae.toml and configs/tiny_model.toml. Both commands give the same files each time.
+
+`subjects.tsv` is the choice of subjects: an emoji's code points, its name, other names. The names are CLDR's short names
+(Unicode License v3) where those say what the picture shows, else our own. In: whatever has one thing to show - hearts,
+shapes, faces, animals, plants, food, vehicles, weather, sport, clothes, buildings, instruments, tools. Out: flags of
+countries, keycaps, letters, clock faces, arrows and signs, hands and people in many variants, and all but one or two of
+those that look alike at 64 pixels. The pictures are Google's Noto emoji (Apache License 2.0).
+
+The sizes. Float16 weights and tokenizer must stay below 12 MB, and a step on two CPU cores costs what the widest maps
+cost: the VAE is narrow where its maps are large and has its parameters at 16 x 16, the U-Net at 8 x 8, which alone has
+attention. Latents of 16 x 16 x 4 are what 30 dB takes; a factor of 8 would halve the U-Net's work and lose the faces.
+The schedule is Stable Diffusion's with v-prediction, and trailing time steps, so that drawing starts where training
+ended. A zero terminal SNR would fit it better still, but samplers that start at a finite sigma could then not be used.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import re
+import sys
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from sdjax.errors import DataError, SdjaxError
+
+WITHHELD = ("green circle", "purple circle", "yellow square", "orange square", "brown heart")
+"""Names that text-to-image training never sees, though it sees both of their words: do colour and shape combine?"""
+HELD_OUT = 0.05
+"""Share of all emoji that the autoencoder never sees."""
+CAPTIONS = 4
+"""Captions of each subject: every subject is shown equally often, however many names it has."""
+WINDOW = 16
+MERGES = 1800
+
+
+class Subject(NamedTuple):
+    """One picture and what it is called."""
+
+    code: str
+    name: str
+    others: tuple[str, ...]
+
+
+def subjects() -> tuple[Subject, ...]:
+    """All of subjects.tsv, the withheld ones included, in its order (Unicode's)."""
+    lines = Path(__file__).with_name("subjects.tsv").read_text("utf-8").splitlines()[1:]
+    rows = (line.split("\t") for line in lines)
+    return tuple(Subject(code, name, tuple(others.split("; ")) if others else ()) for code, name, others in rows)
+
+
+def captions(subject: Subject) -> tuple[str, ...]:
+    """What a subject is called in training: half of the time by its name, else by another, "a NAME", "NAME emoji"."""
+    article = "an" if subject.name[0] in "aeio" else "a"
+    plural = re.search(r"(?<!s)s$", subject.name.split(" of ")[0].split(" with ")[0])
+    phrase = f"two {subject.name}" if subject.name == "hearts" else f"the {subject.name}"
+    templates = (phrase if plural else f"{article} {subject.name}", f"{subject.name} emoji")
+    # Which of the two templates gives way to another name is up to the name: a fair coin.
+    templates = templates[:: 1 if _hash(subject.name)[0] % 2 else -1]
+    return (subject.name, subject.name, *(*subject.others, *templates)[: CAPTIONS - 2])
+
+
+# ------------------------------------------------------------------------------------------------ the pictures
+
+
+def read_package(path: str | Path) -> dict[str, bytes]:
+    """Code -> PNG of every emoji, from the npm package: the archive as npm packs it, or its folder."""
+    path = Path(path)
+    if path.is_dir():
+        found = {file.stem: file.read_bytes() for file in path.glob("**/img/google/64/*.png")}
+    elif path.is_file():
+        with tarfile.open(path) as archive:
+            members = [m for m in archive if "/img/google/64/" in m.name and m.name.endswith(".png")]
+            found = {Path(m.name).stem: archive.extractfile(m).read() for m in members}  # pyright: ignore
+    else:
+        raise DataError(f"{path}: no such file or folder; `npm pack emoji-datasource-google` makes the archive")
+    if not found:
+        raise DataError(f"{path}: no pictures below img/google/64; expected npm's emoji-datasource-google")
+    return dict(sorted(found.items()))
+
+
+def family(code: str) -> str:
+    """The code without skin tone, gender, hair or direction: emoji of one family look alike."""
+    person = {"1f468": "person", "1f469": "person", "1f9d1": "person"}
+    parts = [person.get(part, part) for part in code.split("-")]
+    looks = r"1f3f[b-f]|2640|2642|27a1|fe0f|200d|1f9b[0-3]"
+    return "-".join(part for part in parts if not re.fullmatch(looks, part))
+
+
+def held_out(codes: Iterable[str]) -> frozenset[str]:
+    """Which emoji the autoencoder is tested on: the families with the smallest hashes, with all their members."""
+    codes = list(codes)
+    families = sorted({family(code) for code in codes}, key=_hash)
+    chosen = set(families[: max(1, round(HELD_OUT * len(families)))])
+    return frozenset(code for code in codes if family(code) in chosen)
+
+
+def write_data(folder: str | Path, package: str | Path) -> dict[str, int]:
+    """Writes vae/, held_out/, pictures/ and withheld/ below `folder`; returns how many lines each has.
+
+    Every one is a folder of 64 x 64 PNGs on white with metadata.jsonl: `file_name`, `text`, and in the last two `name`.
+    vae: all emoji with their skin tones but held_out, a by-hash 5 %. pictures: the subjects, CAPTIONS files each with
+    one caption each; the first is called by the subject's name alone. withheld: the subjects of WITHHELD.
+    """
+    images = {code: _on_white(data) for code, data in read_package(package).items()}
+    chosen = subjects()
+    if missing := [subject.name for subject in chosen if subject.code not in images]:
+        raise DataError(f"{package}: has no picture of {', '.join(missing[:3])}; expected version 16 or later")
+    test = held_out(images)
+    pictures, withheld = [], []
+    for subject in chosen:
+        stem = re.sub("[^a-z0-9]+", "-", subject.name).strip("-")
+        if subject.name in WITHHELD:
+            withheld.append((f"{stem}.png", subject.name, subject))
+            continue
+        pictures += [
+            (f"{stem}{f'.{i}' if i > 1 else ''}.png", caption, subject)
+            for i, caption in enumerate(captions(subject), 1)
+        ]
+    lines = {
+        "vae": [({"file_name": f"{code}.png", "text": "emoji"}, code) for code in images if code not in test],
+        "held_out": [({"file_name": f"{code}.png", "text": "emoji"}, code) for code in images if code in test],
+    }
+    for name, group in (("pictures", pictures), ("withheld", withheld)):
+        lines[name] = [({"file_name": file, "text": text, "name": s.name}, s.code) for file, text, s in group]
+    for name, group in lines.items():
+        out = Path(folder) / name
+        out.mkdir(parents=True, exist_ok=True)
+        for entry, code in group:
+            (out / entry["file_name"]).write_bytes(images[code])
+        text = "".join(json.dumps(entry) + "\n" for entry, _ in group)
+        (out / "metadata.jsonl").write_text(text, "utf-8")
+    return {name: len(group) for name, group in lines.items()}
+
+
+def _on_white(data: bytes) -> bytes:
+    """A PNG without transparency, 64 x 64."""
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    out = io.BytesIO()
+    image.save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+# ------------------------------------------------------------------------------------------------ the tokenizer
+
+
+def train_tokenizer(texts: Sequence[str], merges: int = MERGES) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Byte-pair encoding of the texts' words, CLIP's way; returns the vocabulary and the merges, best first.
+
+    Ids, as CLIP has them: 256 bytes, the same at a word's end, the merges, begin and end. Every merge is of the pair
+    seen most often, the first in alphabetical order of several (Sennrich et al. 2016); it ends when words are whole.
+    """
+    alphabet = [*_byte_letters().values()]
+    words: Counter[tuple[str, ...]] = Counter()
+    for text in texts:
+        for word in re.findall(r"'s|[a-z]+|[0-9]|[^\sa-z0-9]+", text.lower()):
+            letters = [_byte_letters()[byte] for byte in word.encode()]
+            words[*letters[:-1], letters[-1] + "</w>"] += 1
+    chosen: list[tuple[str, str]] = []
+    for _ in range(merges):
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, count in words.items():
+            for pair in zip(word, word[1:], strict=False):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        chosen.append(best)
+        words = Counter({_merge(word, best): count for word, count in words.items()})
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in chosen)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, chosen
+
+
+def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    out, i = [], 0
+    while i < len(word):
+        if word[i : i + 2] == pair:
+            out.append("".join(pair))
+            i += 2
+        else:
+            out.append(word[i])
+            i += 1
+    return tuple(out)
+
+
+def _byte_letters() -> dict[int, str]:
+    """A printable letter for each byte, as GPT-2 and CLIP write them: itself where it prints, else one past 255."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def write_tokenizer(folder: str | Path, texts: Sequence[str]) -> int:
+    """Writes a folder that CLIPTokenizer reads; returns the number of tokens."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary, merges = train_tokenizer(texts)
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "do_lower_case": True,
+        "model_max_length": WINDOW,
+    }
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    return len(vocabulary)
+
+
+# ------------------------------------------------------------------------------------------------ the untrained model
+
+UNET: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "attention_head_dim": 4,  # the number of heads, as this field is read
+    "block_out_channels": [64, 128],
+    "cross_attention_dim": 128,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-05,
+    "norm_num_groups": 16,
+    "out_channels": 4,
+    "sample_size": 16,
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+}
+VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [32, 64, 72],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "force_upcast": True,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "mid_block_add_attention": True,
+    "norm_num_groups": 8,
+    "out_channels": 3,
+    "sample_size": 64,
+    "scaling_factor": 1.0,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
+TEXT: dict[str, Any] = {
+    "architectures": ["CLIPTextModel"],
+    "attention_dropout": 0.0,
+    "dtype": "float32",
+    "hidden_act": "quick_gelu",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": WINDOW,
+    "model_type": "clip_text_model",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "projection_dim": 128,
+}
+SCHEDULER: dict[str, Any] = {
+    "_class_name": "DDIMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "trailing",
+}
+_BRANCH_ENDS = r"conv2|proj_out|out_proj|fc2"
+"""The last layer of every residual branch: zero at first, so that each block starts as the identity."""
+
+
+def write_model(folder: str | Path, texts: Sequence[str], seed: int = 0) -> dict[str, int]:
+    """Writes an untrained model folder, float32; returns the parameters of each part.
+
+    Weights are LeCun normal, embeddings of deviation 0.02; the end of every residual branch and of the U-Net is zero.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from sdjax.formats.diffusers_folder import save_folder
+    from sdjax.models import clip, unet, vae
+
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer = Path(temporary) / "tokenizer"
+        size = write_tokenizer(tokenizer, texts)
+        ids = {"bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": size - 1, "vocab_size": size}
+        configs = {"unet": UNET, "vae": VAE, "text_encoder": {**TEXT, **ids}}
+        abstract = {
+            "unet": unet.abstract_params(unet.UNetConfig.from_dict(configs["unet"])),
+            "vae": vae.abstract_params(vae.VAEConfig.from_dict(configs["vae"])),
+            "text_encoder": clip.abstract_params(clip.TextConfig.from_dict(configs["text_encoder"])),
+        }
+        lecun = jax.nn.initializers.lecun_normal()
+
+        def fill(path: tuple[Any, ...], leaf: Any, key: Any) -> Any:
+            names = [part.key for part in path]
+            if names[-1] == "scale":
+                return jnp.ones(leaf.shape, jnp.float32)
+            ends = re.fullmatch(_BRANCH_ENDS, names[-2]) or names[-3:] == ["attentions_0", "to_out_0", "kernel"]
+            if names[-1] == "bias" or ends or names[:-1] == ["unet", "conv_out"]:
+                return jnp.zeros(leaf.shape, jnp.float32)
+            if names[-1] == "embedding":
+                return 0.02 * jax.random.normal(key, leaf.shape, jnp.float32)
+            return lecun(key, leaf.shape, jnp.float32)
+
+        leaves, treedef = jax.tree.flatten_with_path(abstract)
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        params = treedef.unflatten([fill(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)])
+        save_folder(folder, configs=configs, params=params, tokenizers={"tokenizer": tokenizer}, scheduler=SCHEDULER)
+    return {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
+
+
+def read_captions(path: str | Path) -> list[str]:
+    """The texts of a metadata.jsonl."""
+    try:
+        return [json.loads(line)["text"] for line in Path(path).read_text("utf-8").splitlines()]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: not a metadata.jsonl of captions: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command that `argv` names; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sdjax.tiny.recipe", description="What the embedded model is made from."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    data = commands.add_parser("data", help="pictures with captions, from Noto emoji")
+    data.add_argument("folder")
+    data.add_argument("--noto", required=True, help="emoji-datasource-google of npm: its .tgz, or its folder")
+    model = commands.add_parser("model", help="an untrained model folder")
+    model.add_argument("folder")
+    model.add_argument("--captions", required=True, help="metadata.jsonl that the tokenizer is made for")
+    model.add_argument("--seed", type=int, default=0, help="of the weights")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "data":
+            made: Mapping[str, int] = write_data(args.folder, args.noto)
+        else:
+            made = write_model(args.folder, read_captions(args.captions), args.seed)
+    except (SdjaxError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code if isinstance(error, SdjaxError) else DataError.exit_code
+    print(", ".join(f"{name} {count:,}" for name, count in made.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
