@@ -105,13 +105,13 @@ def test_the_train_step_lowers(platform, dtype):
     stage = Stage(
         name="style", train=("lora",), steps=10, learning_rate=1e-4, lora_parts=parts, lora_dropout=0.1, min_snr_gamma=5
     )
-    optimizer = make_optimizer(stage, stage.parts)
+    recipe = Recipe(sd, stage, make_optimizer(stage, stage.parts), HiddenState(1, final_norm=True), resolution=512)
 
     def start():
         params = {part: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), sd.params[part]) for part in parts}
         adapters = {part: lora.init(jax.random.key(0), params[part], rank=4) for part in parts}
         trained, scales = ({part: lora.split(tree)[i] for part, tree in adapters.items()} for i in (0, 1))
-        return init_state(optimizer, trained), {"params": params, "scales": scales}
+        return init_state(recipe, trained), {"params": params, "scales": scales, "rows": {}}
 
     state, frozen = jax.eval_shape(start)
     batch = {
@@ -119,7 +119,6 @@ def test_the_train_step_lowers(platform, dtype):
         "index": shape(2, dtype=jnp.int32),
         "text_encoder": shape(2, 1, 77, dtype=jnp.int32),
     }
-    recipe = Recipe(sd, stage, optimizer, HiddenState(1, final_norm=True), resolution=512)
     key = jax.eval_shape(lambda: jax.random.key(0))
     found = kernels(jax.jit(make_train_step(recipe)).trace(state, frozen, batch, key), platform)
     if platform == "tpu":

@@ -11,8 +11,10 @@ import pytest
 
 from sdjax.data.dataset import make_batch
 from sdjax.train import stages
+from sdjax.train.encoding import encode
+from sdjax.train.made import NOTHING
 from sdjax.train.parallel import parallelize, reduced_bytes
-from sdjax.train.step import Draws, _draw, join_adapters, make_train_step, squared_error
+from sdjax.train.step import Draws, _draw, distance, make_train_step, variables
 
 STEPS = 4
 
@@ -24,24 +26,25 @@ def quick_compilation():
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """(run, its stage, ready with the state on the host) of a batch of 8."""
+    """(run, its stage, ready with the state on the host, data set) of a batch of 8."""
     folder = tmp_path_factory.mktemp("step")
     model, images = micro.make_model(folder / "model"), micro.make_images(folder / "images")
     data = {"path": str(images), "resolution": 16, "batch_size": 8}
     stage = {"min_snr_gamma": 5.0, "lora_dropout": 0.1}
     run = stages.plan_run(micro.settings(model, images, folder / "run", data=data, stages=[stage]))
-    ready = stages.prepare(run, run.stages[0], {})
-    return run, run.stages[0], ready._replace(state=jax.tree.map(np.asarray, ready.state))
+    dataset, _ = encode(run, run.stages[0], NOTHING)
+    ready = stages.prepare(run, run.stages[0], NOTHING)
+    return run, run.stages[0], ready._replace(state=jax.tree.map(np.asarray, ready.state)), dataset
 
 
 def batch_of(prepared, number):
-    run, plan, ready = prepared
-    return make_batch(ready.dataset, plan.batches(len(ready.dataset.moments), run.config.seed), number)
+    run, plan, _, dataset = prepared
+    return make_batch(dataset, plan.batches(dataset, run.config.seed), number)
 
 
 def train(prepared, *, accumulation=1, **settings):
     """(compiled step, losses, trainable) after STEPS steps."""
-    run, plan, ready = prepared
+    run, plan, ready, _ = prepared
     recipe = plan.recipe._replace(accumulation=accumulation)
     parallel = parallelize(make_train_step(recipe), batch_size=8 // accumulation, **settings)
     state, frozen = parallel.place_state(ready.state), parallel.place_frozen(ready.frozen)
@@ -88,22 +91,24 @@ def test_accumulation_is_the_exact_mean(prepared, alone):
 
 
 def test_a_new_adapter_changes_nothing(prepared):
-    _, plan, ready = prepared
+    _, plan, ready, _ = prepared
     random = np.random.default_rng(0)
     draws = Draws(
         latents=jnp.asarray(random.normal(size=(8, 8, 8, 4)), jnp.float32),
         noise=jnp.asarray(random.normal(size=(8, 8, 8, 4)), jnp.float32),
         timesteps=jnp.arange(8) * 120,
         dropout=jax.random.split(jax.random.key(0), 8),
+        perturbation=jnp.zeros((8, 8, 8, 4), jnp.float32),
     )
-    error = jax.jit(functools.partial(squared_error, plan.recipe))
-    adapters = join_adapters(ready.state.trainable, ready.frozen["scales"])
-    ours, base = (error(tree, ready.frozen, batch_of(prepared, 0), draws) for tree in (adapters, {}))
+    error = jax.jit(functools.partial(distance, plan.recipe))
+    adapted = variables(plan.recipe, ready.state.trainable, ready.frozen)
+    plain = {"unet": {"params": ready.frozen["params"]["unet"]}}
+    ours, base = (error(models, batch_of(prepared, 0), draws) for models in (adapted, plain))
     np.testing.assert_array_equal(ours, base)
 
 
 def test_only_what_is_finite_reaches_the_weights_and_only_step_and_place_decide_the_randomness(prepared):
-    _, plan, ready = prepared
+    _, plan, ready, _ = prepared
     step = jax.jit(make_train_step(plan.recipe))
     key = jax.random.key(0)
     batch = batch_of(prepared, 0)
@@ -122,7 +127,7 @@ def test_only_what_is_finite_reaches_the_weights_and_only_step_and_place_decide_
 
 
 def test_time_steps_stay_in_their_range(prepared):
-    _, plan, _ = prepared
+    _, plan, _, _ = prepared
     batch = {"moments": np.zeros((4000, 1, 1, 8), np.float32), "index": np.arange(4000, dtype=np.int32)}
     for bounds, expected in (((0.0, 1.0), (0, 999)), ((0.2, 0.21), (200, 209)), ((0.9999, 1.0), (999, 999))):
         recipe = plan.recipe._replace(stage=dataclasses.replace(plan.stage, timestep_range=bounds))

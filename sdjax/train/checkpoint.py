@@ -229,12 +229,15 @@ def _check_same_leaves(place: Path, saved: Mapping[str, Any], tree: PyTree) -> N
 # ------------------------------------------------------------------------------------------------------- resuming a run
 
 MAY_CHANGE: dict[str, str] = {
-    r"stages\.\d+\.(steps|learning_rate(\..+)?|lora_plus_ratio|schedule|warmup_steps)": "log",
-    r"stages\.\d+\.(weight_decay|betas|eps|clip_norm|min_snr_gamma|debiased|timestep_range|lora_dropout)": "log",
-    r"(data|stages\.\d+\.data)\.(batch_size|accumulation|flip|caption_dropout|validation_\w+)": "log",
+    r"stages\.\d+\.(steps|learning_rate(\..+)?|lora_plus_ratio|schedule|schedule_\w+|warmup_steps)": "log",
+    r"stages\.\d+\.(weight_decay|betas|eps|clip_norm|lora_dropout|clip_ti_\w+|template)": "log",
+    r"stages\.\d+\.(loss|huber_\w+|min_snr_gamma|debiased|timestep_\w+|noise_offset|multires_noise_\w+)": "log",
+    r"stages\.\d+\.(input_perturbation|masked_loss|unmasked_weight|prior_\w+|vae_\w+(\..+)?)": "log",
+    r"(data|stages\.\d+\.data)\.(batch_size|accumulation|flip|repeats(\..+)?|random_crops|bucket\w+)": "log",
+    r"(data|stages\.\d+\.data)\.(caption_\w+|shuffle_tags|keep_tags|tag_dropout|validation_\w+)": "log",
     r"dtype|remat|on_nan": "log",
-    r"output|model|variant|validation\..+|checkpoint\..+|parallel\..+": "ignore",
-    r"(data|stages\.\d+\.data)\.(path|cache|caption|missing_caption|on_bad_image|background)": "ignore",
+    r"output|model|variant|export_dtype|validation\..+|checkpoint\..+|parallel\..+": "ignore",
+    r"(data|stages\.\d+\.data)\.(path|mask_path|cache|caption|missing_caption|on_bad_image|background)": "ignore",
 }
 """Regular expression over a dotted key -> what resuming does when it changed; every other key refuses.
 

@@ -142,13 +142,11 @@ def make_train_step(recipe: Recipe) -> TrainStep:
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, optimizer = recipe.optimizer.update(gradients, state.optimizer, state.trainable)
-        moved = optax.apply_updates(state.trainable, updates)
+        moved: Any = optax.apply_updates(state.trainable, updates)
         if recipe.stage.clip_ti_decay:
             rate = recipe.optimizer.schedules["textual_inversion"](state.step)
-            decay = functools.partial(textual_inversion.decay_norm, learning_rate=rate)
-            rows = {
-                name: decay(rows, target=frozen["norms"][name]) for name, rows in moved["textual_inversion"].items()
-            }
+            words: dict[str, Array] = moved["textual_inversion"]
+            rows = {name: textual_inversion.decay_norm(own, rate, frozen["norms"][name]) for name, own in words.items()}
             moved = {**moved, "textual_inversion": rows}
         average = ema(state.average, moved, state.step, recipe.stage.ema_decay) if state.average else {}
         new = State(state.step + 1, moved, optimizer, average)
