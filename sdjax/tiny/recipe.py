@@ -6,7 +6,7 @@
 
 then configs/tiny_vae.toml and configs/tiny_model.toml. Both commands give the same files each time.
 
-`subjects.tsv` is the choice of subjects: an emoji's code points, its name, other names. The names are CLDR's short names
+`subjects.tsv` is the choice of subjects: an emoji's code points, its name, other names. The names are CLDR's short ones
 (Unicode License v3) where those say what the picture shows, else our own. In: whatever has one thing to show - hearts,
 shapes, faces, animals, plants, food, vehicles, weather, sport, clothes, buildings, instruments, tools. Out: flags of
 countries, keycaps, letters, clock faces, arrows and signs, hands and people in many variants, and all but one or two of
@@ -22,6 +22,7 @@ ended. A zero terminal SNR would fit it better still, but samplers that start at
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -63,10 +64,10 @@ def subjects() -> tuple[Subject, ...]:
 
 def captions(subject: Subject) -> tuple[str, ...]:
     """What a subject is called in training: half of the time by its name, else by another, "a NAME", "NAME emoji"."""
-    article = "an" if subject.name[0] in "aeio" else "a"
-    plural = re.search(r"(?<!s)s$", subject.name.split(" of ")[0].split(" with ")[0])
-    phrase = f"two {subject.name}" if subject.name == "hearts" else f"the {subject.name}"
-    templates = (phrase if plural else f"{article} {subject.name}", f"{subject.name} emoji")
+    article = "an" if re.match("[aeio]|um|up|hour", subject.name) else "a"
+    thing = re.split(" of | with | and ", subject.name)[0]
+    plural = " and " in subject.name or re.search("(?<![suo])s$", thing)
+    templates = (f"{'the' if plural else article} {subject.name}", f"{subject.name} emoji")
     # Which of the two templates gives way to another name is up to the name: a fair coin.
     templates = templates[:: 1 if _hash(subject.name)[0] % 2 else -1]
     return (subject.name, subject.name, *(*subject.others, *templates)[: CAPTIONS - 2])
@@ -177,7 +178,7 @@ def train_tokenizer(texts: Sequence[str], merges: int = MERGES) -> tuple[dict[st
     for _ in range(merges):
         pairs: Counter[tuple[str, str]] = Counter()
         for word, count in words.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 pairs[pair] += count
         if not pairs:
             break
