@@ -302,13 +302,27 @@ _BRANCH_ENDS = r"conv2|proj_out|out_proj|fc2"
 def write_model(folder: str | Path, texts: Sequence[str], seed: int = 0) -> dict[str, int]:
     """Writes an untrained model folder, float32; returns the parameters of each part.
 
-    Weights are LeCun normal, embeddings of deviation 0.02; the end of every residual branch and of the U-Net is zero.
+    Kernels are normal with deviation 1 / sqrt(inputs), embeddings with 0.02; the end of every residual branch and of
+    the U-Net is zero.
     """
     import jax
-    import jax.numpy as jnp
+    import numpy as np
 
     from sdjax.formats.diffusers_folder import save_folder
     from sdjax.models import clip, unet, vae
+
+    random = np.random.default_rng(seed)
+
+    def fill(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
+        names = [part.key for part in path]
+        if names[-1] == "scale":
+            return np.ones(leaf.shape, np.float32)
+        ends = re.fullmatch(_BRANCH_ENDS, names[-2]) or names[-3:] == ["attentions_0", "to_out_0", "kernel"]
+        if names[-1] == "bias" or ends or names[:-1] == ["unet", "conv_out"]:
+            return np.zeros(leaf.shape, np.float32)
+        inputs = leaf.size // leaf.shape[-1]
+        deviation = 0.02 if names[-1] == "embedding" else inputs**-0.5
+        return (deviation * random.standard_normal(leaf.shape)).astype(np.float32)
 
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer = Path(temporary) / "tokenizer"
@@ -320,22 +334,7 @@ def write_model(folder: str | Path, texts: Sequence[str], seed: int = 0) -> dict
             "vae": vae.abstract_params(vae.VAEConfig.from_dict(configs["vae"])),
             "text_encoder": clip.abstract_params(clip.TextConfig.from_dict(configs["text_encoder"])),
         }
-        lecun = jax.nn.initializers.lecun_normal()
-
-        def fill(path: tuple[Any, ...], leaf: Any, key: Any) -> Any:
-            names = [part.key for part in path]
-            if names[-1] == "scale":
-                return jnp.ones(leaf.shape, jnp.float32)
-            ends = re.fullmatch(_BRANCH_ENDS, names[-2]) or names[-3:] == ["attentions_0", "to_out_0", "kernel"]
-            if names[-1] == "bias" or ends or names[:-1] == ["unet", "conv_out"]:
-                return jnp.zeros(leaf.shape, jnp.float32)
-            if names[-1] == "embedding":
-                return 0.02 * jax.random.normal(key, leaf.shape, jnp.float32)
-            return lecun(key, leaf.shape, jnp.float32)
-
-        leaves, treedef = jax.tree.flatten_with_path(abstract)
-        keys = jax.random.split(jax.random.key(seed), len(leaves))
-        params = treedef.unflatten([fill(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)])
+        params = jax.tree_util.tree_map_with_path(fill, abstract)
         save_folder(folder, configs=configs, params=params, tokenizers={"tokenizer": tokenizer}, scheduler=SCHEDULER)
     return {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
 
