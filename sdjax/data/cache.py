@@ -1,4 +1,4 @@
-"""Latents and prompt embeddings of a data set, computed once and memory-mapped from disk ever after.
+"""Latents (or pixels), masks and prompt embeddings of a data set, computed once and memory-mapped from disk ever after.
 
 A cache entry is a folder named by the digest of all it depends on; it holds one raw file an array and index.json
 with their shapes and digests. It is written under another name and renamed when whole, so a killed run leaves nothing
@@ -16,26 +16,28 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Shaped, UInt8
+from jaxtyping import Shaped, UInt8
 
-from sdjax.data.images import read_image
+from sdjax.data.images import Size, Window, random_windows, read_image, read_mask
 from sdjax.data.records import Record, file_digest
 from sdjax.errors import DataError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever what an entry holds changes its meaning."""
 
 Arrays = Mapping[str, Shaped[np.ndarray, " N *S"]]
 
 
-class Latents(NamedTuple):
-    """What the VAE made of the readable images."""
+class Images(NamedTuple):
+    """What was made of the readable images of one shape; the arrays may lie on disk."""
 
     records: tuple[Record, ...]
-    moments: Float32[np.ndarray, "N F h w C2"]
-    """Mean and log-variance of the posterior, joined on the last axis; F = 2 (plain, mirrored) if flipping, else 1."""
+    arrays: Arrays
+    """By name, each `[N, V, ...]`: N images, V views of each, which are its crops, each plain and then mirrored if
+    flipping. `moments [N, V, h, w, 2C]` of the VAE's posterior or `pixels [N, V, H, W, 3]`, 8 bits, and
+    `mask [N, V, h, w, 1]`, 0 to 1."""
     skipped: tuple[str, ...]
     """One message for each unusable image."""
 
@@ -48,27 +50,50 @@ class Texts(NamedTuple):
     arrays: Arrays
 
 
-def cache_latents(
+class Views(NamedTuple):
+    """How images become arrays; entries of the cache depend on all of it."""
+
+    size: Size
+    background: str = "white"
+    flip: bool = False
+    crops: int = 0
+    """Random crops of each image; 0: its middle."""
+    seed: int = 0
+    """Of the crops."""
+
+    def windows(self, record: Record) -> tuple[Window, ...]:
+        """The crops of an image."""
+        return random_windows(self.crops, seed=self.seed, name=record.name)
+
+    def key(self, records: Iterable[Record], digests: Sequence[str]) -> dict[str, Any]:
+        """What identifies the views of these images."""
+        key = {"size": self.size, "flip": self.flip, "images": digests}
+        return key | (
+            {"crops": self.crops, "seed": self.seed, "names": [r.name for r in records]} if self.crops else {}
+        )
+
+
+def cache_images(
     records: Sequence[Record],
-    encode: Callable[[UInt8[np.ndarray, "B R R 3"]], Any],
+    views: Views,
+    encode: Callable[[UInt8[np.ndarray, "B H W 3"]], Any] | None,
     *,
     folder: str | Path,
     model: str,
-    resolution: int,
-    background: str = "white",
-    flip: bool = False,
     on_bad_image: Literal["skip", "fail"] = "fail",
     batch_size: int = 4,
     progress: Callable[[int, int], object] | None = None,
-) -> Latents:
-    """The posterior moments of every image, from the cache in `folder` or else by `encode` (then cached there).
+) -> Images:
+    """The views of every image, from the cache in `folder` or else made now (and cached there).
 
-    `encode` gets 8-bit images in batches of exactly `batch_size` (padded where needed, so it compiles once) and
-    returns `[B, h, w, 2C]`. `model` identifies its weights. `progress(done, total)` is called after each batch.
-    Raises DataError for a bad image unless `on_bad_image` is "skip", and if no image is left.
+    They are posterior moments if there is an `encode`, which gets 8-bit images in batches of exactly `batch_size`
+    (padded where needed, so it compiles once for a size) and returns `[B, h, w, 2C]`; else the pixels themselves.
+    `model` identifies its weights. `progress(done, total)` is called after each batch. Raises DataError for a bad image
+    unless `on_bad_image` is "skip"; none may be left then.
     """
-    key = {"kind": "latents", "model": model, "resolution": resolution, "background": background, "flip": flip}
-    key |= {"images": [file_digest(record.path) for record in records]}
+    key = views.key(records, [file_digest(record.path) for record in records])
+    key |= {"kind": "pixels" if encode is None else "latents", "background": views.background}
+    key |= {} if encode is None else {"model": model}
     kept: list[int] = []
     skipped: list[str] = []
 
@@ -76,30 +101,54 @@ def cache_latents(
         for start in range(0, len(records), batch_size):
             images = []
             for i in range(start, min(start + batch_size, len(records))):
+                record = records[i]
                 try:
-                    images.append(read_image(records[i].path, resolution, background))
-                    kept.append(i)
+                    crops = read_image(record.path, views.size, views.background, views.windows(record))
                 except DataError as e:
                     if on_bad_image == "fail":
                         raise _bad_image(e) from e
                     log.warning("skipped: %s", e)
                     skipped.append(str(e))
-            if images:
-                batch = np.stack(images + images[-1:] * (batch_size - len(images)))
-                views = [batch, np.ascontiguousarray(batch[:, :, ::-1])] if flip else [batch]
-                moments = np.stack([_storable(encode(view)) for view in views], axis=1)
+                else:
+                    images.append(_with_mirrored(crops, views.flip))
+                    kept.append(i)
+            if not images:
+                pass
+            elif encode is None:
+                yield {"pixels": np.stack(images)}
+            else:
+                batch = np.stack(images + images[-1:] * (batch_size - len(images)), axis=1)
+                moments = np.stack([_storable(encode(view)) for view in batch], axis=1)
                 yield {"moments": moments[: len(images)]}
             if progress:
                 progress(min(start + batch_size, len(records)), len(records))
-        if not kept:
-            raise DataError(f"none of {len(records)} images can be used; the first: {skipped[0]}")
 
     arrays, notes = _entry(Path(folder), key, rows(), {"kept": kept, "skipped": skipped})
     if notes["skipped"]:
         if on_bad_image == "fail":
             raise _bad_image(notes["skipped"][0])
         log.warning("%d of %d images skipped", len(notes["skipped"]), len(records))
-    return Latents(tuple(records[i] for i in notes["kept"]), arrays["moments"], tuple(notes["skipped"]))
+    return Images(tuple(records[i] for i in notes["kept"]), arrays, tuple(notes["skipped"]))
+
+
+def cache_masks(images: Images, views: Views, factor: int, *, folder: str | Path) -> Images:
+    """`images` with their masks, averaged over the `factor` x `factor` pixels of a latent.
+
+    A mask is the record's own or else the alpha channel of its image. Raises DataError for one that cannot be used.
+    """
+    sources = [record.mask or record.path for record in images.records]
+    alpha = [record.mask is None for record in images.records]
+    key = views.key(images.records, [file_digest(path) for path in sources])
+    key |= {"kind": "masks", "factor": factor, "alpha": alpha}
+    size = Size(*(side // factor for side in views.size))
+
+    def rows() -> Iterator[Mapping[str, np.ndarray]]:
+        for record, path, own in zip(images.records, sources, alpha, strict=True):
+            mask = read_mask(path, size, views.windows(record), alpha=own)
+            yield {"mask": _with_mirrored(mask, views.flip)[None]}
+
+    arrays, _ = _entry(Path(folder), key, rows(), {})
+    return images._replace(arrays={**images.arrays, **arrays})
 
 
 def cache_texts(
@@ -127,6 +176,11 @@ def cache_texts(
 
     arrays, _ = _entry(Path(folder), key, rows(), {})
     return Texts({caption: row for row, caption in enumerate(unique)}, arrays)
+
+
+def _with_mirrored(crops: Shaped[np.ndarray, "V H W C"], flip: bool) -> Shaped[np.ndarray, "F H W C"]:
+    """Each crop, followed by itself mirrored if `flip`."""
+    return np.stack([crops, crops[:, :, ::-1]], axis=1).reshape(-1, *crops.shape[1:]) if flip else crops
 
 
 def _bad_image(reason: object) -> DataError:

@@ -6,10 +6,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Float32, Int64, Shaped
+from jaxtyping import Int64, Shaped
 
-from sdjax.data.cache import Arrays, Latents, Texts
-from sdjax.data.plan import Plan, choose
+from sdjax.data.cache import Arrays, Images, Texts
+from sdjax.data.plan import Choice, Plan, beside, choose
 from sdjax.errors import ConfigError
 
 T = TypeVar("T")
@@ -17,37 +17,81 @@ T = TypeVar("T")
 Batch = dict[str, Shaped[np.ndarray, " B *S"]]
 
 
+class Bucket(NamedTuple):
+    """The images of one shape."""
+
+    arrays: Arrays
+    """`moments` or `pixels`, perhaps `mask`: each `[N, V, ...]`, see `cache.Images`."""
+    text_rows: Int64[np.ndarray, "N K"]
+    """Row in the texts of each version of each image's caption."""
+    repeats: tuple[int, ...]
+    """Times an epoch shows each image."""
+
+
+class Prior(NamedTuple):
+    """Class images, which are learned beside the others so that the class stays what it was."""
+
+    buckets: tuple[Bucket, ...]
+    """The same images at the shape of each bucket of the data set."""
+    weight: float
+    """Of their loss."""
+
+
 class Dataset(NamedTuple):
     """Everything a batch is gathered from; the arrays may lie on disk."""
 
-    moments: Float32[np.ndarray, "N F h w C2"]
+    buckets: tuple[Bucket, ...]
     texts: Arrays
-    text_row: Int64[np.ndarray, " N"]
-    """Row of each example's caption in `texts`."""
+    """Without rows if no text is wanted: {}."""
     empty_row: int
     """Row of the empty caption."""
+    prior: Prior | None = None
+
+    @property
+    def repeats(self) -> tuple[tuple[int, ...], ...]:
+        """Of every bucket, which the order of batches depends on."""
+        return tuple(bucket.repeats for bucket in self.buckets)
 
 
-def join(latents: Latents, texts: Texts) -> Dataset:
-    """The data set of these images and their captions."""
-    rows = np.array([texts.rows[record.caption] for record in latents.records], np.int64)
-    return Dataset(latents.moments, texts.arrays, rows, texts.rows[""])
+def join(images: Images, texts: Texts) -> Bucket:
+    """Images of one shape with the rows of their captions."""
+    rows = [[texts.rows[caption] for caption in record.captions] for record in images.records]
+    return Bucket(images.arrays, np.array(rows, np.int64), tuple(record.repeats for record in images.records))
 
 
 def make_batch(dataset: Dataset, plan: Plan, number: int) -> Batch:
-    """Batch `number` of the plan: `moments [B, h, w, 2C]`, `index [B]` (int32: place in the batch), and the texts.
+    """Batch `number` of the plan, for an optimizer step; every array has B rows.
 
-    `index` is what an example's randomness is drawn from, so that it does not depend on the device it lands on.
+    `moments [B, h, w, 2C]` or `pixels [B, H, W, 3]`, `mask [B, h, w, 1]` if the data set has masks, the texts, and
+    `index [B]` (int32: place in the batch), which an example's randomness is drawn from so that it does not depend on
+    the device it lands on. With class images B is twice the plan's: as many of them follow, and `weight [B]` makes the
+    mean over all of weight times error the mean over the images plus the prior's weight times that over class images.
     """
-    if plan.flip and dataset.moments.shape[1] < 2:
-        raise ConfigError("the plan flips images, but the cached latents hold no mirrored ones")
     choice = choose(plan, number)
-    rows = np.where(choice.drop, dataset.empty_row, dataset.text_row[choice.example])
-    return {
-        "moments": dataset.moments[choice.example, choice.flip.astype(np.int64)],
-        "index": np.arange(plan.batch_size, dtype=np.int32),
-        **{name: np.asarray(array[rows]) for name, array in dataset.texts.items()},
-    }
+    parts = [_gather(dataset, dataset.buckets[choice.bucket], plan, choice)]
+    if dataset.prior is not None:
+        other = dataset.prior.buckets[choice.bucket]
+        order = beside(plan, len(other.repeats))
+        parts.append(_gather(dataset, other, order, choose(order, number)))
+        for part, weight in zip(parts, (2.0, 2.0 * dataset.prior.weight), strict=True):
+            part["weight"] = np.full(plan.batch_size, weight, np.float32)
+    batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts[1:] else parts[0]
+    return {**batch, "index": np.arange(len(parts) * plan.batch_size, dtype=np.int32)}
+
+
+def _gather(dataset: Dataset, bucket: Bucket, plan: Plan, choice: Choice) -> Batch:
+    views = plan.crops * (2 if plan.flip else 1)
+    view = choice.crop * (2 if plan.flip else 1) + choice.flip
+    batch = {}
+    for name, array in bucket.arrays.items():
+        if array.shape[1] != views:
+            raise ConfigError(f"the plan wants {views} views of each image, but the cache holds {array.shape[1]}")
+        batch[name] = np.asarray(array[choice.example, view])
+    if dataset.texts:
+        rows = bucket.text_rows[choice.example, choice.version % bucket.text_rows.shape[1]]
+        rows = np.where(choice.drop, dataset.empty_row, rows)
+        batch |= {name: np.asarray(array[rows]) for name, array in dataset.texts.items()}
+    return batch
 
 
 def prefetch(make: Callable[[int], T], numbers: Iterable[int], *, depth: int = 2, workers: int = 1) -> Generator[T]:

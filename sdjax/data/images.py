@@ -1,9 +1,11 @@
-"""One image file -> one square RGB array, whatever the file holds; DataError names what cannot be used."""
+"""One image file -> RGB pixels of a wanted shape, whatever the file holds; DataError names what cannot be used."""
 
+import hashlib
 import logging
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -13,6 +15,8 @@ from sdjax.errors import DataError
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 MAX_ENLARGEMENT = 8
 """An image is refused if it had to be enlarged more than this many times."""
@@ -20,33 +24,85 @@ MAX_ASPECT = 8
 """An image is refused if its long side is more than this many times its short one: the crop would show too little."""
 
 
-def read_image(path: str | Path, resolution: int, background: str = "white") -> UInt8[np.ndarray, "R R 3"]:
-    """Read, turn upright (EXIF), put transparency on `background`, crop the middle square, resize (Lanczos).
+class Size(NamedTuple):
+    """Pixels."""
 
-    Palette, grey, CMYK and 16-bit images become 8-bit RGB; of an animation the first frame is taken, with a warning.
-    Raises DataError for a missing, truncated or foreign file, for decompression and PNG text bombs (Pillow's limits:
-    89 million pixels, 1 MB a text chunk), and for images too small or too narrow (MAX_ENLARGEMENT, MAX_ASPECT).
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+class Window(NamedTuple):
+    """Where a crop lies in what is left over at either side: 0 left and top, 1/2 the middle, 1 right and bottom."""
+
+    x: float = 0.5
+    y: float = 0.5
+
+
+def random_windows(count: int, *, seed: int, name: str) -> tuple[Window, ...]:
+    """The crops of an image: its middle for `count` 0, else `count` places fixed by seed, name and number."""
+
+    def place(number: int) -> Window:
+        digest = hashlib.sha256(f"{seed} {number} {name}".encode()).digest()
+        return Window(*(int.from_bytes(digest[i : i + 4]) / 2**32 for i in (0, 4)))
+
+    return tuple(place(number) for number in range(count)) or (Window(),)
+
+
+def read_size(path: str | Path) -> Size:
+    """The size of an image when upright, from its header alone. Raises DataError."""
+
+    def size(image: Image.Image) -> Size:
+        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations with x and y exchanged
+        return Size(image.width, image.height) if turned else Size(image.height, image.width)
+
+    return _read(path, size)
+
+
+def read_image(
+    path: str | Path, size: Size, background: str = "white", windows: Sequence[Window] = (Window(),)
+) -> UInt8[np.ndarray, "V H W 3"]:
+    """Read, turn upright (EXIF), put transparency on `background`, cut each window out, resize (Lanczos).
+
+    A window is the largest part of the image that has the shape of `size`. Palette, grey, CMYK and 16-bit images become
+    8-bit RGB; of an animation the first frame is taken, with a warning. Raises DataError for a missing, truncated or
+    foreign file, for decompression and PNG text bombs (Pillow's limits: 89 million pixels, 1 MB a text chunk), and for
+    images too small or too narrow (MAX_ENLARGEMENT, MAX_ASPECT).
     """
-    try:
-        with warnings.catch_warnings(), Path(path).open("rb") as file:
-            # A bomb just below Pillow's error limit only warns; other warnings (odd EXIF, say) do not matter here.
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = _open(file, path)
-            image = _rgb(ImageOps.exif_transpose(image), background)
-    except DataError as e:
-        raise DataError(f"{path}: {e}") from None
-    except Exception as e:  # a malformed file makes Pillow raise nearly anything
-        raise DataError(f"{path}: cannot be read as an image: {str(e) or type(e).__name__}") from e
-    side = min(image.size)
-    if side * MAX_ENLARGEMENT < resolution:
-        raise DataError(
-            f"{path}: {image.width}x{image.height} is too small for {resolution} pixels; "
-            f"its shorter side must be at least {-(-resolution // MAX_ENLARGEMENT)}"
-        )
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    return np.asarray(square)
+
+    def upright(image: Image.Image) -> Image.Image:
+        # A phone's MPO holds a preview beside the picture, which is no animation.
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            log.warning("%s holds several frames: the first is taken", path)
+        return _rgb(ImageOps.exif_transpose(image), background)
+
+    image = _read(path, upright)
+    _check_enlargement(path, image, size)
+    return _cut(image, size, windows, Image.Resampling.LANCZOS)
+
+
+def read_mask(
+    path: str | Path, size: Size, windows: Sequence[Window] = (Window(),), *, alpha: bool = False
+) -> Float32[np.ndarray, "V H W 1"]:
+    """A mask's brightness (or an image's alpha channel), 0 to 1, its windows averaged over areas down to `size`.
+
+    A mask of another size than its image is stretched over it, for windows are shares of either. Raises DataError as
+    `read_image` does, for an image without an alpha channel, and for a mask that is black in every window.
+    """
+
+    def channel(image: Image.Image) -> Image.Image:
+        image = ImageOps.exif_transpose(image)
+        if alpha and not image.has_transparency_data:
+            raise DataError("has no alpha channel to be its mask; give masks in data.mask_path")
+        return image.convert("RGBA").getchannel("A") if alpha else _rgb(image, "black").convert("L")
+
+    # Floats, since 8 bits would round the averages.
+    mask = _cut(_read(path, channel).convert("F"), size, windows, Image.Resampling.BOX)[..., None]
+    if not mask.any():
+        raise DataError(f"{path}: the mask is all black in what is shown of the image: nothing could be learnt from it")
+    return np.clip(mask / np.float32(255), 0, 1)
 
 
 def to_float(image: UInt8[np.ndarray, "*S"]) -> Float32[np.ndarray, "*S"]:
@@ -54,16 +110,45 @@ def to_float(image: UInt8[np.ndarray, "*S"]) -> Float32[np.ndarray, "*S"]:
     return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def _open(file: BinaryIO, path: str | Path) -> Image.Image:
+def _read(path: str | Path, use: Callable[[Image.Image], T]) -> T:
+    """`use` of the opened file; whatever goes wrong is a DataError that names the file."""
+    try:
+        with warnings.catch_warnings(), Path(path).open("rb") as file:
+            # A bomb just below Pillow's error limit only warns; other warnings (odd EXIF, say) do not matter here.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return use(_open(file))
+    except DataError as e:
+        raise DataError(f"{path}: {e}") from None
+    except Exception as e:  # a malformed file makes Pillow raise nearly anything
+        raise DataError(f"{path}: cannot be read as an image: {str(e) or type(e).__name__}") from e
+
+
+def _open(file: BinaryIO) -> Image.Image:
     Image.init()
     image = Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
     # Before decoding: a wrong shape need not be decoded to be refused.
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise DataError(f"{image.width}x{image.height} is too narrow; at most {MAX_ASPECT}:1")
-    # A phone's MPO holds a preview beside the picture, which is no animation.
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        log.warning("%s holds several frames: the first is taken", path)
     return image
+
+
+def _check_enlargement(path: str | Path, image: Image.Image, size: Size) -> None:
+    if max(size.width / image.width, size.height / image.height) > MAX_ENLARGEMENT:
+        least = Size(*(-(-side // MAX_ENLARGEMENT) for side in size))
+        raise DataError(f"{path}: {image.width}x{image.height} is too small for {size} pixels; at least {least}")
+
+
+def _cut(image: Image.Image, size: Size, windows: Sequence[Window], resampling: Image.Resampling) -> np.ndarray:
+    """Each window at `size`: `[V, H, W]` and the channels if there are several."""
+    scale = min(image.width / size.width, image.height / size.height)
+    width, height = size.width * scale, size.height * scale
+    boxes = []
+    for window in windows:
+        left, top = (image.width - width) * window.x, (image.height - height) * window.y
+        # Rounding must not lead out of the image.
+        boxes.append((left, top, min(left + width, image.width), min(top + height, image.height)))
+    return np.stack([np.asarray(image.resize((size.width, size.height), resampling, box=box)) for box in boxes])
 
 
 def _rgb(image: Image.Image, background: str) -> Image.Image:

@@ -1,11 +1,16 @@
 """Which examples make up batch number n: a pure function of the seed, with no state to save.
 
-The examples form one endless stream: all of them in a shuffled order, then all again in another, and so on. Batch n
-is positions n*B .. n*B+B-1 of it. So a batch may span two epochs, none is short, every image is seen equally often
-(to within one), and a data set smaller than a batch simply repeats inside it. Devices and workers play no part.
+The examples of one shape (a bucket) form one endless stream: all of them in a shuffled order, each as often as its
+repeats say, then all again in another order, and so on. Every batch takes the next B positions of one bucket's stream.
+So a batch may span two epochs, none is short, every image is seen as often as its share says (to within one batch), and
+a bucket smaller than a batch simply repeats inside it. Devices and workers play no part.
+
+The buckets take turns in a fixed pattern: after any n batches, each has had its share of n, rounded down or up.
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,54 +20,120 @@ from jaxtyping import Bool, Int64, UInt64
 class Plan(NamedTuple):
     """What the order depends on."""
 
-    size: int
-    """Examples in the data set."""
+    repeats: tuple[tuple[int, ...], ...]
+    """Bucket by bucket, how often an epoch shows each image."""
     batch_size: int
     """Examples a batch, over all devices."""
     seed: int
     """0 or more."""
     flip: bool = False
     caption_dropout: float = 0.0
+    crops: int = 1
+    versions: int = 1
+    """Of each caption."""
+
+    @property
+    def size(self) -> int:
+        """Examples an epoch."""
+        return sum(map(sum, self.repeats))
 
 
 class Choice(NamedTuple):
     """The examples of one batch."""
 
+    bucket: int
     example: Int64[np.ndarray, " B"]
+    """Places in the bucket."""
     flip: Bool[np.ndarray, " B"]
     """Show it mirrored."""
     drop: Bool[np.ndarray, " B"]
     """Show it with the empty caption."""
+    crop: Int64[np.ndarray, " B"]
+    """In turn: an image's k-th showing takes crop k modulo their number."""
+    version: Int64[np.ndarray, " B"]
+    """Of the caption, drawn at random."""
 
 
 def choose(plan: Plan, number: int) -> Choice:
     """The examples of batch `number` (0 is the first)."""
-    position = np.arange(plan.batch_size) + number * plan.batch_size
-    epoch, place = position // plan.size, position % plan.size
-    example = np.empty(plan.batch_size, np.int64)
+    bucket, turn = _turn(tuple(map(sum, plan.repeats)), number)
+    repeats = np.asarray(plan.repeats[bucket])
+    entries = np.repeat(np.arange(len(repeats)), repeats)
+    showing = np.arange(len(entries)) - np.repeat(np.cumsum(repeats) - repeats, repeats)  # 0, 1, ... of its repeats
+    size = len(entries)
+    position = np.arange(plan.batch_size) + turn * plan.batch_size
+    epoch, place = position // size, position % size
+    entry = np.empty(plan.batch_size, np.int64)
     flip = np.zeros(plan.batch_size, bool)
     drop = np.zeros(plan.batch_size, bool)
+    version = np.zeros(plan.batch_size, np.int64)
     for e in np.unique(epoch):
         here = epoch == e
         at = place[here]
-        example[here] = np.argsort(_bits(plan.seed, int(e), 0, plan.size), kind="stable")[at]
+        bits = functools.partial(_bits, plan.seed + (bucket << 64), int(e), size=size)
+        entry[here] = np.argsort(bits(purpose=0), kind="stable")[at]
         if plan.flip:
-            flip[here] = _bits(plan.seed, int(e), 1, plan.size)[at] >= 2**63
+            flip[here] = bits(purpose=1)[at] >= 2**63
         if plan.caption_dropout:
-            drop[here] = _bits(plan.seed, int(e), 2, plan.size)[at] < plan.caption_dropout * 2.0**64
-    return Choice(example, flip, drop)
+            drop[here] = bits(purpose=2)[at] < plan.caption_dropout * 2.0**64
+        if plan.versions > 1:
+            version[here] = bits(purpose=3)[at] % np.uint64(plan.versions)
+    example = entries[entry]
+    crop = (epoch * repeats[example] + showing[entry]) % plan.crops
+    return Choice(bucket, example, flip, drop, crop, version)
 
 
-def describe(plan: Plan, batches: int) -> str:
-    """What a run over `batches` batches will see, for the log."""
-    text = f"{plan.size} images, {plan.batch_size} a batch: {batches * plan.batch_size / plan.size:.4g} epochs"
-    if plan.size < plan.batch_size:
-        text += "; fewer images than a batch holds, so each batch repeats some"
+def beside(plan: Plan, count: int) -> Plan:
+    """The order in which `count` class images (in one bucket) go along with the plan's batches."""
+    return Plan(((1,) * count,), plan.batch_size, plan.seed + (1 << 128), plan.flip)
+
+
+def describe(plan: Plan, batches: int, names: Sequence[object] = ()) -> str:
+    """What a run over `batches` batches will see, for the log; `names` are those of the buckets, if there are any."""
+    images = sum(map(len, plan.repeats))
+    text = f"{images} images" + (f" ({plan.size} with repeats)" if plan.size != images else "")
+    text += f", {plan.batch_size} a batch: {batches * plan.batch_size / plan.size:.4g} epochs"
+    if len(names) > 1:
+        counts = ", ".join(f"{len(own)} at {name}" for name, own in zip(names, plan.repeats, strict=True))
+        text += f"; {len(names)} shapes: {counts}"
+    small = [str(name) for name, own in zip(names or [""], plan.repeats, strict=True) if sum(own) < plan.batch_size]
+    if small:
+        text += f"; fewer images than a batch holds{' at ' if len(names) > 1 else ''}{', '.join(small)}"
+        text += ", so each such batch repeats some" if len(names) > 1 else ", so each batch repeats some"
     return text
 
 
+def _turn(shares: tuple[int, ...], number: int) -> tuple[int, int]:
+    """(bucket of batch `number`, batches of that bucket before it)."""
+    pattern = _pattern(shares)
+    rounds, place = divmod(number, len(pattern))
+    bucket = int(pattern[place])
+    return bucket, rounds * int(np.sum(pattern == bucket)) + int(np.sum(pattern[:place] == bucket))
+
+
 @functools.lru_cache(maxsize=8)
-def _bits(seed: int, epoch: int, purpose: int, size: int) -> UInt64[np.ndarray, " N"]:
+def _pattern(shares: tuple[int, ...]) -> Int64[np.ndarray, " P"]:
+    """The buckets in their turns, until each has had its share exactly.
+
+    Turn k of bucket b, with p its share of all, may come from k/p on and must come before (k+1)/p; of those that may,
+    the most urgent comes. These are unit jobs on one machine, which this rule schedules whenever it can be done, as it
+    can here (the quota method of Balinski and Young 1975): every bucket always has had its share, rounded down or up.
+    """
+    divisor = math.gcd(*shares)
+    own = np.array(shares, np.int64) // divisor
+    total = int(own.sum())
+    done = np.zeros(len(own), np.int64)
+    pattern = np.empty(total, np.int64)
+    for n in range(total):
+        deadline = np.where(done * total // own <= n, -(-(done + 1) * total // own), 2 * total)
+        pattern[n] = np.argmin(deadline)
+        done[pattern[n]] += 1
+    pattern.flags.writeable = False
+    return pattern
+
+
+@functools.lru_cache(maxsize=16)
+def _bits(seed: int, epoch: int, *, purpose: int, size: int) -> UInt64[np.ndarray, " N"]:
     """Random words of Philox, whose raw stream NumPy never changes (that of `Generator.permutation` it may)."""
     key = np.random.SeedSequence([seed, epoch, purpose])
     bits = np.random.Philox(key).random_raw(size)

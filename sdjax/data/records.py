@@ -1,9 +1,11 @@
 """A folder of images -> an immutable list of (image, caption), and the part of it that is held out."""
 
+import fnmatch
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,19 +23,38 @@ class Record(NamedTuple):
     """Path below the data folder, with forward slashes."""
     path: Path
     caption: str
+    repeats: int = 1
+    """Times it is shown in an epoch, 1 or more."""
+    mask: Path | None = None
+    """Image that is white where this one is learned."""
+    versions: tuple[str, ...] = ()
+    """What the caption becomes in training, in one version or another; empty: the caption itself."""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The versions of the caption, at least one."""
+        return self.versions or (self.caption,)
 
 
 def scan(
-    folder: str | Path, *, caption: str = "", missing_caption: Literal["fail", "empty", "skip"] = "fail"
+    folder: str | Path,
+    *,
+    caption: str = "",
+    missing_caption: Literal["fail", "empty", "skip", "folder"] = "fail",
+    repeats: Mapping[str, int] | None = None,
 ) -> tuple[Record, ...]:
     """The images of a folder and its sub-folders with their captions, sorted by name.
 
     With a metadata.jsonl (`{"file_name": ..., "text": ...}` a line) the images are the ones it lists; else every image
     counts and NAME.txt beside NAME.png is its caption. `caption` stands in where an image has none. A caption that is
-    absent, blank or not UTF-8 is a missing one: `missing_caption` decides. Nothing outside the folder is read.
+    absent, blank or not UTF-8 is a missing one: `missing_caption` decides. With "folder" the sub-folder's name is the
+    caption, and sub-folders may be called N_NAME: their images are shown N times an epoch. The first pattern in
+    `repeats` (fnmatch, over names) that an image matches overrides that number; 0 leaves it out. Nothing outside the
+    folder is read.
 
     Raises DataError: no folder, no images, a path or link that leaves the folder, a malformed metadata.jsonl line.
     """
+    repeats = repeats or {}
     root = Path(folder).resolve()
     if not root.is_dir():
         raise DataError(f"data.path = {str(folder)!r} is not a folder")
@@ -41,15 +62,24 @@ def scan(
     found = _listed(root, metadata) if metadata.is_file() else _beside(root)
     records, missing = [], []
     for name, (path, own_caption) in sorted(found.items()):
-        text = own_caption or caption
+        times, folder_caption = _of_folder(name) if missing_caption == "folder" else (1, "")
+        pattern = next((p for p in repeats if fnmatch.fnmatchcase(name, p)), None)
+        times = times if pattern is None else repeats[pattern]
+        if not times:
+            continue
+        text = own_caption or caption or folder_caption
         if not text:
             missing.append(name)
         if text or missing_caption == "empty":
-            records.append(Record(name, path, text))
-    if missing and missing_caption == "fail":
+            records.append(Record(name, path, text, times))
+    for pattern in repeats:
+        if not fnmatch.filter(found, pattern):
+            log.warning("data.repeats: no image in %s is called %s", root, pattern)
+    if missing and missing_caption in ("fail", "folder"):
         raise DataError(
             f"{root}: no caption for {_some(missing)}; "
             "write NAME.txt or metadata.jsonl, set data.caption, or data.missing_caption = 'empty' or 'skip'"
+            + (" (these are in no sub-folder)" if missing_caption == "folder" else "")
         )
     if missing:
         done = "skipped" if missing_caption == "skip" else "taken with an empty caption"
@@ -57,6 +87,27 @@ def scan(
     if not records:
         raise DataError(f"{root}: no images with captions; expected {', '.join(sorted(SUFFIXES))} files")
     return tuple(records)
+
+
+def with_masks(records: Iterable[Record], folder: str | Path) -> tuple[Record, ...]:
+    """The records, each with the image of the same name (whatever its suffix) below `folder` as its mask.
+
+    Raises DataError: no folder, no mask for an image, a link that leaves the folder.
+    """
+    root = Path(folder).resolve()
+    if not root.is_dir():
+        raise DataError(f"data.mask_path = {str(folder)!r} is not a folder")
+    masks = {
+        path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(images_below(root), reverse=True)
+    }
+    records = tuple(records)
+    stems = [Path(record.name).with_suffix("").as_posix() for record in records]
+    missing = [record.name for record, stem in zip(records, stems, strict=True) if stem not in masks]
+    if missing:
+        raise DataError(f"{root}: no mask for {_some(missing)}; a white image of that name learns all of it")
+    return tuple(
+        record._replace(mask=_inside(root, masks[stem], str(root))) for record, stem in zip(records, stems, strict=True)
+    )
 
 
 def split(
@@ -80,10 +131,11 @@ def split(
 
 
 def fingerprint(records: Iterable[Record]) -> str:
-    """Hex digest of names, captions and file contents: the same on every machine, other after any change."""
+    """Hex digest of names, captions, images and masks: the same on every machine, other after any change."""
     total = hashlib.sha256()
     for record in records:
-        total.update(json.dumps([record.name, record.caption, file_digest(record.path)]).encode())
+        masks = [] if record.mask is None else [file_digest(record.mask)]
+        total.update(json.dumps([record.name, record.caption, file_digest(record.path), *masks]).encode())
     return total.hexdigest()
 
 
@@ -94,6 +146,13 @@ def file_digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return ""
+
+
+def _of_folder(name: str) -> tuple[int, str]:
+    """(repeats, caption) that the sub-folder of an image stands for: cat is (1, cat), 3_cat is (3, cat)."""
+    folder = Path(name).parent.name
+    number, caption = re.fullmatch(r"(?:(\d+)_)?(.*)", folder, re.DOTALL).groups()  # type: ignore[union-attr]
+    return int(number or 1), caption.strip()
 
 
 Found = dict[str, tuple[Path, str]]
@@ -124,7 +183,7 @@ def _listed(root: Path, metadata: Path) -> Found:
         if name in found:
             raise DataError(f"{where}: {name} is listed twice")
         found[name] = (path, text.strip())
-    unlisted = len(_images(root).difference(path for path, _ in found.values()))
+    unlisted = len(images_below(root).difference(path for path, _ in found.values()))
     if unlisted:
         log.info("%s: %d images are not in metadata.jsonl and are left out", root, unlisted)
     return found
@@ -132,7 +191,7 @@ def _listed(root: Path, metadata: Path) -> Found:
 
 def _beside(root: Path) -> Found:
     found: Found = {}
-    for path in _images(root):
+    for path in images_below(root):
         name = path.relative_to(root).as_posix()
         _inside(root, path, str(root))
         text = path.with_suffix(".txt")
@@ -146,7 +205,8 @@ def _beside(root: Path) -> Found:
     return found
 
 
-def _images(root: Path) -> set[Path]:
+def images_below(root: Path) -> set[Path]:
+    """The image files of a folder and its sub-folders, by their suffix; hidden ones do not count."""
     return {
         path
         for path in root.rglob("*")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,63 +12,151 @@ import numpy as np
 from jaxtyping import Array, PyTree, UInt8
 
 from sdjax.data import cache
-from sdjax.data.dataset import Dataset, join
-from sdjax.data.images import to_float
-from sdjax.data.records import Record
+from sdjax.data.dataset import Dataset, Prior, join
+from sdjax.data.images import Size, to_float
+from sdjax.data.records import Record, images_below, scan
+from sdjax.errors import DataError
+from sdjax.formats.safetensors_file import replacing
 from sdjax.models.vae import AutoencoderKL
 from sdjax.pipeline import collections, encode_ids
 from sdjax.train.made import Made, base_weights
 from sdjax.train.stages import Run, StagePlan
 
 
-def encode(run: Run, stage: StagePlan, earlier: Made) -> tuple[Dataset, Dataset | None]:
-    """Latents and texts of the training and the held-out images, from the cache or computed (and cached) now.
+def encode(run: Run, plan: StagePlan, earlier: Made) -> tuple[Dataset, Dataset | None]:
+    """The data set of the training and that of the held-out images, from the cache or computed (and cached) now.
 
-    The models that make them are read only if needed, and freed before it returns.
+    Of images that is the VAE's posterior, or the pixels where the VAE is trained; of captions what the text models
+    make of them, or their ids where those are trained. Of held-out and class images the middle is taken, of the latter
+    at the shape of every bucket, since a batch has one shape; class images still missing are drawn. Models are read
+    only if needed, and freed before this returns.
     """
-    model, data = stage.recipe.model, stage.data
-    folder = data.cache or Path(run.config.output) / "cache"
-    vae_weights = functools.cache(lambda: base_weights(model, "vae", earlier))
-    shared = {
-        "folder": folder,
-        "model": f"{run.fingerprint} {earlier.digest('vae')} {run.config.dtype}",
-        "resolution": data.resolution,
-        "background": data.background,
-        "on_bad_image": data.on_bad_image,
-        # Like drawing, which decodes one picture at a time: large ones would fill the memory.
-        "batch_size": 8 if data.resolution <= 128 else 1,
-    }
+    data, stage = plan.data, plan.stage
+    folder = Path(data.cache or Path(run.config.output) / "cache")
+    encode_images = _image_encoder(run, plan, earlier, folder)
+    square = Size(data.resolution, data.resolution)
+    middle = cache.Views(square, data.background)
+    views = middle._replace(flip=data.flip, crops=data.random_crops, seed=run.config.seed)
+    training = [
+        encode_images("training", members, views._replace(size=size), masked=stage.masked_loss)
+        for size, members in plan.buckets.items()
+    ]
+    _check_usable(training)
+    sizes = [size for size, images in zip(plan.buckets, training, strict=True) if images.records]
+    training = [images for images in training if images.records]
+    held_out = [encode_images("held-out", plan.held_out, middle)] if plan.held_out else []
+    _check_usable(held_out)
+    prior = []
+    if stage.prior_prompt:
+        members = class_images(run, plan, earlier)
+        shown = middle._replace(flip=data.flip)
+        prior = [encode_images("class", members, shown._replace(size=size)) for size in sizes]
+        _check_usable(prior)
+        prior = [_learned_everywhere(images) for images in prior] if stage.masked_loss else prior
 
-    def encode_images(images: UInt8[np.ndarray, "B R R 3"]) -> Array:
-        return _moments(model.vae, vae_weights(), to_float(images))
+    records = [record for images in (*training, *held_out, *prior) for record in images.records]
+    captions = [caption for record in records for caption in record.captions]
+    if "vae" in stage.parts:
+        texts = cache.Texts(dict.fromkeys(["", *captions], 0), {})
+    else:
+        texts = _encode_texts(run, plan, captions, earlier, folder)
 
-    def latents(kind: str, wanted: tuple[Record, ...], flip: bool) -> cache.Latents:
-        with _bar(f"{stage.stage.name}: encoding {kind} images", len(wanted)) as bar:
-            return cache.cache_latents(
-                wanted, encode_images, flip=flip, progress=lambda done, _: bar.update(done - bar.n), **shared
+    def dataset(images: Iterable[cache.Images]) -> Dataset:
+        return Dataset(tuple(join(bucket, texts) for bucket in images), texts.arrays, texts.rows[""])
+
+    made = dataset(training)
+    if prior:
+        made = made._replace(prior=Prior(dataset(prior).buckets, stage.prior_weight))
+    return made, dataset(held_out) if held_out else None
+
+
+def class_images(run: Run, plan: StagePlan, earlier: Made) -> tuple[Record, ...]:
+    """The class images of a stage; the prior prompt is the caption of all.
+
+    Those missing in prior_path are drawn by the model that the stage starts from, one file at a time, so that a run
+    that is killed here goes on with the next. Picture n has seed n.
+    """
+    stage, model = plan.stage, plan.recipe.model
+    folder = Path(stage.prior_path or Path(run.config.output) / "prior" / stage.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"drawn-{seed:05d}.png" for seed in range(stage.prior_count)]
+    own = [path for path in images_below(folder) if path.name not in names]
+    wanted = max(0, stage.prior_count - len(own))
+    missing = [seed for seed in range(wanted) if not (folder / names[seed]).is_file()]
+    if missing:
+        params = {part: base_weights(model, part, earlier) for part in model.params}
+        sd = dataclasses.replace(model, params=params, placeholders=earlier.rows)
+        with _bar(f"{stage.name}: drawing class images", len(missing)) as bar:
+            for seed in missing:
+                (picture,) = sd.text2image(
+                    stage.prior_prompt,
+                    seed=seed,
+                    height=plan.data.resolution,
+                    width=plan.data.resolution,
+                    clip_skip=run.config.clip_skip,
+                    progress=False,
+                )
+                with replacing(folder / names[seed]) as file:
+                    picture.save(file, "PNG")
+                bar.update()
+    found = scan(folder, caption=stage.prior_prompt)
+    return tuple(record._replace(caption=stage.prior_prompt) for record in found)
+
+
+def _image_encoder(run: Run, plan: StagePlan, earlier: Made, folder: Path) -> Callable[..., cache.Images]:
+    """`encode(kind, records, views, masked=False)`: images of one shape with their masks, cached or made now."""
+    model = plan.recipe.model
+    weights = functools.cache(lambda: base_weights(model, "vae", earlier))
+
+    def moments(images: UInt8[np.ndarray, "B H W 3"]) -> Array:
+        return _moments(model.vae, weights(), to_float(images))
+
+    def encode(kind: str, records: Sequence[Record], views: cache.Views, *, masked: bool = False) -> cache.Images:
+        with _bar(f"{plan.stage.name}: encoding {kind} images", len(records)) as bar:
+            images = cache.cache_images(
+                records,
+                views,
+                None if "vae" in plan.stage.parts else moments,
+                folder=folder,
+                model=f"{run.fingerprint} {run.config.dtype} {earlier.digest('vae')}",
+                on_bad_image=plan.data.on_bad_image,
+                # Like drawing, which decodes one picture at a time: large ones would fill the memory.
+                batch_size=8 if plan.data.resolution <= 128 else 1,
+                progress=lambda done, _: bar.update(done - bar.n),
             )
+        return cache.cache_masks(images, views, model.vae.config.factor, folder=folder) if masked else images
 
-    training = latents("training", stage.records, data.flip)
-    held_out = latents("held-out", stage.held_out, False) if stage.held_out else None
-    captions = [record.caption for record in (*stage.records, *stage.held_out)]
-    texts = _encode_texts(run, stage, captions, earlier, folder)
-    return join(training, texts), None if held_out is None else join(held_out, texts)
+    return encode
 
 
-def _encode_texts(run: Run, stage: StagePlan, captions: list[str], earlier: Made, folder: str | Path) -> cache.Texts:
+def _check_usable(buckets: Sequence[cache.Images]) -> None:
+    """DataError if every single image was skipped."""
+    skipped = [message for images in buckets for message in images.skipped]
+    if skipped and not any(images.records for images in buckets):
+        raise DataError(f"none of {len(skipped)} images can be used; the first: {skipped[0]}")
+
+
+def _learned_everywhere(images: cache.Images) -> cache.Images:
+    moments = images.arrays["moments"]
+    white = np.broadcast_to(np.float32(1), (*moments.shape[:-1], 1))
+    return images._replace(arrays={**images.arrays, "mask": white})
+
+
+def _encode_texts(run: Run, plan: StagePlan, captions: Sequence[str], earlier: Made, folder: Path) -> cache.Texts:
     """Context (and SDXL's pooled vector) of each caption; only its token ids if the text models are trained."""
-    model, recipe = stage.recipe.model, stage.recipe
-    variables = functools.cache(
-        lambda: {
+    recipe, model = plan.recipe, plan.recipe.model
+    zeroed = model.is_sdxl and bool(model.folder.model_index.get("force_zeros_for_empty_prompt"))
+
+    @functools.cache
+    def variables() -> dict[str, Any]:
+        return {
             part: collections(base_weights(model, part, earlier), rows=earlier.rows.get(part))
             for part in model.text_models
         }
-    )
-    zeroed = model.is_sdxl and bool(model.folder.model_index.get("force_zeros_for_empty_prompt"))
 
     def encode(captions: list[str]) -> dict[str, Any]:
         arrays: dict[str, Any] = {"empty": np.array([not caption for caption in captions])} if zeroed else {}
-        ids = model.tokenize(captions, chunks=stage.windows)
+        ids = model.tokenize(captions, chunks=plan.windows)
         if recipe.trains_text:
             return arrays | ids
         context, pooled = encode_ids(model.text_models, variables(), ids, recipe.hidden)
@@ -75,10 +164,10 @@ def _encode_texts(run: Run, stage: StagePlan, captions: list[str], earlier: Made
 
     settings = {
         "ids": recipe.trains_text,
-        "windows": stage.windows,
+        "windows": plan.windows,
+        "words": plan.words,
         "hidden": dataclasses.asdict(recipe.hidden),
         "dtype": run.config.dtype,
-        "words": stage.words,
         "earlier": earlier.digest(*model.text_models),
     }
     return cache.cache_texts(captions, encode, folder=folder, model=run.fingerprint, settings=settings)

@@ -104,7 +104,7 @@ def _train_stage(run: Run, plan: StagePlan, start: Position, metrics: Metrics) -
     frozen = parallel.place_frozen(ready.frozen)
     state = parallel.place_state(ready.state if start.state is None else start.state)
     _, key = plan.keys(config.seed)
-    order = plan.batches(len(dataset.moments), config.seed)
+    order = plan.batches(dataset.repeats, config.seed)
     batches = prefetch(
         lambda number: parallel.place_batch(make_batch(dataset, order, number)), range(start.step, stage.steps)
     )

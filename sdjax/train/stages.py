@@ -19,10 +19,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
-from sdjax import diffusion, sampling
+from sdjax import diffusion, sampling, textual_inversion
 from sdjax.config import Data, RunConfig, Stage
 from sdjax.config_file import flatten
-from sdjax.data import plan, records
+from sdjax.data import buckets, captions, plan, records
+from sdjax.data.buckets import Buckets
+from sdjax.data.images import Size
 from sdjax.data.records import Record
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.embedding_file import load_embedding
@@ -40,7 +42,7 @@ class StagePlan(NamedTuple):
 
     number: int
     data: Data
-    records: tuple[Record, ...]
+    buckets: Buckets
     held_out: tuple[Record, ...]
     windows: int
     """Windows of the text models that the longest caption takes."""
@@ -60,14 +62,27 @@ class StagePlan(NamedTuple):
         return self.recipe.stage
 
     @property
-    def examples(self) -> int:
-        """Images an optimizer step takes."""
-        return self.data.batch_size * self.data.accumulation
+    def records(self) -> tuple[Record, ...]:
+        """The training images."""
+        return tuple(record for members in self.buckets.values() for record in members)
 
-    def batches(self, size: int, seed: int) -> plan.Plan:
-        """The order of a data set of `size` images; every stage has its own."""
-        seed += self.number << 32
-        return plan.Plan(size, self.examples, seed, self.data.flip, self.data.caption_dropout)
+    @property
+    def examples(self) -> int:
+        """Images an optimizer step takes, class images included."""
+        return self.data.batch_size * self.data.accumulation * (2 if self.stage.prior_prompt else 1)
+
+    def batches(self, repeats: tuple[tuple[int, ...], ...], seed: int) -> plan.Plan:
+        """The order of a data set whose images are shown so often (`Dataset.repeats`); every stage has its own."""
+        data = self.data
+        return plan.Plan(
+            repeats,
+            data.batch_size * data.accumulation,
+            seed + (self.number << 32),
+            flip=data.flip,
+            caption_dropout=data.caption_dropout,
+            crops=max(1, data.random_crops),
+            versions=max(len(record.captions) for record in self.records),
+        )
 
     def keys(self, seed: int) -> tuple[PRNGKeyArray, PRNGKeyArray]:
         """The key of the adapters' first values and the key of the steps."""
@@ -103,7 +118,10 @@ def plan_run(config: RunConfig) -> Run:
             "dtype = 'float16' underflows in training; use 'bfloat16', or 'float32' where that is missing"
         )
     data = [config.data_of(stage) for stage in config.stages]
-    found = [_find_images(d, f"stages.{i}") for i, d in enumerate(data)]
+    found = [
+        _find_images(d, stage, f"stages.{i}", config.seed)
+        for i, (d, stage) in enumerate(zip(data, config.stages, strict=True))
+    ]
     model = outline(config.model, config.dtype, variant=config.variant or None)
     model = dataclasses.replace(
         model,
@@ -119,7 +137,10 @@ def plan_run(config: RunConfig) -> Run:
         training, held_out, _ = found[number]
         before = stages[-1] if stages else None
         stages.append(_plan_stage(config, number, data[number], training, held_out, model, before))
-        log.info("stage %s: %s", stage.name, plan.describe(stages[-1].batches(len(training), config.seed), stage.steps))
+        shapes = stages[-1].buckets
+        repeats = tuple(tuple(record.repeats for record in members) for members in shapes.values())
+        order = stages[-1].batches(repeats, config.seed)
+        log.info("stage %s: %s", stage.name, plan.describe(order, stage.steps, tuple(shapes)))
     digests = {
         f"fingerprint.data.{stage.name}": images for stage, (_, _, images) in zip(config.stages, found, strict=True)
     }
@@ -148,10 +169,10 @@ def prepare(run: Run, stage: StagePlan, earlier: Made) -> Ready:
 # ---------------------------------------------------------------------------------------------- checks, without weights
 
 
-def _find_images(data: Data, key: str) -> tuple[tuple[Record, ...], tuple[Record, ...], str]:
-    """Training images, held-out images, and a fingerprint of everything under data.path."""
+def _find_images(data: Data, stage: Stage, key: str, seed: int) -> tuple[tuple[Record, ...], tuple[Record, ...], str]:
+    """Training images, held-out images, and a fingerprint of both."""
     scan = functools.partial(records.scan, caption=data.caption, missing_caption=data.missing_caption)
-    everything = scan(data.path)
+    everything = scan(data.path, repeats=data.repeats)
     training, held_out = everything, ()
     if data.validation_path:
         if not Path(data.validation_path).is_dir():
@@ -159,7 +180,32 @@ def _find_images(data: Data, key: str) -> tuple[tuple[Record, ...], tuple[Record
         held_out = scan(data.validation_path)
     elif data.validation_count or data.validation_fraction:
         training, held_out = records.split(everything, count=data.validation_count, fraction=data.validation_fraction)
-    return training, held_out, records.fingerprint(everything)
+    if stage.masked_loss and data.mask_path:
+        training = records.with_masks(training, data.mask_path)
+    shown = functools.partial(_with_versions, data=data, stage=stage, seed=seed)
+    return shown(training), shown(held_out, vary=False), records.fingerprint((*training, *held_out))
+
+
+def _with_versions(
+    images: tuple[Record, ...], *, data: Data, stage: Stage, seed: int, vary: bool = True
+) -> tuple[Record, ...]:
+    """The images with their captions as the stage shows them; in one version only unless `vary`."""
+    words = stage.placeholder_tokens
+    if words and stage.template != "caption":
+        versions = captions.from_templates(textual_inversion.templates(stage.template), words)
+        return tuple(record._replace(versions=versions if vary else versions[:1]) for record in images)
+    tags = functools.partial(
+        captions.tag_versions,
+        count=data.caption_variants,
+        seed=seed,
+        shuffle=data.shuffle_tags and vary,
+        keep=data.keep_tags,
+        dropout=data.tag_dropout if vary else 0.0,
+    )
+    return tuple(
+        record._replace(versions=tuple(captions.with_words(version, words) for version in tags(record.caption)))
+        for record in images
+    )
 
 
 def _check_model(config: RunConfig, model: StableDiffusion) -> None:
@@ -218,7 +264,11 @@ def _plan_stage(
     )
     mesh = config.parallel.mesh
     parallel = parallelize(
-        make_train_step(recipe), batch_size=data.batch_size, mode=config.parallel.mode, data=mesh.data, fsdp=mesh.fsdp
+        make_train_step(recipe),
+        batch_size=data.batch_size * (2 if stage.prior_prompt else 1),
+        mode=config.parallel.mode,
+        data=mesh.data,
+        fsdp=mesh.fsdp,
     )
     earlier = before.result if before else NOTHING
 
@@ -238,9 +288,23 @@ def _plan_stage(
         state, total = jax.eval_shape(shapes, jax.random.key(0), params, earlier, new_rows)
     except ConfigError as e:
         raise ConfigError(f"{key}: {e}") from None
-    captions = [record.caption for record in (*training, *held_out)]
-    windows = max(t.chunks(caption) for t in recipe.model.tokenizers.values() for caption in captions)
-    return StagePlan(number, data, training, held_out, windows, recipe, parallel, state, words, new_words, total)
+    assigned = _assign(data, training, key, model)
+    texts = {caption for record in (*training, *held_out) for caption in record.captions} | {stage.prior_prompt}
+    windows = max(t.chunks(text) for t in recipe.model.tokenizers.values() for text in texts)
+    return StagePlan(number, data, assigned, held_out, windows, recipe, parallel, state, words, new_words, total)
+
+
+def _assign(data: Data, training: tuple[Record, ...], key: str, model: StableDiffusion) -> Buckets:
+    """The training images by the shape they are trained at."""
+    if not data.buckets:
+        return {Size(data.resolution, data.resolution): training}
+    factor = model.vae.config.factor
+    if data.bucket_step % factor:
+        raise ConfigError(
+            f"{key}: data.bucket_step = {data.bucket_step} must be a multiple of {factor} for {model.name}"
+        )
+    sizes = buckets.sizes(data.resolution, step=data.bucket_step, max_aspect=data.bucket_max_aspect)
+    return buckets.assign(training, sizes)
 
 
 def _check_resolution(config: RunConfig, key: str, data: Data, model: StableDiffusion) -> None:

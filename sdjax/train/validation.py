@@ -152,7 +152,9 @@ def make_held_out_loss(recipe: Recipe, dataset: Dataset, settings: Validation, b
     low, high = timestep_bounds(recipe)
     levels = settings.held_out_timesteps
     timesteps = [low + int((level + 0.5) * (high - low) / levels) for level in range(levels)]
-    count = min(settings.held_out_images or len(dataset.moments), len(dataset.moments))
+    (images,) = dataset.buckets
+    moments = images.arrays["moments"]
+    count = min(settings.held_out_images or len(moments), len(moments))
     size = min(batch_size, count)
 
     @jax.jit
@@ -175,9 +177,9 @@ def make_held_out_loss(recipe: Recipe, dataset: Dataset, settings: Validation, b
         total = 0.0
         for start in range(0, count, size):
             rows = np.minimum(np.arange(start, start + size), count - 1)  # the last batch repeats its last image
-            texts = dataset.text_row[rows]
+            texts = images.text_rows[rows, 0]
             batch = {
-                "moments": np.asarray(dataset.moments[rows, 0]),
+                "moments": np.asarray(moments[rows, 0]),
                 "index": rows.astype(np.int32),
                 **{name: np.asarray(array[texts]) for name, array in dataset.texts.items()},
             }

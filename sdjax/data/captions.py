@@ -1,0 +1,41 @@
+"""The versions of a caption that training goes through, all known before it begins so that they are encoded once."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def tag_versions(
+    caption: str, count: int, *, seed: int, shuffle: bool = False, keep: int = 0, dropout: float = 0.0
+) -> tuple[str, ...]:
+    """`count` versions of a comma-separated caption, a pure function of seed and caption; one if nothing is asked.
+
+    All tags but the first `keep` are shuffled, or left out with probability `dropout`. One tag always stays.
+    """
+    if not (shuffle or dropout):
+        return (caption,)
+    tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
+    digest = hashlib.sha256(caption.encode()).digest()
+    words = [int.from_bytes(digest[i : i + 4]) for i in range(0, 32, 4)]
+
+    def version(number: int) -> str:
+        bits = np.random.Philox(np.random.SeedSequence([seed, number, *words])).random_raw(2 * len(tags))
+        order, fate = bits[: len(tags)].copy(), bits[len(tags) :] / 2.0**64
+        stays = [i < keep or fate[i] >= dropout for i in range(len(tags))]
+        if tags and not any(stays):
+            stays[int(np.argmax(fate))] = True
+        rest = sorted(range(keep, len(tags)), key=lambda i: int(order[i])) if shuffle else range(keep, len(tags))
+        return ", ".join(tags[i] for i in (*range(min(keep, len(tags))), *rest) if stays[i])
+
+    return tuple(version(number) for number in range(count))
+
+
+def with_words(caption: str, words: Sequence[str]) -> str:
+    """The caption with new words put in front, unless it has one of them."""
+    return caption if any(word in caption for word in words) else " ".join([*words, caption]).strip()
+
+
+def from_templates(templates: Sequence[str], words: Sequence[str]) -> tuple[str, ...]:
+    """Each template with the words in place of its `{}`."""
+    return tuple(template.replace("{}", " ".join(words)) for template in templates)
