@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from jaxtyping import Array, Float, Int
 from PIL import Image
 
 from sdjax import diffusion, lora, sampling
-from sdjax.errors import ConfigError
+from sdjax.errors import ConfigError, DataError
 from sdjax.formats.diffusers_folder import ModelFolder, read_folder, save_folder
+from sdjax.formats.embedding_file import load_embedding
 from sdjax.formats.lora_file import load_lora
 from sdjax.formats.parameter_names import load_params
 from sdjax.formats.png_parameters import parameters_text
@@ -45,6 +47,8 @@ class StableDiffusion:
     name: str
     placeholders: dict[str, Float[Array, "K D"]] = dataclasses.field(default_factory=dict)
     """Text model -> vectors of the words its tokenizer has learned, beside the table."""
+    adapters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Model -> LoRA tree with a leading axis, one adapter for each picture of a call (see `with_loras`)."""
 
     # ------------------------------------------------------------------------------------------------ drawing
 
@@ -140,8 +144,15 @@ class StableDiffusion:
         for name, size in (("height", height), ("width", width)):
             if size < multiple or size % multiple:
                 raise ConfigError(f"{name} = {size}: must be a positive multiple of {multiple}")
+        if self.adapters and len(prompts) * num_images != self._adapted:
+            raise ConfigError(f"{self._adapted} LoRAs for {len(prompts) * num_images} pictures: one each is needed")
         repeat = lambda texts: tuple(text for text in texts for _ in range(num_images))
         return Request(repeat(prompts), repeat(negatives), seed, height, width)
+
+    @property
+    def _adapted(self) -> int:
+        """Pictures of a call for which there are adapters."""
+        return len(jax.tree.leaves(self.adapters)[0])
 
     def _plan(self, request: "Request") -> sampling.Plan:
         if not 0.0 <= request.guidance_rescale <= 1.0:
@@ -192,11 +203,12 @@ class StableDiffusion:
         from tqdm.auto import tqdm
 
         context, added = self._condition(request, rows, windows)
+        variables = self.variables("unet", [*rows] * (len(context) // len(rows)))
         keys = request.keys[np.array(rows)]
         guidance, rescale = jnp.float32(request.guidance), jnp.float32(request.guidance_rescale)
         for i in tqdm(range(int(plan.length)), desc=request.sampler, disable=not progress, leave=False):
             state = _sampler_step(
-                self.unet, self.schedule.prediction_type, self.params["unet"], state, np.int32(i), plan,
+                self.unet, self.schedule.prediction_type, variables, state, np.int32(i), plan,
                 keys, context, added, guidance, rescale,
             )  # fmt: skip
         return np.asarray(state.latents)
@@ -212,7 +224,8 @@ class StableDiffusion:
         prompts, negatives = ([texts[row] for row in rows] for texts in (request.prompts, request.negatives))
         guided = self._guided(request)
         texts = [*negatives, *prompts] if guided else prompts
-        context, pooled = self.encode_prompts(texts, clip_skip=request.clip_skip, chunks=windows)
+        pictures = [row for row in [*rows] * (2 if guided else 1) for _ in range(windows)]
+        context, pooled = self._encode(texts, request.clip_skip, windows, pictures)
         if guided and self.folder.model_index.get("force_zeros_for_empty_prompt"):
             # SDXL was trained with zeros, not an encoded empty text, where the prompt was dropped.
             empty = jnp.asarray([not text for text in negatives] + [False] * len(prompts))
@@ -239,13 +252,25 @@ class StableDiffusion:
         self, prompts: Sequence[str], *, clip_skip: int | None = None, chunks: int | None = None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B P"]]:
         """Context and pooled vector of each prompt. chunks: exactly so many windows; default what the longest takes."""
-        hidden = self.hidden_state(clip_skip)
-        variables = {name: self.variables(name) for name in self.text_models}
-        return encode_ids(self.text_models, variables, self.tokenize(prompts, chunks=chunks), hidden)
+        return self._encode(prompts, clip_skip, chunks, None)
 
-    def variables(self, part: str) -> dict[str, Any]:
-        """The Flax collections one of the models computes with."""
-        return collections(self.params[part], rows=self.placeholders.get(part))
+    def _encode(
+        self, prompts: Sequence[str], clip_skip: int | None, chunks: int | None, pictures: Sequence[int] | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B P"]]:
+        """pictures: for each window, the picture of the call it is for; None: no adapters."""
+        variables = {name: self.variables(name, pictures) for name in self.text_models}
+        ids = self.tokenize(prompts, chunks=chunks)
+        return encode_ids(self.text_models, variables, ids, self.hidden_state(clip_skip))
+
+    def variables(self, part: str, pictures: Sequence[int] | None = None) -> dict[str, Any]:
+        """The Flax collections one of the models computes with.
+
+        pictures: for each example of its batch, the picture of a call whose adapter it gets; None: no adapters.
+        """
+        adapter = self.adapters.get(part) if pictures is not None else None
+        if adapter is not None:
+            adapter = jax.tree.map(lambda leaf: leaf[np.array(pictures)], adapter)
+        return collections(self.params[part], rows=self.placeholders.get(part), lora=adapter)
 
     def tokenize(self, prompts: Sequence[str], *, chunks: int | None = None) -> dict[str, Int[np.ndarray, "B n T"]]:
         """Token ids for each text model, in equally many windows."""
@@ -312,17 +337,84 @@ class StableDiffusion:
             params[part] = lora.merge(params[part], tree, weight)
         return dataclasses.replace(self, params=params)
 
+    def with_loras(
+        self, paths: Sequence[str | os.PathLike | Mapping[str, Any] | None], weights: Sequence[float] | None = None
+    ) -> "StableDiffusion":
+        """A bundle whose calls draw `len(paths)` pictures at once, picture i with LoRA i (None: without one).
+
+        paths: as of `with_lora`. The adapters stay beside the weights, which all pictures share. Merge what they have
+        in common with `with_lora` first. Raises ConfigError for DoRA, which cannot be laid side by side.
+        """
+        loras = [path if isinstance(path, Mapping) else load_lora(path, self.params) if path else {} for path in paths]
+        weights = [1.0] * len(loras) if weights is None else list(weights)
+        if len(weights) != len(loras) or not loras:
+            raise ConfigError(f"{len(loras)} LoRAs with {len(weights)} weights: give one weight each, or none")
+        parts = dict.fromkeys(part for tree in loras for part in tree)
+        weighted = lambda tree, weight: lora.add([(tree, weight)]) if tree else {}
+        adapters = {
+            part: lora.stack([weighted(tree.get(part), w) for tree, w in zip(loras, weights, strict=True)])
+            for part in parts
+        }
+        return dataclasses.replace(self, adapters=adapters)
+
+    def with_embedding(
+        self, path: str | os.PathLike | Mapping[str, Mapping[str, np.ndarray]], token: str | None = None
+    ) -> "StableDiffusion":
+        """A bundle that knows the words of a Textual Inversion too. Several calls add up.
+
+        path: a file of any program, or word -> text model -> vectors [n, D] (SDXL's words have them for both of its
+        text models). token: the word to use in prompts, for a file of one; default the file's own.
+        Raises ConfigError for a word that the model knows already, DataError for vectors that do not fit it.
+        """
+        widths = {name: model.config.hidden_size for name, model in self.text_models.items()}
+        words = path if isinstance(path, Mapping) else load_embedding(path, widths)
+        if token is not None:
+            if len(words) != 1:
+                raise ConfigError(f"token = {token!r} names one word; {path} holds {', '.join(words)}")
+            words = dict(zip([token], words.values(), strict=True))
+        for word, rows in words.items():
+            shapes = {name: np.shape(own) for name, own in rows.items()}
+            if shapes.keys() != widths.keys() or any(len(shape) != 2 for shape in shapes.values()):
+                raise DataError(
+                    f"the word {word!r} has vectors for {', '.join(rows)}; {self.name} has {', '.join(widths)}"
+                )
+            if any(shape[1] != widths[name] for name, shape in shapes.items()):
+                raise DataError(f"the word {word!r} has vectors {shapes}; the widths of {self.name} are {widths}")
+        tokenizers, placeholders = dict(self.tokenizers), dict(self.placeholders)
+        for name, model in self.text_models.items():
+            counts = {word: len(rows[name]) for word, rows in words.items()}
+            tokenizer = tokenizers[TEXT_ENCODERS[name]]
+            tokenizers[TEXT_ENCODERS[name]] = tokenizer.with_placeholders(counts, first=model.config.vocab_size)
+            earlier = [placeholders[name]] if name in placeholders else []
+            own = [jnp.asarray(rows[name], jnp.float32) for rows in words.values()]
+            placeholders[name] = jnp.concatenate([*earlier, *own])
+        return dataclasses.replace(self, tokenizers=tokenizers, placeholders=placeholders)
+
     def save(self, folder: str | os.PathLike, *, dtype: str | None = None) -> None:
-        """Writes the model in diffusers' layout. dtype: of the weights written; default as they are."""
-        save_folder(
-            folder,
-            configs=self.folder.configs,
-            params=self.params,
-            tokenizers=self.folder.tokenizers,
-            scheduler=self.folder.scheduler,
-            model_index=self.folder.model_index,
-            dtype=dtype and jnp.dtype(dtype),
-        )
+        """Writes the model in diffusers' layout, new words in its tokenizers and tables.
+
+        dtype: of the weights written; default as they are.
+        """
+        configs, params, tokenizers = dict(self.folder.configs), dict(self.params), dict(self.folder.tokenizers)
+        with tempfile.TemporaryDirectory() as temporary:
+            for name, rows in self.placeholders.items():
+                source = tokenizers[TEXT_ENCODERS[name]]
+                tokenizers[TEXT_ENCODERS[name]] = Path(temporary) / TEXT_ENCODERS[name]
+                tokenizer = self.tokenizers[TEXT_ENCODERS[name]]
+                first = tokenizer.save(source, tokenizers[TEXT_ENCODERS[name]])
+                params[name] = _with_rows(params[name], rows, first, what=f"{self.name}: {name}")
+                size = params[name]["embeddings"]["token_embedding"]["embedding"].shape[0]
+                # An eos_token_id of 2 means the largest id, which is now a new word's.
+                configs[name] = {**configs[name], "vocab_size": size, "eos_token_id": tokenizer.end}
+            save_folder(
+                folder,
+                configs=configs,
+                params=params,
+                tokenizers=tokenizers,
+                scheduler=self.folder.scheduler,
+                model_index=self.folder.model_index,
+                dtype=dtype and jnp.dtype(dtype),
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,6 +528,16 @@ def collections(params: Any, *, lora: Any = None, rows: Any = None) -> dict[str,
     return variables
 
 
+def _with_rows(params: Mapping[str, Any], rows: Float[Array, "K D"], first: int, what: str) -> dict[str, Any]:
+    """A text model's parameters with new words' rows in its table, from row `first` on (what lay there is unused)."""
+    table = params["embeddings"]["token_embedding"]["embedding"]
+    if first > len(table):
+        raise DataError(f"{what}: a tokenizer of {first} words for a table of {len(table)} rows")
+    parts = [table[:first], jnp.asarray(rows, table.dtype), table[first + len(rows) :]]
+    table = {"embedding": jnp.concatenate(parts)}
+    return {**params, "embeddings": {**params["embeddings"], "token_embedding": table}}
+
+
 def encode_ids(
     text_models: Mapping[str, clip.TextModel],
     variables: Mapping[str, Any],
@@ -464,18 +566,19 @@ def _encode_ids(models, hidden, variables, ids):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _sampler_step(model, prediction_type, params, state, i, plan, keys, context, added, guidance, rescale):
+def _sampler_step(model, prediction_type, variables, state, i, plan, keys, context, added, guidance, rescale):
     """One evaluation of the denoiser and the sampler's move; the same program for every sampler, seed and setting."""
     denoise = functools.partial(
-        guided_denoise, model, prediction_type, params, context=context, added=added, guidance=guidance, rescale=rescale
-    )
+        guided_denoise, model, prediction_type, variables,
+        context=context, added=added, guidance=guidance, rescale=rescale,
+    )  # fmt: skip
     return sampling.step(denoise, state, i, plan, keys)
 
 
 def guided_denoise(
     model: unet.UNet,
     prediction_type: str,
-    params: Mapping[str, Any],
+    variables: Mapping[str, Any],
     x: Float[Array, "B h w 4"],
     level: sampling.Level,
     *,
@@ -486,11 +589,12 @@ def guided_denoise(
 ) -> Float[Array, "B h w 4"]:
     """The U-Net as the samplers' `denoise`. N = 2B (unconditional half first) is guided, N = B is not.
 
-    `out = uncond + guidance (cond - uncond)` (Ho and Salimans 2022, eq. 6), then Lin et al.'s rescale.
+    `out = uncond + guidance (cond - uncond)` (Ho and Salimans 2022, eq. 6), then Lin et al.'s rescale; variables: as of
+    `collections`.
     """
     copies = context.shape[0] // x.shape[0]
     timesteps = jnp.full((context.shape[0],), level.timestep, jnp.float32)
-    out = model.apply({"params": params}, jnp.tile(x, (copies, 1, 1, 1)), timesteps, context, added)
+    out = model.apply(variables, jnp.tile(x, (copies, 1, 1, 1)), timesteps, context, added)
     out = jnp.asarray(out, jnp.float32)
     if copies == 2:
         uncond, cond = jnp.split(out, 2)

@@ -1,8 +1,11 @@
 """Prompts to token ids: CLIP's tokenizer, and prompts longer than the model's window in chunks."""
 
 import dataclasses
+import itertools
+import json
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,22 +48,59 @@ class Tokenizer:
         if len(tokenizer) < 3 or None in ids[:2]:
             raise DataError(f"{folder}: no CLIP vocabulary with begin and end tokens ({len(tokenizer)} tokens found)")
         begin, end, pad = ids
-        return cls(tokenizer, window, begin, end, end if pad is None else pad)
+        return cls(tokenizer, window, begin, end, end if pad is None else pad, _added_words(tokenizer))
 
     def with_placeholders(self, words: Mapping[str, int], *, first: int) -> "Tokenizer":
         """Knows new words too; each stands for so many vectors.
 
         first: rows of the text model's table; the new vectors are numbered from there. Raises ConfigError for a word
-        that the vocabulary or an earlier call already has.
+        that the vocabulary or an earlier call already has, and for one with white space.
         """
         vocabulary = self.vocabulary.get_vocab()
         ids = dict(self.placeholders)
         for word, vectors in words.items():
-            if word in ids or {word, word.lower(), f"{word.lower()}</w>"} & vocabulary.keys():
+            if word.split() != [word] or vectors < 1:
+                raise ConfigError(f"placeholder token {word!r} of {vectors} vectors: must be a word without spaces")
+            if {word, word.lower(), f"{word.lower()}</w>"} & vocabulary.keys():
                 raise ConfigError(f"placeholder token {word!r} is a word of the vocabulary already: choose another")
-            start = first + sum(len(own) for own in ids.values())
+            # `<w>_1` names the second vector of `<w>` in a tokenizer's files.
+            own = word.lower()
+            alike = (other for other in ids if other.lower() in (own, _stem(own)) or _stem(other.lower()) == own)
+            if known := next(alike, None):
+                raise ConfigError(f"placeholder token {word!r} clashes with the new word {known!r}: choose another")
+            start = 1 + max([first - 1, *(number for own in ids.values() for number in own)])
             ids[word] = tuple(range(start, start + vectors))
         return dataclasses.replace(self, placeholders=ids)
+
+    @property
+    def new_words(self) -> dict[str, int]:
+        """Words whose vectors lie beside the table -> how many, in the order of their rows."""
+        vocabulary = self.vocabulary.get_vocab()
+        return {word: len(ids) for word, ids in self.placeholders.items() if word not in vocabulary}
+
+    def save(self, source: str | os.PathLike, folder: str | os.PathLike) -> int:
+        """Writes the tokenizer folder `source`, which this was read from, with the new words in it.
+
+        Each vector becomes an added token, `<w>`, `<w>_1`, ..., as diffusers reads them; returns the first one's id.
+        """
+        from transformers import CLIPTokenizer
+
+        shutil.copytree(source, folder)
+        # A fresh one: added tokens cannot be taken back, and this one is shared with other bundles.
+        tokenizer = CLIPTokenizer.from_pretrained(os.fspath(source), model_max_length=self.window)
+        first = len(tokenizer)
+        for word, vectors in self.new_words.items():
+            alone = word[0].isalnum() and word[-1].isalnum()  # not found inside a longer word
+            tokenizer.add_tokens([_added_token(name, alone) for name in _names(word, vectors)])
+        if len(tokenizer) - first != sum(self.new_words.values()):
+            raise DataError(f"{source}: the tokenizer does not take the words {', '.join(self.new_words)}")
+        tokenizer.save_pretrained(os.fspath(folder))
+        if (Path(source) / "vocab.json").exists():  # the form of transformers before 5, beside which this is read
+            added = {name: number for name, number in tokenizer.get_added_vocab().items() if number >= first}
+            path = Path(folder) / "added_tokens.json"
+            earlier = json.loads(path.read_text("utf-8")) if path.exists() else {}
+            path.write_text(json.dumps(earlier | added, ensure_ascii=False, indent=2) + "\n", "utf-8")
+        return first
 
     def words(self, prompt: str) -> list[int]:
         """The prompt's ids without begin and end, however long."""
@@ -116,3 +156,30 @@ class Tokenizer:
             for chunk, ids in zip(row, windows, strict=False):
                 chunk[: len(ids) + 2] = [self.begin, *ids, self.end]
         return out
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"_\d+$", "", name)
+
+
+def _names(word: str, vectors: int) -> list[str]:
+    """What a tokenizer's files call each of a word's vectors."""
+    return [word, *(f"{word}_{i}" for i in range(1, vectors))]
+
+
+def _added_token(name: str, alone: bool) -> Any:
+    from transformers import AddedToken
+
+    return AddedToken(name, single_word=alone)
+
+
+def _added_words(tokenizer: Any) -> dict[str, tuple[int, ...]]:
+    """The words of Textual Inversion that a tokenizer's files hold, each with the ids of all its vectors."""
+    special = set(tokenizer.all_special_ids)
+    added = {name: number for name, number in tokenizer.get_added_vocab().items() if number not in special}
+    words = {}
+    for name in added:
+        if _stem(name) == name or _stem(name) not in added:
+            vectors = next(i for i in itertools.count(1) if f"{name}_{i}" not in added)
+            words[name] = tuple(added[own] for own in _names(name, vectors))
+    return words

@@ -141,8 +141,10 @@ class TextModel(nn.Module):
         context = last if clip_skip == 1 and final_norm else states[-clip_skip]
         if final_norm and clip_skip != 1:
             context = norm(context)
-        # Files written before 2023 say eos_token_id 2 and mean the largest id, which is the end token's.
-        ends = ids == (jnp.max(ids, axis=1, keepdims=True) if config.eos_token_id == 2 else config.eos_token_id)
+        # Files written before 2023 say eos_token_id 2 and mean the largest id, which is the end token's; those of new
+        # words lie beyond the table.
+        known = jnp.where(ids < config.vocab_size, ids, 0)
+        ends = ids == (jnp.max(known, axis=1, keepdims=True) if config.eos_token_id == 2 else config.eos_token_id)
         pooled = jnp.take_along_axis(last, jnp.argmax(ends, axis=1)[:, None, None], axis=1)[:, 0]
         if config.projection_dim is not None:
             pooled = Dense(config.projection_dim, compute, use_bias=False, name="text_projection")(pooled)
