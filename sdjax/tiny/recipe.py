@@ -168,11 +168,11 @@ def train_tokenizer(texts: Sequence[str], merges: int = MERGES) -> tuple[dict[st
     Ids, as CLIP has them: 256 bytes, the same at a word's end, the merges, begin and end. Every merge is of the pair
     seen most often, the first in alphabetical order of several (Sennrich et al. 2016); it ends when words are whole.
     """
-    alphabet = [*_byte_letters().values()]
+    alphabet = _byte_letters()
     words: Counter[tuple[str, ...]] = Counter()
     for text in texts:
         for word in re.findall(r"'s|[a-z]+|[0-9]|[^\sa-z0-9]+", text.lower()):
-            letters = [_byte_letters()[byte] for byte in word.encode()]
+            letters = [alphabet[byte] for byte in word.encode()]
             words[*letters[:-1], letters[-1] + "</w>"] += 1
     chosen: list[tuple[str, str]] = []
     for _ in range(merges):
@@ -185,7 +185,8 @@ def train_tokenizer(texts: Sequence[str], merges: int = MERGES) -> tuple[dict[st
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         chosen.append(best)
         words = Counter({_merge(word, best): count for word, count in words.items()})
-    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in chosen)]
+    letters = alphabet.values()
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in chosen)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, chosen
 
@@ -209,11 +210,11 @@ def _byte_letters() -> dict[int, str]:
     return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def write_tokenizer(folder: str | Path, texts: Sequence[str]) -> int:
+def write_tokenizer(folder: str | Path, texts: Sequence[str], merges: int = MERGES) -> int:
     """Writes a folder that CLIPTokenizer reads; returns the number of tokens."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary, merges = train_tokenizer(texts)
+    vocabulary, pairs = train_tokenizer(texts, merges)
     config = {
         "tokenizer_class": "CLIPTokenizer",
         "bos_token": "<|startoftext|>",
@@ -224,7 +225,7 @@ def write_tokenizer(folder: str | Path, texts: Sequence[str]) -> int:
         "model_max_length": WINDOW,
     }
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     return len(vocabulary)

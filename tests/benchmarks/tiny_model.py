@@ -9,8 +9,8 @@ colour: eight colours of hearts, circles and squares, four seeds each. The mean 
     is nearest in CIELAB, of the eight colours' true means, to the one named (`score`); and of the 24 true pictures the
     one named is nearest (`with_shape`).
 retrieval: 200 names, those with the smallest hashes: the named picture is the nearest (`top1`), or one of the five
-    nearest (`top5`), of all true pictures, withheld ones included. A model folder with a names.txt is asked for names it
-    lists; and where that leaves some out, in `retrieval_all`, for 200 of all.
+    nearest (`top5`), of all true pictures, withheld ones included. A model folder with a names.txt is asked for names
+    it lists; and where that leaves some out, in `retrieval_all`, for 200 of all.
 composition: the names in withheld/, eight seeds each, as in retrieval. The recipe's training never saw them.
 
 Pictures are near when their features are, by Euclidean distance: the means of 4 x 4 pixels' red, green and blue, and
