@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax.data.cache import cache_latents, cache_texts
+from sdjax.data.cache import Views, cache_images, cache_masks, cache_texts
+from sdjax.data.images import Size
 from sdjax.data.records import Record, scan
 from sdjax.errors import DataError
 
@@ -30,6 +31,10 @@ class Encoder:
         return jnp.concatenate([left, -left[..., :1]], axis=-1)
 
 
+def never(images):
+    raise AssertionError("computed again")
+
+
 @pytest.fixture
 def folder(tmp_path):
     root = tmp_path / "images"
@@ -43,8 +48,13 @@ def folder(tmp_path):
 
 
 def latents(folder, encode, **changes):
-    settings = {"folder": folder.parent / "cache", "model": "m", "resolution": 8, "batch_size": 3, **changes}
-    return cache_latents(scan(folder), encode, **settings)
+    views = {name: changes.pop(name) for name in Views._fields if name in changes}
+    settings = {"folder": folder.parent / "cache", "model": "m", "batch_size": 3, **changes}
+    return cache_images(scan(folder), Views(**{"size": Size(8, 8), **views}), encode, **settings)
+
+
+def moments(folder, encode, **changes):
+    return latents(folder, encode, **changes).arrays["moments"]
 
 
 def test_encoded_once_in_full_batches(folder):
@@ -52,24 +62,37 @@ def test_encoded_once_in_full_batches(folder):
     first = latents(folder, encode, progress=lambda done, total: seen.append((done, total)))
     assert encode.shapes == [(3, 8, 8, 3)] * 3
     assert seen == [(3, 7), (6, 7), (7, 7)]
-    assert isinstance(first.moments, np.memmap)
-    assert first.moments.shape == (7, 1, 1, 1, 4)
-    np.testing.assert_allclose(first.moments[:, 0, 0, 0, 0], [30 * i for i in range(7)])
+    array = first.arrays["moments"]
+    assert isinstance(array, np.memmap)
+    assert array.shape == (7, 1, 1, 1, 4)
+    np.testing.assert_allclose(array[:, 0, 0, 0, 0], [30 * i for i in range(7)])
     assert [r.name for r in first.records] == [f"{i}.png" for i in range(7)]
     again = latents(folder, encode)
     assert len(encode.shapes) == 3
-    np.testing.assert_array_equal(again.moments, first.moments)
+    np.testing.assert_array_equal(again.arrays["moments"], array)
 
 
 def test_both_flips_are_encoded(folder):
-    moments = latents(folder, Encoder(), flip=True).moments
-    assert moments.shape == (7, 2, 1, 1, 4)
-    assert (moments[:, 0, 0, 0, 1] == 0).all()
-    assert (moments[:, 1, 0, 0, 1] == 255).all()
+    encode = Encoder()
+    array = moments(folder, encode, flip=True)
+    assert encode.shapes == [(3, 8, 8, 3)] * 6
+    assert array.shape == (7, 2, 1, 1, 4)
+    assert (array[:, 0, 0, 0, 1] == 0).all()
+    assert (array[:, 1, 0, 0, 1] == 255).all()
 
 
 @pytest.mark.parametrize(
-    "change", [{"model": "n"}, {"resolution": 16}, {"background": "black"}, {"flip": True}], ids=str
+    "change",
+    [
+        {"model": "n"},
+        {"size": Size(16, 8)},
+        {"background": "black"},
+        {"flip": True},
+        {"crops": 2},
+        {"crops": 1},
+        {"crops": 1, "seed": 1},
+    ],
+    ids=str,
 )
 def test_other_settings_are_another_entry(folder, change):
     encode = Encoder()
@@ -87,7 +110,7 @@ def test_another_picture_under_the_same_name_is_noticed(folder):
     times = os.stat(folder / "0.png")
     Image.new("RGB", (8, 8), (99, 0, 0)).save(folder / "0.png")
     os.utime(folder / "0.png", ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert latents(folder, encode).moments[0, 0, 0, 0, 0] == 99
+    assert moments(folder, encode)[0, 0, 0, 0, 0] == 99
 
 
 def flip_bit(path):
@@ -110,10 +133,10 @@ def flip_bit(path):
 )
 def test_a_damaged_entry_is_computed_again(folder, damage, caplog):
     encode = Encoder()
-    before = np.array(latents(folder, encode).moments)
+    before = np.array(moments(folder, encode))
     (entry,) = (folder.parent / "cache").iterdir()
     damage(entry)
-    after = latents(folder, encode).moments
+    after = moments(folder, encode)
     assert len(encode.shapes) == 6
     assert "is damaged" in caplog.text
     np.testing.assert_array_equal(after, before)
@@ -128,19 +151,63 @@ def test_bad_images_are_skipped_counted_and_remembered(folder, caplog):
     assert not list((folder.parent / "cache").iterdir())
     first = latents(folder, encode, on_bad_image="skip")
     assert "2 of 7 images skipped" in caplog.text
-    for result in (first, latents(folder, None, on_bad_image="skip")):
+    for result in (first, latents(folder, never, on_bad_image="skip")):
         assert [r.name for r in result.records] == ["0.png", "1.png", "3.png", "4.png", "5.png"]
-        np.testing.assert_allclose(result.moments[:, 0, 0, 0, 0], [0, 30, 90, 120, 150])
+        np.testing.assert_allclose(result.arrays["moments"][:, 0, 0, 0, 0], [0, 30, 90, 120, 150])
         assert len(result.skipped) == 2
     assert set(encode.shapes) == {(3, 8, 8, 3)}
     with pytest.raises(DataError, match=r"2.png"):
-        latents(folder, None)
+        latents(folder, never)
 
 
 def test_nothing_but_bad_images(tmp_path):
+    """Whoever asks for several shapes decides whether that is too few."""
     records = (Record("gone.png", tmp_path / "gone.png", "x"),)
-    with pytest.raises(DataError, match=r"none of 1 images can be used; the first: .*gone.png"):
-        cache_latents(records, Encoder(), folder=tmp_path, model="m", resolution=8, on_bad_image="skip")
+    for encode in (Encoder(), None):
+        made = cache_images(records, Views(Size(8, 8)), encode, folder=tmp_path, model="m", on_bad_image="skip")
+        assert made.records == ()
+        assert len(made.skipped) == 1
+
+
+def wide(path):
+    """A picture three times as wide as high, its own mask: grey that grows to the right."""
+    grey = np.repeat(np.arange(48, dtype=np.uint8)[None] * 5, 16, axis=0)
+    Image.fromarray(grey).save(path)
+    return Record(path.name, path, "x", mask=path)
+
+
+def test_images_and_masks_move_together(tmp_path):
+    """Of a picture that is its own mask, every crop and its mirror image show the same."""
+    records = [wide(tmp_path / f"{i}.png") for i in range(3)]
+    views = Views(Size(16, 16), flip=True, crops=3, seed=4)
+    made = cache_images(records, views, None, folder=tmp_path / "cache", model="")
+    made = cache_masks(made, views, 4, folder=tmp_path / "cache")
+    pixels, mask = made.arrays["pixels"], made.arrays["mask"]
+    assert pixels.shape == (3, 6, 16, 16, 3)
+    assert pixels.dtype == np.uint8
+    assert mask.shape == (3, 6, 4, 4, 1)
+    averaged = pixels[..., :1].reshape(3, 6, 4, 4, 4, 4, 1).mean((3, 5)) / 255
+    np.testing.assert_allclose(mask, averaged, atol=2 / 255)
+    np.testing.assert_array_equal(pixels[:, 1::2], pixels[:, ::2, :, ::-1])
+    assert len({crop.tobytes() for image in pixels for crop in image[::2]}) == 9
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_masks_are_an_entry_of_their_own(folder, tmp_path):
+    """Another mask, or the alpha channel instead, leaves the latents as they are."""
+    views = Views(Size(8, 8))
+    settings = {"folder": tmp_path / "cache", "model": "m"}
+    Image.new("L", (4, 4), 255).save(tmp_path / "white.png")
+    Image.new("L", (4, 4), 51).save(tmp_path / "grey.png")
+    encode = Encoder()
+    for name, value in (("white.png", 1), ("grey.png", 0.2)):
+        records = [record._replace(mask=tmp_path / name) for record in scan(folder)]
+        made = cache_masks(cache_images(records, views, encode, **settings), views, 8, folder=tmp_path / "cache")
+        np.testing.assert_allclose(made.arrays["mask"], np.full((7, 1, 1, 1, 1), value), atol=1e-6)
+        assert len(encode.shapes) == 2
+    with pytest.raises(DataError, match="no alpha channel"):
+        cache_masks(cache_images(scan(folder), views, encode, **settings), views, 8, folder=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 def test_a_cache_that_cannot_be_written_is_said(folder):
@@ -190,14 +257,15 @@ def test_killed_while_writing_leaves_nothing_half_done(folder):
     code = f"""
         import sys, time
         import numpy as np
-        from sdjax.data.cache import cache_latents
+        from sdjax.data.cache import Views, cache_images
+        from sdjax.data.images import Size
         from sdjax.data.records import scan
         def encode(images):
             print("encoding", flush=True)
             time.sleep(0.2)
             return np.ones((len(images), 1, 1, 4), np.float32)
-        cache_latents(scan({str(folder)!r}), encode, folder={str(folder.parent / "cache")!r},
-                      model="m", resolution=8, batch_size=3)
+        cache_images(scan({str(folder)!r}), Views(Size(8, 8)), encode, folder={str(folder.parent / "cache")!r},
+                     model="m", batch_size=3)
     """
     child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
     child.stdout.readline()
@@ -207,7 +275,7 @@ def test_killed_while_writing_leaves_nothing_half_done(folder):
     child.stdout.close()
     (leftover,) = (folder.parent / "cache").iterdir()
     assert leftover.name.startswith(".new-")
-    assert latents(folder, Encoder()).moments[1, 0, 0, 0, 0] == 30
+    assert moments(folder, Encoder())[1, 0, 0, 0, 0] == 30
     assert leftover.exists()  # it might still be in use
     os.utime(leftover, (0, time.time() - 2 * 86400))
     latents(folder, Encoder(), model="other")

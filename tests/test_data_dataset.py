@@ -6,42 +6,109 @@ import time
 import numpy as np
 import pytest
 
-from sdjax.data.cache import Latents, Texts
-from sdjax.data.dataset import Dataset, join, make_batch, prefetch
-from sdjax.data.plan import Plan, choose
+from sdjax.data.cache import Images, Texts
+from sdjax.data.dataset import Dataset, Prior, join, make_batch, prefetch
+from sdjax.data.plan import Plan, beside, choose
 from sdjax.data.records import Record
 from sdjax.errors import ConfigError
 
+CAPTIONS = ("", "even", "odd", "odd too", "class")
 
-def dataset(flips=2) -> Dataset:
-    """moments: 10 * example + flip; context: the row of the caption; the empty caption is row 0."""
-    records = tuple(Record(f"{i}.png", None, "odd" if i % 2 else "even") for i in range(6))
-    moments = np.zeros((6, flips, 2, 2, 8), np.float32)
-    moments += 10 * np.arange(6)[:, None, None, None, None] + np.arange(flips)[None, :, None, None, None]
-    rows = {"": 0, "even": 1, "odd": 2}
-    context = np.arange(3, dtype=np.float32)[:, None, None] * np.ones((1, 4, 5), np.float32)
-    return join(Latents(records, moments, ()), Texts(rows, {"context": context}))
+
+def bucket(shape, *, images=6, views=2, start=0, **arrays):
+    """moments: 10 * example + view + start, at two captions (`even` twice) each."""
+    versions = (("even", "even"), ("odd", "odd too"))
+    records = tuple(Record(f"{i}.png", None, "", 1 + i % 2, versions=versions[i % 2]) for i in range(images))
+    moments = np.zeros((images, views, *shape, 8), np.float32) + start
+    moments += 10 * np.arange(images)[:, None, None, None, None] + np.arange(views)[None, :, None, None, None]
+    return Images(records, {"moments": moments, **arrays}, ())
+
+
+def texts():
+    """context: the row of the caption; the empty caption is row 0."""
+    context = np.arange(len(CAPTIONS), dtype=np.float32)[:, None, None] * np.ones((1, 4, 5), np.float32)
+    return Texts({caption: row for row, caption in enumerate(CAPTIONS)}, {"context": context})
+
+
+def dataset(*buckets):
+    buckets = buckets or (bucket((2, 2)),)
+    return Dataset(tuple(join(images, texts()) for images in buckets), texts().arrays, 0)
 
 
 def test_a_batch_holds_what_the_plan_says():
-    plan = Plan(size=6, batch_size=4, seed=1, flip=True, caption_dropout=0.3)
-    dropped = 0
-    for number in range(12):
-        batch, choice = make_batch(dataset(), plan, number), choose(plan, number)
+    data = dataset(bucket((2, 2), views=6))
+    assert data.repeats == ((1, 2, 1, 2, 1, 2),)
+    plan = Plan(data.repeats, 4, seed=1, flip=True, caption_dropout=0.3, crops=3, versions=2)
+    seen = set()
+    for number in range(24):
+        batch, choice = make_batch(data, plan, number), choose(plan, number)
         assert batch["index"].tolist() == [0, 1, 2, 3]
         assert batch["index"].dtype == np.int32
         assert batch["moments"].shape == (4, 2, 2, 8)
-        np.testing.assert_array_equal(batch["moments"][:, 0, 0, 0], 10 * choice.example + choice.flip)
-        rows = np.where(choice.drop, 0, 1 + choice.example % 2)
+        view = 2 * choice.crop + choice.flip
+        np.testing.assert_array_equal(batch["moments"][:, 0, 0, 0], 10 * choice.example + view)
+        rows = np.where(choice.drop, 0, np.where(choice.example % 2, 2 + choice.version, 1))
         np.testing.assert_array_equal(batch["context"][:, 0, 0], rows)
         assert batch["context"].shape == (4, 4, 5)
-        dropped += choice.drop.sum()
-    assert dropped
+        seen |= {("view", v) for v in view} | {("text", row) for row in rows}
+    assert len(seen) == 6 + 4
 
 
-def test_flipping_needs_mirrored_latents():
-    with pytest.raises(ConfigError, match="no mirrored"):
-        make_batch(dataset(flips=1), Plan(6, 4, 0, flip=True), 0)
+def test_a_batch_has_one_shape():
+    data = dataset(bucket((2, 4), views=1), bucket((4, 2), views=1, images=2, start=100))
+    plan = Plan(data.repeats, 3, seed=0)
+    shapes = []
+    for number in range(24):
+        moments = make_batch(data, plan, number)["moments"]
+        assert set(moments[:, 0, 0, 0] >= 100) == {moments.shape == (3, 4, 2, 8)}
+        shapes.append(moments.shape[1:3])
+    assert (shapes.count((2, 4)), shapes.count((4, 2))) == (18, 6)
+
+
+def test_views_must_be_those_of_the_plan():
+    for plan in (Plan(((1,) * 6,), 4, 0), Plan(((1,) * 6,), 4, 0, crops=2, flip=True)):
+        with pytest.raises(ConfigError, match=r"wants \d views of each image, but the cache holds 2"):
+            make_batch(dataset(), plan, 0)
+
+
+def test_masks_and_pixels_are_gathered_and_texts_may_be_missing():
+    pixels = np.arange(12, dtype=np.uint8).reshape(6, 2, 1, 1, 1)
+    mask = np.arange(12, dtype=np.float32).reshape(6, 2, 1, 1, 1)
+    images = Images(bucket((1, 1)).records, {"pixels": pixels, "mask": mask}, ())
+    data = Dataset((join(images, texts()),), {}, 0)
+    plan = Plan(data.repeats, 5, 1, flip=True)
+    batch = make_batch(data, plan, 2)
+    assert set(batch) == {"pixels", "mask", "index"}
+    assert batch["pixels"].dtype == np.uint8
+    np.testing.assert_array_equal(batch["pixels"], batch["mask"])
+
+
+def test_class_images_follow_with_their_weight():
+    """The mean of weight times error is the mean over images plus 0.5 times that over class images."""
+    shapes = (2, 4), (4, 2)
+    data = dataset(*(bucket(shape, start=100 * i) for i, shape in enumerate(shapes)))
+    prior = tuple(bucket(shape, images=3, start=1000 + 100 * i) for i, shape in enumerate(shapes))
+    prior = tuple(
+        images._replace(records=tuple(r._replace(versions=("class",), repeats=1) for r in images.records))
+        for images in prior
+    )
+    plan = Plan(data.repeats, 4, 2, flip=True, caption_dropout=0.5, versions=2)
+    alone = data
+    data = data._replace(prior=Prior(dataset(*prior).buckets, 0.5))
+    for number in range(8):
+        batch, without = make_batch(data, plan, number), make_batch(alone, plan, number)
+        assert batch["index"].tolist() == list(range(8))
+        for name in ("moments", "context"):
+            np.testing.assert_array_equal(batch[name][:4], without[name])
+        chosen, choice = choose(plan, number), choose(beside(plan, 3), number)
+        expected = 1000 + 100 * chosen.bucket + 10 * choice.example + choice.flip
+        np.testing.assert_array_equal(batch["moments"][4:, 0, 0, 0], expected)
+        assert (batch["context"][4:] == CAPTIONS.index("class")).all()
+        error = np.random.default_rng(number).random(8)
+        assert np.mean(batch["weight"] * error) == pytest.approx(error[:4].mean() + 0.5 * error[4:].mean())
+        # In two parts for accumulation, each takes every second example: as many of either kind.
+        for part in (0, 1):
+            assert sorted(batch["weight"][part::2]) == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("workers", [1, 4])

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from sdjax.data.images import read_image, to_float
+from sdjax.data.images import Size, Window, random_windows, read_mask, read_size, to_float
+from sdjax.data.images import read_image as read_views
 from sdjax.errors import DataError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -18,6 +19,12 @@ def halves(mode="RGB", size=(32, 32)):
     image = Image.new("RGB", size, RED)
     image.paste(BLUE, (size[0] // 2, 0, *size))
     return image.convert(mode)
+
+
+def read_image(path, side, background="white"):
+    """Its middle square."""
+    (image,) = read_views(path, Size(side, side), background)
+    return image
 
 
 def near(pixel, colour, tolerance=3):
@@ -74,6 +81,10 @@ def test_exif_rotation(tmp_path, orientation):
     stored.save(tmp_path / "a.png", exif=exif)
     read = read_image(tmp_path / "a.png", 32)
     assert near(read[4, 4], RED)
+    oblong = upright.crop((0, 0, 32, 24))
+    stored = oblong if orientation == 1 else oblong.transpose(Image.Transpose(undo[orientation]))
+    stored.save(tmp_path / "b.png", exif=exif)
+    assert read_size(tmp_path / "b.png") == Size(24, 32)
     assert all(near(read[y, x], WHITE) for y, x in ((4, 28), (28, 4), (28, 28)))
 
 
@@ -195,3 +206,97 @@ def test_hopeless_shapes_are_refused(tmp_path, size, message):
     Image.new("RGB", size).save(tmp_path / "a.png")
     with pytest.raises(DataError, match=rf"a.png: {size[0]}x{size[1]} is {message}"):
         read_image(tmp_path / "a.png", 64)
+
+
+def gradients(path, size=(48, 16)):
+    """Red grows to the right, green downwards, by 5 a pixel."""
+    x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    Image.fromarray(np.stack([5 * x, 5 * y, 0 * x], axis=-1).astype(np.uint8)).save(path)
+    return path
+
+
+def test_windows_of_any_shape(tmp_path):
+    path = gradients(tmp_path / "a.png")
+    left, middle, right, third = read_views(path, Size(16, 16), windows=[Window(0), Window(), Window(1), Window(1 / 4)])
+    for image, start in ((left, 0), (middle, 16), (right, 32), (third, 8)):
+        np.testing.assert_allclose(image[0, :, 0], 5 * np.arange(start, start + 16), atol=2)
+        np.testing.assert_allclose(image[:, 0, 1], 5 * np.arange(16), atol=2)
+    top, bottom = read_views(path, Size(4, 48), windows=[Window(y=0), Window(y=1)])
+    assert top.shape == (4, 48, 3)
+    np.testing.assert_allclose(top[:, 0, 1], 5 * np.arange(4), atol=2)
+    np.testing.assert_allclose(bottom[:, 0, 1], 5 * np.arange(12, 16), atol=2)
+    (smaller,) = read_views(path, Size(8, 8))  # scaled by half
+    np.testing.assert_allclose(smaller[0, 2:6, 0], 5 * (16.5 + 2 * np.arange(2, 6)), atol=3)
+
+
+def test_random_windows_depend_on_seed_name_and_number_alone():
+    first = random_windows(3, seed=1, name="a.png")
+    assert random_windows(5, seed=1, name="a.png")[:3] == first
+    assert len({*first, *random_windows(3, seed=2, name="a.png"), *random_windows(3, seed=1, name="b.png")}) == 9
+    places = np.array(random_windows(2000, seed=0, name="c"))
+    assert (places >= 0).all()
+    assert (places <= 1).all()
+    np.testing.assert_allclose(places.mean(0), 0.5, atol=0.03)
+    np.testing.assert_allclose(places.std(0), 12**-0.5, atol=0.02)
+    assert random_windows(0, seed=1, name="a") == (Window(),)
+
+
+def test_too_small_for_an_oblong(tmp_path):
+    Image.new("RGB", (100, 15)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"100x15 is too small for 64x128 pixels; at least 8x16"):
+        read_views(tmp_path / "a.png", Size(128, 64))
+
+
+def test_a_size_is_read_from_the_header_alone(tmp_path):
+    halves(size=(40, 24)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[:60])
+    assert read_size(tmp_path / "a.png") == Size(24, 40)
+    (tmp_path / "a.png").write_bytes(content[:10])
+    with pytest.raises(DataError, match=r"a.png: cannot be read"):
+        read_size(tmp_path / "a.png")
+
+
+def test_a_mask_is_averaged_over_areas(tmp_path):
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:4, :4] = 255
+    mask[4:8, 4:6] = 255
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    (read,) = read_mask(tmp_path / "a.png", Size(4, 4))
+    expected = np.zeros((4, 4, 1), np.float32)
+    expected[0, 0], expected[1, 1] = 1, 0.5
+    assert read.dtype == np.float32
+    np.testing.assert_allclose(read, expected, atol=1e-6)
+
+
+def test_a_mask_of_another_size_covers_the_image(tmp_path):
+    """A stretched mask, and one as large as the image, show the same part in every window."""
+    large = Image.new("L", (64, 32), 0)
+    large.paste(255, (32, 0, 64, 16))
+    large.save(tmp_path / "large.png")
+    large.resize((16, 8), Image.Resampling.NEAREST).convert("RGB").save(tmp_path / "small.webp", lossless=True)
+    windows = [Window(), Window(1, 1), Window(3 / 4)]
+    a, b = (read_mask(tmp_path / name, Size(4, 4), windows) for name in ("large.png", "small.webp"))
+    np.testing.assert_allclose(a, b, atol=1e-6)
+    np.testing.assert_allclose(a[1][:, :, 0], [[1] * 4] * 2 + [[0] * 4] * 2, atol=1e-6)
+
+
+def test_black_masks_are_refused_if_nothing_is_left(tmp_path):
+    Image.new("L", (16, 16), 0).save(tmp_path / "black.png")
+    with pytest.raises(DataError, match=r"black.png: the mask is all black"):
+        read_mask(tmp_path / "black.png", Size(4, 4))
+    edge = Image.new("L", (64, 16), 0)
+    edge.paste(255, (60, 0, 64, 16))
+    edge.save(tmp_path / "edge.png")
+    with pytest.raises(DataError, match=r"edge.png: the mask is all black in what is shown"):
+        read_mask(tmp_path / "edge.png", Size(4, 4))
+    assert read_mask(tmp_path / "edge.png", Size(4, 4), [Window(), Window(1)]).max() == 1
+
+
+def test_the_alpha_channel_as_a_mask(tmp_path):
+    transparent("RGBA").save(tmp_path / "a.png")
+    (read,) = read_mask(tmp_path / "a.png", Size(4, 4), alpha=True)
+    np.testing.assert_allclose(read[..., 0], [[1, 1, 0, 0]] * 4)
+    halves().save(tmp_path / "opaque.png")
+    with pytest.raises(DataError, match=r"opaque.png: has no alpha channel .*data.mask_path"):
+        read_mask(tmp_path / "opaque.png", Size(4, 4), alpha=True)

@@ -4,49 +4,95 @@ import subprocess
 import sys
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdjax.data.plan import Plan, choose, describe
+from sdjax.data.plan import Plan, beside, choose, describe
 
+BUCKETS = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=12).map(tuple), min_size=1, max_size=4).map(tuple)
 PLANS = st.builds(
     Plan,
-    size=st.integers(1, 50),
+    repeats=BUCKETS,
     batch_size=st.integers(1, 16),
     seed=st.integers(0, 2**32 - 1),
     flip=st.booleans(),
     caption_dropout=st.floats(0, 1),
+    crops=st.integers(1, 3),
+    versions=st.integers(1, 3),
 )
+FIELDS = ("example", "flip", "drop", "crop", "version")
 
 
-def stream(plan, batches, field="example"):
-    return np.concatenate([getattr(choose(plan, n), field) for n in range(batches)])
+def plain(size, batch_size, seed, **settings):
+    """One bucket, no repeats."""
+    return Plan(((1,) * size,), batch_size, seed, **settings)
 
 
-@given(PLANS, st.integers(1, 4))
-def test_every_epoch_shows_every_image_once(plan, epochs):
-    batches = -(-epochs * plan.size // plan.batch_size)
-    seen = stream(plan, batches)[: epochs * plan.size].reshape(epochs, plan.size)
-    for epoch in seen:
-        assert sorted(epoch) == list(range(plan.size))
+def stream(plan, batches, field="example", bucket=0):
+    """What one bucket shows in so many batches of all."""
+    choices = [choose(plan, n) for n in range(batches)]
+    empty = getattr(choose(plan, 0), field)[:0]
+    return np.concatenate([empty, *(getattr(c, field) for c in choices if c.bucket == bucket)])
 
 
-@given(PLANS, st.integers(1, 16), st.integers(0, 20))
-def test_the_stream_does_not_depend_on_the_batch_size(plan, other_size, number):
+def batches_for(plan, examples, bucket):
+    """So many batches of all that the bucket has shown at least so many examples."""
+    return -(-(-(-examples // plan.batch_size) * plan.size) // sum(plan.repeats[bucket]))
+
+
+@given(PLANS, st.data())
+@settings(max_examples=40, deadline=None)
+def test_every_epoch_shows_every_image_as_often_as_it_says(plan, data):
+    bucket = data.draw(st.integers(0, len(plan.repeats) - 1))
+    expected = np.repeat(np.arange(len(plan.repeats[bucket])), plan.repeats[bucket])
+    seen = stream(plan, batches_for(plan, 2 * len(expected), bucket), bucket=bucket)
+    for epoch in seen[: 2 * len(expected)].reshape(2, -1):
+        np.testing.assert_array_equal(np.sort(epoch), expected)
+
+
+@given(PLANS, st.integers(0, 200))
+def test_buckets_take_turns_by_their_shares(plan, batches):
+    """Each has had its share of the batches at any time, rounded down or up."""
+    buckets = [choose(plan, n).bucket for n in range(batches)]
+    for bucket, own in enumerate(plan.repeats):
+        share = batches * sum(own) / plan.size
+        assert np.floor(share) <= buckets.count(bucket) <= np.ceil(share)
+
+
+@given(PLANS, st.integers(0, 60))
+def test_every_image_is_seen_as_often_as_its_share_to_within_a_batch(plan, batches):
+    for bucket, own in enumerate(plan.repeats):
+        shown = np.bincount(stream(plan, batches, bucket=bucket).astype(int), minlength=len(own))
+        for count, repeats in zip(shown, own, strict=True):
+            expected = batches * plan.batch_size * repeats / plan.size
+            assert abs(count - expected) < plan.batch_size + repeats
+
+
+@given(PLANS, st.integers(1, 16), st.data())
+@settings(max_examples=40, deadline=None)
+def test_the_stream_does_not_depend_on_the_batch_size(plan, other_size, data):
     """So neither accumulation nor the number of devices changes what is seen when."""
+    bucket = data.draw(st.integers(0, len(plan.repeats) - 1))
     other = plan._replace(batch_size=other_size)
-    for field in ("example", "flip", "drop"):
-        length = 3 * other_size
-        batches = -(-length // plan.batch_size)
-        np.testing.assert_array_equal(stream(plan, batches, field)[:length], stream(other, 3, field))
-    again = choose(plan, number)
-    for a, b in zip(choose(plan, number), again, strict=True):
+    length = 2 * sum(plan.repeats[bucket]) + 1
+    batches, others = batches_for(plan, length, bucket), batches_for(other, length, bucket)
+    for field in FIELDS:
+        np.testing.assert_array_equal(
+            stream(plan, batches, field, bucket)[:length], stream(other, others, field, bucket)[:length]
+        )
+
+
+@given(PLANS, st.integers(0, 100))
+def test_a_batch_is_a_pure_function_of_its_number(plan, number):
+    for a, b in zip(choose(plan, number), choose(plan, number), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @given(PLANS)
 def test_flips_and_drops_only_when_asked(plan):
     choice = choose(plan, 0)
+    assert (choice.crop < plan.crops).all()
+    assert (choice.version < plan.versions).all()
     if not plan.flip:
         assert not choice.flip.any()
     if plan.caption_dropout == 0:
@@ -55,8 +101,44 @@ def test_flips_and_drops_only_when_asked(plan):
         assert choice.drop.all()
 
 
+def test_crops_are_taken_in_turn():
+    plan = Plan(((1, 3, 2),), 4, 5, crops=4)
+    example, crop = stream(plan, 18), stream(plan, 18, "crop")
+    for image, repeats in enumerate(plan.repeats[0]):
+        shown = crop[example == image].reshape(-1, repeats)  # an epoch a row
+        turns = np.arange(shown.size).reshape(-1, repeats) % 4
+        np.testing.assert_array_equal(np.sort(shown, axis=1), np.sort(turns, axis=1))
+        assert np.ptp(np.bincount(crop[example == image], minlength=4)) <= 1
+
+
+def test_versions_are_drawn_anew_each_time():
+    plan = plain(300, 300, 1, versions=3, caption_dropout=0.5)
+    versions = stream(plan, 6, "version")
+    assert np.bincount(versions).min() > 500
+    assert (versions[:300] != versions[300:600]).any()
+    assert np.bincount(versions[stream(plan, 6, "drop")]).min() > 230  # whether or not the caption is dropped
+
+
+def test_buckets_do_not_share_their_order():
+    plan = Plan(((1,) * 40, (1,) * 40), 40, 3)
+    first, second = (choose(plan, n) for n in (0, 1))
+    assert {first.bucket, second.bucket} == {0, 1}
+    assert (first.example != second.example).any()
+
+
+def test_class_images_go_along_in_an_order_of_their_own():
+    plan = Plan(((1, 2), (1,)), 3, 7, flip=True, caption_dropout=1.0, crops=2, versions=4)
+    order = beside(plan, 5)
+    seen = stream(order, 5)
+    np.testing.assert_array_equal(np.bincount(seen), [3] * 5)
+    choice = choose(order, 0)
+    assert choice.bucket == 0
+    assert not choice.drop.any()
+    assert not (choice.crop.any() or choice.version.any())
+
+
 def test_shares_are_as_asked():
-    plan = Plan(size=1000, batch_size=1000, seed=3, flip=True, caption_dropout=0.1)
+    plan = plain(1000, 1000, 3, flip=True, caption_dropout=0.1)
     flips, drops = stream(plan, 10, "flip"), stream(plan, 10, "drop")
     assert 0.48 < flips.mean() < 0.52
     assert 0.09 < drops.mean() < 0.11
@@ -66,24 +148,30 @@ def test_shares_are_as_asked():
 
 
 def test_epochs_and_seeds_differ():
-    plan = Plan(size=100, batch_size=100, seed=0)
+    plan = plain(100, 100, 0)
     assert (choose(plan, 0).example != choose(plan, 1).example).any()
     assert (choose(plan, 0).example != choose(plan._replace(seed=1), 0).example).any()
 
 
 def test_the_order_is_fixed_for_all_time():
-    plan = Plan(size=10, batch_size=5, seed=42, flip=True)
+    plan = plain(10, 5, 42, flip=True)
     choice = choose(plan, 3)
     assert choice.example.tolist() == [9, 6, 8, 0, 1]
     assert choice.flip.tolist() == [False, False, True, False, False]
 
 
 def test_another_process_draws_the_same():
-    code = "from sdjax.data.plan import *; c = choose(Plan(50, 8, 7, True, 0.5), 11); print([x.tolist() for x in c])"
+    plan = Plan(((1, 2, 1), (4,)), 8, 7, True, 0.5, 3, 3)
+    code = f"from sdjax.data.plan import *; print([str(x) for n in range(9) for x in choose({plan!r}, n)])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str([x.tolist() for x in choose(Plan(50, 8, 7, True, 0.5), 11)])
+    assert done.stdout.strip() == str([str(x) for n in range(9) for x in choose(plan, n)])
 
 
-def test_a_small_data_set_is_said_to_repeat():
-    assert describe(Plan(64, 4, 0), 300) == "64 images, 4 a batch: 18.75 epochs"
-    assert "each batch repeats some" in describe(Plan(3, 4, 0), 10)
+def test_what_a_run_sees_is_said():
+    assert describe(plain(64, 4, 0), 300) == "64 images, 4 a batch: 18.75 epochs"
+    assert describe(plain(3, 4, 0), 10).endswith("fewer images than a batch holds, so each batch repeats some")
+    plan = Plan(((1,) * 6, (1, 2)), 4, 0)
+    assert describe(plan, 18, ["512x512", "448x576"]) == (
+        "8 images (9 with repeats), 4 a batch: 8 epochs; 2 shapes: 6 at 512x512, 2 at 448x576; "
+        "fewer images than a batch holds at 448x576, so each such batch repeats some"
+    )

@@ -23,7 +23,7 @@ class Bucket(NamedTuple):
     arrays: Arrays
     """`moments` or `pixels`, perhaps `mask`: each `[N, V, ...]`, see `cache.Images`."""
     text_rows: Int64[np.ndarray, "N K"]
-    """Row in the texts of each version of each image's caption."""
+    """Row in the texts of each of the K versions of each image's caption."""
     repeats: tuple[int, ...]
     """Times an epoch shows each image."""
 
@@ -88,7 +88,7 @@ def _gather(dataset: Dataset, bucket: Bucket, plan: Plan, choice: Choice) -> Bat
             raise ConfigError(f"the plan wants {views} views of each image, but the cache holds {array.shape[1]}")
         batch[name] = np.asarray(array[choice.example, view])
     if dataset.texts:
-        rows = bucket.text_rows[choice.example, choice.version % bucket.text_rows.shape[1]]
+        rows = bucket.text_rows[choice.example, choice.version]
         rows = np.where(choice.drop, dataset.empty_row, rows)
         batch |= {name: np.asarray(array[rows]) for name, array in dataset.texts.items()}
     return batch

@@ -55,7 +55,9 @@ def read_size(path: str | Path) -> Size:
     """The size of an image when upright, from its header alone. Raises DataError."""
 
     def size(image: Image.Image) -> Size:
-        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations with x and y exchanged
+        # Pillow would decode a whole PNG in search of EXIF data behind its pixels, where hardly any file has it.
+        searched = image.format != "PNG" or "exif" in image.info
+        turned = searched and image.getexif().get(0x0112, 1) >= 5  # orientations with x and y exchanged
         return Size(image.width, image.height) if turned else Size(image.height, image.width)
 
     return _read(path, size)
