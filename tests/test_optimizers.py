@@ -200,11 +200,10 @@ def test_every_optimizer_is_tested():
     assert set(REFERENCES) == set(OPTIMIZERS)
 
 
-@pytest.mark.parametrize("ratio", [1.0, 16.0])
 @pytest.mark.parametrize("kind", sorted(REFERENCES))
-def test_updates_with_a_rate_for_each_part_and_for_up(kind, ratio):
+def test_updates_with_a_rate_for_each_part_and_for_up(kind):
     """Warm-up, decay, LoRA+ and a magnitude; the gradient of `down` is 0 at first, as it is while `up` is."""
-    rates, steps = RATES[kind], 8
+    rates, steps, ratio = RATES[kind], 8, 16.0
     s = stage(optimizer=kind, learning_rate=rates, lora_plus_ratio=ratio, **SETTINGS)
     optimizer = make_optimizer(s, LORA)
     start = {"unet": adapter(0, magnitude=jnp.ones(3, jnp.float32)), "text_encoder": adapter(1)}
@@ -342,8 +341,8 @@ def test_parts_do_not_touch_each_other(kind):
 
     make = lambda parts, rates: make_optimizer(stage(optimizer=kind, learning_rate=rates, lora_plus_ratio=4.0), parts)
     optimizer, start, gradients = make(parts, rates), tree(0), [tree(i) for i in range(1, 4)]
-    donated = jax.tree.map(jnp.copy, start)
-    jax.jit(optimizer.update, donate_argnums=(1, 2))(gradients[0], optimizer.init(donated), donated)
+    addresses = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((start, optimizer.init(start)))]
+    assert len(set(addresses)) == len(addresses)  # a training step gives both away
     end, state = train(optimizer, start, gradients)
     assert jax.tree.structure(end) == jax.tree.structure(start)
     alone = {"unet": parts["unet"]}
