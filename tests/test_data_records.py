@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdjax.data.records import Record, fingerprint, scan, split
+from sdjax.data.records import Record, fingerprint, scan, split, with_masks
 from sdjax.errors import DataError
 
 
@@ -102,6 +102,66 @@ def test_malformed_metadata(tmp_path, line, message):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + line)
     with pytest.raises(DataError, match=message):
         scan(tmp_path)
+
+
+def test_folders_name_and_repeat_their_images(tmp_path):
+    """kohya's layout: 3_red cat holds pictures of a red cat, each shown three times an epoch."""
+    for name in ("3_red cat/a.png", "3_red cat/b.png", "2_/c.png", "dog/d.png", "0_none/e.png", "1_x/10_y/f.png"):
+        image(tmp_path / name)
+    (tmp_path / "3_red cat" / "b.txt").write_text("its own")
+    (tmp_path / "2_" / "c.txt").write_text("named")
+    records = scan(tmp_path, missing_caption="folder")
+    assert {record.name: (record.repeats, record.caption) for record in records} == {
+        "1_x/10_y/f.png": (10, "y"),
+        "2_/c.png": (2, "named"),
+        "3_red cat/a.png": (3, "red cat"),
+        "3_red cat/b.png": (3, "its own"),
+        "dog/d.png": (1, "dog"),
+    }
+    image(tmp_path / "g.png")
+    with pytest.raises(DataError, match=r"no caption for g.png; .*in no sub-folder"):
+        scan(tmp_path, missing_caption="folder")
+
+
+def test_repeats_by_pattern(tmp_path, caplog):
+    for name in ("cat/a.png", "cat/b.png", "dog/a.png", "5_dog/b.png", "c.png"):
+        image(tmp_path / name)
+    repeats = {"cat/b*": 0, "cat/*": 4, "*dog/*": 2, "bird/*": 9}
+    records = scan(tmp_path, caption="x", repeats=repeats)
+    assert {r.name: r.repeats for r in records} == {"cat/a.png": 4, "dog/a.png": 2, "5_dog/b.png": 2, "c.png": 1}
+    assert "data.repeats: no image in" in caplog.text
+    assert "bird/*" in caplog.text
+    assert caplog.text.count("data.repeats") == 1
+    assert scan(tmp_path, missing_caption="folder", repeats={"c.png": 0, "5_dog/*": 2})[0].repeats == 2
+    with pytest.raises(DataError, match="no images with captions"):
+        scan(tmp_path, caption="x", repeats={"*": 0})
+
+
+def test_an_image_left_out_needs_no_caption(tmp_path):
+    image(tmp_path / "a.png")
+    image(tmp_path / "b.png")
+    (tmp_path / "a.txt").write_text("an apple")
+    assert captions(scan(tmp_path, repeats={"b.png": 0})) == {"a.png": "an apple"}
+
+
+def test_masks_have_the_names_of_their_images(tmp_path):
+    for name in ("images/a.jpg", "images/sub/b.png", "masks/a.png", "masks/sub/b.webp", "masks/more.png"):
+        image(tmp_path / name)
+    records = with_masks(scan(tmp_path / "images", caption="x"), tmp_path / "masks")
+    assert [r.mask for r in records] == [tmp_path / "masks" / "a.png", tmp_path / "masks" / "sub" / "b.webp"]
+    first = fingerprint(records)
+    assert first != fingerprint(scan(tmp_path / "images", caption="x"))
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "masks" / "a.png")
+    assert fingerprint(records) != first
+    (tmp_path / "masks" / "sub" / "b.webp").unlink()
+    with pytest.raises(DataError, match=r"masks: no mask for sub/b.png; a white image"):
+        with_masks(records, tmp_path / "masks")
+    with pytest.raises(DataError, match=r"data.mask_path = .*nowhere' is not a folder"):
+        with_masks(records, tmp_path / "nowhere")
+    image(tmp_path / "out.png")
+    (tmp_path / "masks" / "sub" / "b.png").symlink_to(tmp_path / "out.png")
+    with pytest.raises(DataError, match=r"'b.png' leads out of the folder"):
+        with_masks(records, tmp_path / "masks")
 
 
 def test_nothing_to_train_on(tmp_path):

@@ -16,13 +16,17 @@ def sizes(resolution: int, *, step: int, max_aspect: float) -> tuple[Size, ...]:
 
     Of the shapes with one given side the largest; long side over short one at most `max_aspect`.
     """
-    area = resolution * resolution
     if step > resolution:
         return (Size(resolution, resolution),)
-    largest = {width: area // width // step * step for width in range(step, area // step + 1, step)}
-    # A shape that could grow either way is left out: 704x320 where 768x320 fits.
-    widest = {height: max(w for w, h in largest.items() if h == height) for height in largest.values() if height}
-    fitting = [Size(h, w) for h, w in widest.items() if max(h, w) <= max_aspect * min(h, w)]
+
+    def largest(side: int) -> int:
+        return resolution * resolution // side // step * step
+
+    # A shape that could grow either way is left out: 704x320 where 768x320 fits. No side of one that is narrow enough
+    # is above resolution * sqrt(max_aspect).
+    widths = range(step, int(resolution * math.sqrt(max_aspect)) + 1, step)
+    pairs = [Size(largest(width), width) for width in widths if largest(width)]
+    fitting = [size for size in pairs if largest(size.height) == size.width and max(size) <= max_aspect * min(size)]
     return tuple(sorted(fitting, key=_aspect)) or (Size(resolution, resolution),)
 
 
