@@ -37,6 +37,13 @@ class Lora(NamedTuple):
         return f"<lora:{self.path.stem}:{self.weight:g}>"
 
 
+class Embedding(NamedTuple):
+    """One `--embedding FILE[:TOKEN]`."""
+
+    path: Path
+    token: str | None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0, 2 usage, 3 data or weights, 4 no memory, 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
@@ -56,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     prompts = _prompts(args.prompt, args.prompts_file)
     loras = [_lora(text) for text in args.lora]
+    embeddings = [_embedding(text) for text in args.embedding]
     _check_values(args, len(prompts))
     strength = _strength(args)
     image = None if args.image is None else _read_image(args.image)
@@ -68,6 +76,8 @@ def _run(args: argparse.Namespace) -> None:
     sampling.plan(sd.schedule, args.sampler, args.steps, karras=args.karras, strength=strength)
     sd.hidden_state(args.clip_skip)
     adapters = [load_lora(lora.path, sd.params) for lora in loras]
+    for embedding in embeddings:
+        sd = sd.with_embedding(embedding.path, embedding.token)
 
     compilation_cache.enable()
     sd = dataclasses.replace(sd, params={part: pipeline.load_weights(sd, part) for part in sd.params})
@@ -132,6 +142,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--image", type=Path, metavar="FILE", help="start from this picture")
     add("--strength", type=float, metavar="S", help="how far to redraw --image: above 0, at most 1 (0.75)")
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="LoRA to merge in; may be repeated")
+    add(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE[:TOKEN]",
+        help="new words for prompts, from Textual "
+        "Inversion; TOKEN: the word to use, in place of the file's own; may be repeated",
+    )
     add("--dtype", default="float32", metavar="TYPE", help=f"one of {', '.join(_DTYPES)} (float32)")
     add("--variant", metavar="NAME", help="of the weight files, such as fp16")
     add("--batch-size", type=int, default=4, metavar="N", help="most pictures drawn at once (4)")
@@ -170,6 +188,17 @@ def _lora(text: str) -> Lora:
     if not path.exists():
         raise DataError(f"--lora {path}: no such file")
     return Lora(path, weight)
+
+
+def _embedding(text: str) -> Embedding:
+    """FILE or FILE:TOKEN; a file whose whole name is `text` wins."""
+    path, token = Path(text), None
+    head, colon, tail = text.rpartition(":")
+    if colon and not path.exists():
+        path, token = Path(head), tail
+    if not path.exists():
+        raise DataError(f"--embedding {path}: no such file")
+    return Embedding(path, token)
 
 
 def _check_values(args: argparse.Namespace, prompts: int) -> None:

@@ -90,8 +90,7 @@ class Tokenizer:
         tokenizer = CLIPTokenizer.from_pretrained(os.fspath(source), model_max_length=self.window)
         first = len(tokenizer)
         for word, vectors in self.new_words.items():
-            alone = word[0].isalnum() and word[-1].isalnum()  # not found inside a longer word
-            tokenizer.add_tokens([_added_token(name, alone) for name in _names(word, vectors)])
+            tokenizer.add_tokens([_added_token(word, name) for name in _names(word, vectors)])
         if len(tokenizer) - first != sum(self.new_words.values()):
             raise DataError(f"{source}: the tokenizer does not take the words {', '.join(self.new_words)}")
         tokenizer.save_pretrained(os.fspath(folder))
@@ -167,10 +166,13 @@ def _names(word: str, vectors: int) -> list[str]:
     return [word, *(f"{word}_{i}" for i in range(1, vectors))]
 
 
-def _added_token(name: str, alone: bool) -> Any:
+def _added_token(word: str, name: str) -> Any:
     from transformers import AddedToken
 
-    return AddedToken(name, single_word=alone)
+    alone = word[0].isalnum() and word[-1].isalnum()  # not found inside a longer word
+    # Looked for before the text is made lower case where it has capitals: otherwise diffusers, which looks the word up
+    # as it comes out, misses all vectors but the first.
+    return AddedToken(name, single_word=alone, normalized=word == word.lower())
 
 
 def _added_words(tokenizer: Any) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from PIL import Image
 
 import sdjax
 from sdjax import generate, lora
+from sdjax.formats.embedding_file import save_embedding
 from sdjax.formats.lora_file import save_lora
 
 STEPS = ("--steps", "2", "--guidance", "3")
@@ -215,3 +216,33 @@ slow = {"jax", "flax", "transformers"} & set(sys.modules)
 assert not slow, slow
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_new_words_come_from_embedding_files(tmp_path, tiny):
+    table = np.asarray(tiny.params["text_encoder"]["embeddings"]["token_embedding"]["embedding"])
+    rows = {"text_encoder": table[np.array(tiny.tokenizers["tokenizer"].words("red heart"))]}
+    save_embedding(tmp_path / "word.safetensors", "<w>", rows)
+    for flags, prompt in ((["word.safetensors"], "a <w>"), (["word.safetensors:Plana9"], "a plana9")):
+        flags = [part for flag in flags for part in ("--embedding", tmp_path / flag)]
+        out = tmp_path / prompt.split()[-1].strip("<>")
+        assert run("--prompt", prompt, *flags, *STEPS, *ONE, "--seed", 7, "--out", out) == 0
+        (file,) = out.iterdir()
+        expected = tiny.text2image("a red heart", seed=7, steps=2, guidance=3.0, progress=False)[0]
+        assert np.abs(pixels(file).astype(int) - np.asarray(expected)).max() <= 1
+        assert recorded(file).startswith(prompt)
+
+
+def test_embeddings_that_do_not_fit_are_refused_before_weights(tmp_path, no_weights, capsys):
+    save_embedding(tmp_path / "wide.safetensors", "<w>", {"text_encoder": np.zeros((1, 768), np.float32)})
+    save_embedding(tmp_path / "good.safetensors", "<w>", {"text_encoder": np.zeros((1, 128), np.float32)})
+    good = tmp_path / "good.safetensors"
+    for flags, code, fault in (
+        ([tmp_path / "wide.safetensors"], 3, "made for Stable Diffusion 1"),
+        ([tmp_path / "none.safetensors"], 3, "no such file"),
+        ([f"{good}:heart"], 2, "'heart' is a word of the vocabulary already"),
+        ([f"{good}:"], 2, "placeholder token ''"),
+        ([good, good], 2, "'<w>' clashes"),
+    ):
+        flags = [part for flag in flags for part in ("--embedding", flag)]
+        assert run("--prompt", "a", *flags, "--out", tmp_path / "out") == code
+        assert fault in capsys.readouterr().err

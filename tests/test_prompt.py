@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sdjax
-from sdjax.errors import DataError
+from sdjax.errors import ConfigError, DataError
 from sdjax.prompt import Tokenizer
 
 FOLDER = Path(sdjax.__file__).parent / "tiny" / "tokenizer"
@@ -146,3 +146,64 @@ def test_a_bad_folder_is_named(tmp_path, files, message):
     with pytest.raises(DataError, match=message) as caught:
         Tokenizer.from_folder(folder, window=77)
     assert str(folder) in str(caught.value)
+
+
+# New words.
+
+FIRST = 2263  # rows of the table
+
+
+def test_a_new_word_is_all_its_vectors_wherever_it_stands(tokenizer):
+    own = tokenizer.with_placeholders({"<w>": 2, "Cat2": 1}, first=FIRST)
+    a, heart = tokenizer.words("a"), tokenizer.words("heart")
+    assert own.words("a <w> heart") == [*a, FIRST, FIRST + 1, *heart]
+    assert own.words("a<W>heart") == [*a, FIRST, FIRST + 1, *heart]
+    assert own.words("cat2, a cat2s") == [FIRST + 2, *tokenizer.words(", a cat2s")]
+    assert tokenizer.words("<w>") and max(tokenizer.words("<w>")) < FIRST  # the first tokenizer is as it was
+    later = own.with_placeholders({"x1y": 3}, first=FIRST)
+    assert later.words("x1y <w>") == [FIRST + 3, FIRST + 4, FIRST + 5, FIRST, FIRST + 1]
+    assert later.new_words == {"<w>": 2, "Cat2": 1, "x1y": 3}
+
+
+def test_a_new_word_never_straddles_two_windows(tokenizer):
+    own = tokenizer.with_placeholders({"<w>": 4}, first=FIRST)
+    ids = own.encode(["a " * 12 + "<w> heart"])[0]
+    assert len(ids) == 2 and ids[0].max() < FIRST
+    assert ids[1, 1:5].tolist() == [FIRST, FIRST + 1, FIRST + 2, FIRST + 3]
+    with pytest.raises(ConfigError, match="15 vectors"):
+        tokenizer.with_placeholders({"<w>": 15}, first=FIRST).chunks("<w>")
+
+
+@pytest.mark.parametrize("word", ["heart", "Heart", "<w>", "<W>", "<w>_1", "<|endoftext|>", "a b", "", " ", "cat"])
+def test_words_that_are_taken_or_none_are_refused(tokenizer, word):
+    known = tokenizer.with_placeholders({"<w>": 1, "cat_3": 1}, first=FIRST)
+    with pytest.raises(ConfigError, match="placeholder token"):
+        known.with_placeholders({word: 1}, first=FIRST)
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json"])
+def test_new_words_are_kept_in_a_tokenizers_files(tmp_path, tokenizer, form):
+    source = tmp_path / "source"
+    shutil.copytree(FOLDER, source)
+    if form == "vocab.json":
+        model = json.loads((source / "tokenizer.json").read_text())["model"]
+        (source / "vocab.json").write_text(json.dumps(model["vocab"]))
+        lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        (source / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n")
+        (source / "tokenizer.json").unlink()
+    own = Tokenizer.from_folder(source, window=WINDOW)
+    own = own.with_placeholders({"<w>": 3, "Plana9": 1, "雪1x": 2}, first=FIRST)
+    assert own.save(source, tmp_path / "saved") == FIRST
+    again = Tokenizer.from_folder(tmp_path / "saved", window=WINDOW)
+    assert again.placeholders == own.placeholders and again.new_words == {}
+    for prompt in ["a <w> heart", "plana9 <W>s, plana9s", "雪1x雪 雪1x <w>_1"]:
+        np.testing.assert_array_equal(again.encode([prompt]), own.encode([prompt]))
+    if form == "vocab.json":
+        assert json.loads((tmp_path / "saved" / "added_tokens.json").read_text())["<w>_2"] == FIRST + 2
+    more = again.with_placeholders({"<x>": 1}, first=FIRST + 6)
+    assert more.words("<x><w>") == [FIRST + 6, FIRST, FIRST + 1, FIRST + 2]
+    assert more.save(tmp_path / "saved", tmp_path / "twice") == FIRST + 6
+    twice = Tokenizer.from_folder(tmp_path / "twice", window=WINDOW)
+    assert twice.words("<x><w>") == more.words("<x><w>")
+    with pytest.raises(ConfigError, match="vocabulary already"):
+        twice.with_placeholders({"<W>": 1}, first=FIRST)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sdjax.errors import ConfigError, DataError
+from sdjax.formats.embedding_file import bundle
 from sdjax.formats.lora_kohya import (
     context_width,
     is_kohya,
@@ -62,6 +63,7 @@ def save_lora(
     expected: Mapping[str, Any],
     *,
     style: str = "kohya",
+    embeddings: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     metadata: Mapping[str, str] | None = None,
     dtype: Any = np.float32,
 ) -> None:
@@ -69,7 +71,9 @@ def save_lora(
 
     expected: the parameter trees (or shapes) of the whole model: SDXL is told by `text_encoder_2`, its names in kohya's
     style by the U-Net's blocks. style: "kohya" (every program reads it) or "peft" (diffusers; the one that keeps
-    DoRA there). metadata: goes on top of what the style itself records.
+    DoRA there). embeddings: new words, by word and text model, bundled in a file of kohya's style for A1111 and ComfyUI
+    (diffusers refuses such a file; `embedding_file.load_embedding` reads them). metadata: goes on top of what the style
+    itself records.
     """
     if style not in STYLES:
         raise ConfigError(f"LoRA style {style!r}: choices are {', '.join(STYLES)}")
@@ -81,6 +85,9 @@ def save_lora(
         raise DataError(f"{path}: the LoRA adapts no layer, nothing to save")
     with np.errstate(over="ignore"):
         tensors = write_peft(adapters, dtype) if style == "peft" else write_kohya(adapters, expected, dtype)
+    if embeddings and style == "peft":
+        raise ConfigError("a LoRA in PEFT's style cannot hold embeddings: save them as files of their own")
+    tensors |= {name: rows.astype(dtype) for name, rows in bundle(embeddings or {}).items()}
     if bad := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
         raise DataError(f"{path}: NaN or Inf in the LoRA (as {np.dtype(dtype)}): {listing(bad)}")
     if style == "peft":
