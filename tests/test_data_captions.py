@@ -62,7 +62,7 @@ def test_seed_caption_and_number_alone_decide():
 
 def test_new_words_are_put_in_front_unless_one_is_there():
     assert with_words("a cat", ["<x>", "<y>"]) == "<x> <y> a cat"
-    assert with_words("a <y> cat", ["<x>", "<y>"]) == "a <y> cat"
+    assert with_words("a <Y> cat", ["<x>", "<y>"]) == "a <Y> cat"
     assert with_words("", ["<x>"]) == "<x>"
     assert with_words("a cat", []) == "a cat"
 

@@ -32,8 +32,9 @@ def tag_versions(
 
 
 def with_words(caption: str, words: Sequence[str]) -> str:
-    """The caption with new words put in front, unless it has one of them."""
-    return caption if any(word in caption for word in words) else " ".join([*words, caption]).strip()
+    """The caption with new words put in front, unless it has one of them (in capitals or not, as tokenizers see it)."""
+    there = any(word.lower() in caption.lower() for word in words)
+    return caption if there else " ".join([*words, caption]).strip()
 
 
 def from_templates(templates: Sequence[str], words: Sequence[str]) -> tuple[str, ...]:

@@ -82,7 +82,8 @@ def read_image(
 
     image = _read(path, upright)
     _check_enlargement(path, image, size)
-    return _cut(image, size, windows, Image.Resampling.LANCZOS)
+    # From whole pixels on, so that a crop at the image's own scale stays sharp.
+    return _cut(image, size, windows, Image.Resampling.LANCZOS, whole=True)
 
 
 def read_mask(
@@ -101,7 +102,7 @@ def read_mask(
         return image.convert("RGBA").getchannel("A") if alpha else _rgb(image, "black").convert("L")
 
     # Floats, since 8 bits would round the averages.
-    mask = _cut(_read(path, channel).convert("F"), size, windows, Image.Resampling.BOX)[..., None]
+    mask = _cut(_read(path, channel).convert("F"), size, windows, Image.Resampling.BOX, whole=False)[..., None]
     if not mask.any():
         raise DataError(f"{path}: the mask is all black in what is shown of the image: nothing could be learnt from it")
     return np.clip(mask / np.float32(255), 0, 1)
@@ -141,13 +142,17 @@ def _check_enlargement(path: str | Path, image: Image.Image, size: Size) -> None
         raise DataError(f"{path}: {image.width}x{image.height} is too small for {size} pixels; at least {least}")
 
 
-def _cut(image: Image.Image, size: Size, windows: Sequence[Window], resampling: Image.Resampling) -> np.ndarray:
-    """Each window at `size`: `[V, H, W]` and the channels if there are several."""
+def _cut(
+    image: Image.Image, size: Size, windows: Sequence[Window], resampling: Image.Resampling, *, whole: bool
+) -> np.ndarray:
+    """Each window at `size`: `[V, H, W]` and the channels if there are several. `whole`: from whole pixels on."""
     scale = min(image.width / size.width, image.height / size.height)
     width, height = size.width * scale, size.height * scale
     boxes = []
     for window in windows:
         left, top = (image.width - width) * window.x, (image.height - height) * window.y
+        if whole:
+            left, top = int(left), int(top)
         # Rounding must not lead out of the image.
         boxes.append((left, top, min(left + width, image.width), min(top + height, image.height)))
     return np.stack([np.asarray(image.resize((size.width, size.height), resampling, box=box)) for box in boxes])
