@@ -41,7 +41,7 @@ def batches_for(plan, examples, bucket):
 
 
 @given(PLANS, st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_every_epoch_shows_every_image_as_often_as_it_says(plan, data):
     bucket = data.draw(st.integers(0, len(plan.repeats) - 1))
     expected = np.repeat(np.arange(len(plan.repeats[bucket])), plan.repeats[bucket])
@@ -51,6 +51,7 @@ def test_every_epoch_shows_every_image_as_often_as_it_says(plan, data):
 
 
 @given(PLANS, st.integers(0, 200))
+@settings(max_examples=50, deadline=None)
 def test_buckets_take_turns_by_their_shares(plan, batches):
     """Each has had its share of the batches at any time, rounded down or up."""
     buckets = [choose(plan, n).bucket for n in range(batches)]
@@ -60,6 +61,7 @@ def test_buckets_take_turns_by_their_shares(plan, batches):
 
 
 @given(PLANS, st.integers(0, 60))
+@settings(max_examples=50, deadline=None)
 def test_every_image_is_seen_as_often_as_its_share_to_within_a_batch(plan, batches):
     for bucket, own in enumerate(plan.repeats):
         shown = np.bincount(stream(plan, batches, bucket=bucket).astype(int), minlength=len(own))
@@ -69,7 +71,7 @@ def test_every_image_is_seen_as_often_as_its_share_to_within_a_batch(plan, batch
 
 
 @given(PLANS, st.integers(1, 16), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_the_stream_does_not_depend_on_the_batch_size(plan, other_size, data):
     """So neither accumulation nor the number of devices changes what is seen when."""
     bucket = data.draw(st.integers(0, len(plan.repeats) - 1))
@@ -83,12 +85,14 @@ def test_the_stream_does_not_depend_on_the_batch_size(plan, other_size, data):
 
 
 @given(PLANS, st.integers(0, 100))
+@settings(max_examples=50, deadline=None)
 def test_a_batch_is_a_pure_function_of_its_number(plan, number):
     for a, b in zip(choose(plan, number), choose(plan, number), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @given(PLANS)
+@settings(max_examples=50, deadline=None)
 def test_flips_and_drops_only_when_asked(plan):
     choice = choose(plan, 0)
     assert (choice.crop < plan.crops).all()

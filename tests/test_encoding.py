@@ -343,7 +343,7 @@ def test_everything_at_once_resumes_to_the_bit(model, shapes):
     for i, name in enumerate("abcdef"):
         mask(masks, f"{name}.png", 100 + 30 * i)
     data = {
-        **{"path": str(shapes), "resolution": 16, "batch_size": 1, "accumulation": 2, "flip": True, "random_crops": 2},
+        **{"path": str(shapes), "resolution": 16, "batch_size": 2, "flip": True, "random_crops": 2},
         **{**BUCKETS, "repeats": {"f.png": 0}, "mask_path": str(masks), "shuffle_tags": True, "tag_dropout": 0.3},
     }
     own = micro.make_images(shapes.parent / "class", 2)

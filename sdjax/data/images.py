@@ -82,7 +82,7 @@ def read_image(
 
     image = _read(path, upright)
     _check_enlargement(path, image, size)
-    # From whole pixels on, so that a crop at the image's own scale stays sharp.
+    # Begins at a whole pixel, so that a crop at the image's own scale stays sharp.
     return _cut(image, size, windows, Image.Resampling.LANCZOS, whole=True)
 
 
@@ -145,15 +145,15 @@ def _check_enlargement(path: str | Path, image: Image.Image, size: Size) -> None
 def _cut(
     image: Image.Image, size: Size, windows: Sequence[Window], resampling: Image.Resampling, *, whole: bool
 ) -> np.ndarray:
-    """Each window at `size`: `[V, H, W]` and the channels if there are several. `whole`: from whole pixels on."""
+    """Each window at `size`: `[V, H, W]` and the channels if there are several. `whole`: begins at a whole pixel."""
     scale = min(image.width / size.width, image.height / size.height)
     width, height = size.width * scale, size.height * scale
     boxes = []
     for window in windows:
         left, top = (image.width - width) * window.x, (image.height - height) * window.y
         if whole:
-            left, top = int(left), int(top)
-        # Rounding must not lead out of the image.
+            left, top = min(round(left), image.width - width), min(round(top), image.height - height)
+        # The rounding of floats must not lead out of the image.
         boxes.append((left, top, min(left + width, image.width), min(top + height, image.height)))
     return np.stack([np.asarray(image.resize((size.width, size.height), resampling, box=box)) for box in boxes])
 
