@@ -21,6 +21,7 @@ from sdjax.formats.embedding_file import load_embedding
 from sdjax.formats.lora_file import load_lora
 from sdjax.formats.parameter_names import load_params
 from sdjax.formats.png_parameters import parameters_text
+from sdjax.formats.single_file import SUFFIXES, read_single_file, save_single_file
 from sdjax.models import clip, unet, vae
 from sdjax.models.layers import Compute, timestep_embedding
 from sdjax.prompt import Tokenizer
@@ -393,8 +394,22 @@ class StableDiffusion:
     def save(self, folder: str | os.PathLike, *, dtype: str | None = None) -> None:
         """Writes the model in diffusers' layout, new words in its tokenizers and tables.
 
-        dtype: of the weights written; default as they are.
+        folder: a path that ends in .safetensors gives one file by CompVis' names instead, as A1111 and ComfyUI keep
+        models; it holds no tokenizer, so ConfigError for new words. dtype: of the weights written; default as they are.
         """
+        if Path(folder).suffix.lower() in (".safetensors", ".sft"):
+            if words := [word for tokenizer in self.tokenizers.values() for word in tokenizer.placeholders]:
+                raise ConfigError(
+                    f"{folder}: a single file cannot hold the new words {', '.join(dict.fromkeys(words))}"
+                )
+            save_single_file(
+                folder,
+                configs=self.folder.configs,
+                params=self.params,
+                scheduler=self.folder.scheduler,
+                dtype=dtype and jnp.dtype(dtype),
+            )
+            return
         configs, params, tokenizers = dict(self.folder.configs), dict(self.params), dict(self.folder.tokenizers)
         with tempfile.TemporaryDirectory() as temporary:
             for name, rows in self.placeholders.items():
@@ -457,20 +472,37 @@ class HiddenState:
 
 
 def load(
-    source: str | os.PathLike, dtype: str = "float32", *, variant: str | None = None, platform: str | None = None
+    source: str | os.PathLike,
+    dtype: str = "float32",
+    *,
+    variant: str | None = None,
+    platform: str | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    prediction_type: str = "",
 ) -> StableDiffusion:
-    """Loads a model: "tiny" (embedded), a diffusers folder, or a hub id.
+    """Loads a model: "tiny" (embedded), a diffusers folder, a .safetensors or .ckpt file of a whole model, or a hub id.
 
     dtype: float32, bfloat16 or float16, of weights and computation (in float16 the VAE stays float32, which it needs).
     variant: of the weight files, such as "fp16". platform: "cpu", "gpu" or "tpu" to trace for another platform than
-    JAX's default. Raises DataError for files that are missing, damaged or of another kind; nothing is half loaded.
+    JAX's default. tokenizer: for a file, which holds none: the folder of a tokenizer, or of a model that has one;
+    default Stable Diffusion's own, from the hub or its cache. prediction_type: "epsilon" or "v_prediction" where the
+    model's own setting is wrong; a file of Stable Diffusion 2 does not tell.
+    Raises DataError for files that are missing, damaged or of another kind; nothing is half loaded.
     """
-    sd = outline(source, dtype, variant=variant, platform=platform)
+    sd = outline(
+        source, dtype, variant=variant, platform=platform, tokenizer=tokenizer, prediction_type=prediction_type
+    )
     return dataclasses.replace(sd, params={name: load_weights(sd, name) for name in sd.params})
 
 
 def outline(
-    source: str | os.PathLike, dtype: str = "float32", *, variant: str | None = None, platform: str | None = None
+    source: str | os.PathLike,
+    dtype: str = "float32",
+    *,
+    variant: str | None = None,
+    platform: str | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    prediction_type: str = "",
 ) -> StableDiffusion:
     """The model as `load` gives it, but with the shapes of its parameters in place of its weights: no weight is read.
 
@@ -478,8 +510,16 @@ def outline(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r}: choices are {', '.join(DTYPES)}")
-    path = Path(__file__).parent / "tiny" if source == "tiny" else source
-    folder = read_folder(path, variant=variant)
+    path = Path(__file__).parent / "tiny" if source == "tiny" else Path(source)
+    if path.suffix.lower() in SUFFIXES and not path.is_dir():
+        folder = read_single_file(path, tokenizer=tokenizer, prediction_type=prediction_type)
+    elif tokenizer is not None:
+        raise ConfigError(f"tokenizer = {str(tokenizer)!r} is for models of a single file; {source} has its own")
+    else:
+        folder = read_folder(path if source == "tiny" else source, variant=variant)
+    schedule = diffusion.altered(diffusion.NoiseSchedule.from_config(folder.scheduler), prediction_type=prediction_type)
+    if prediction_type:
+        folder = dataclasses.replace(folder, scheduler=dict(schedule.config))
     configs: dict[str, Any] = {
         "unet": unet.UNetConfig.from_dict(folder.configs["unet"]),
         "vae": vae.VAEConfig.from_dict(folder.configs["vae"]),
@@ -505,7 +545,7 @@ def outline(
         text_models={name: clip.TextModel(configs[name], compute[name]) for name in TEXT_ENCODERS if name in configs},
         params={name: abstract.get(name, clip.abstract_params)(config) for name, config in configs.items()},
         tokenizers=tokenizers,
-        schedule=diffusion.NoiseSchedule.from_config(folder.scheduler),
+        schedule=schedule,
         folder=folder,
         name=str(source),
     )

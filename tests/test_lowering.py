@@ -79,7 +79,7 @@ def test_the_sampler_step_lowers(platform, dtype):
     traced = pipeline._sampler_step.trace(
         sd.unet,
         "epsilon",
-        sd.params["unet"],
+        sd.variables("unet"),
         sampling.State(latents, shape(sampling.HISTORY, *latents.shape)),
         shape(dtype=jnp.int32),
         sampling.plan(sd.schedule, "dpmpp_2m", 20),
@@ -105,7 +105,7 @@ def test_the_train_step_lowers(platform, dtype):
     stage = Stage(
         name="style", train=("lora",), steps=10, learning_rate=1e-4, lora_parts=parts, lora_dropout=0.1, min_snr_gamma=5
     )
-    recipe = Recipe(sd, stage, make_optimizer(stage, stage.parts), HiddenState(1, final_norm=True), resolution=512)
+    recipe = Recipe(sd, stage, make_optimizer(stage, stage.parts), HiddenState(1, final_norm=True))
 
     def start():
         params = {part: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), sd.params[part]) for part in parts}

@@ -654,3 +654,21 @@ def test_bad_img2img_settings_are_named(tiny, how, message):
 def test_an_unknown_dtype_is_named():
     with pytest.raises(ConfigError, match="dtype = 'int8': choices are float32, bfloat16, float16"):
         sdjax.load("tiny", "int8")
+
+
+def test_each_picture_has_its_own_lora(tiny):
+    """One batch with three adapters, of for other models, against one merged model after the other."""
+    first, second = text_and_unet_lora(tiny), {"unet": text_and_unet_lora(tiny, seed=1)["unet"]}
+    weights = [0.5, 1.0, 1.0]
+    together = tiny.with_loras([first, second, None], weights)
+    latents = jnp.asarray(np.random.default_rng(3).normal(size=(3, 16, 16, 4)), jnp.float32)
+    prompts = ["red heart", "dog face", "cat"]
+    draw = lambda sd, prompts, latents: sd.text2image(prompts, "grey", steps=2, latents=latents, progress=False)
+    found = draw(together, prompts, latents)
+    alone = [tiny.with_lora(first, 0.5), tiny.with_lora(second), tiny]
+    for i, (sd, prompt) in enumerate(zip(alone, prompts, strict=True)):
+        expected = draw(sd, prompt, latents[i : i + 1])[0]
+        assert np.abs(np.asarray(found[i], int) - np.asarray(expected, int)).max() <= 1
+    assert np.abs(np.asarray(draw(tiny, "dog face", latents[1:2])[0], int) - np.asarray(found[1], int)).max() > 20
+    with pytest.raises(ConfigError, match="3 LoRAs for 2 pictures"):
+        draw(together, prompts[:2], latents[:2])

@@ -258,7 +258,6 @@ def _plan_stage(
         stage=stage,
         optimizer=make_optimizer(stage, stage.parts),
         hidden=model.hidden_state(config.clip_skip),
-        resolution=data.resolution,
         accumulation=data.accumulation,
         rows=tuple(row for word in stage.placeholder_tokens for row in places[word]),
     )

@@ -57,8 +57,6 @@ class Recipe(NamedTuple):
     stage: Stage
     optimizer: Optimizer
     hidden: HiddenState
-    resolution: int
-    """Side of the pictures in pixels, which SDXL is told."""
     accumulation: int = 1
     rows: tuple[int, ...] = ()
     """Where the rows being trained lie among those of all new words."""
@@ -200,7 +198,8 @@ def _draw(recipe: Recipe, batch: Batch, key: PRNGKeyArray) -> Draws:
 
     def draw(moments: Float[Array, "h w C2"], index: Int[Array, ""]) -> Draws:
         keys = jax.random.split(jax.random.fold_in(key, index), 5)
-        shape = (*moments.shape[:-1], moments.shape[-1] // 2)
+        height, width, channels = moments.shape
+        shape = (height, width, channels // 2)
         latents = vae.posterior_sample(moments, jax.random.normal(keys[0], shape, jnp.float32))
         return Draws(
             vae.scale_latents(recipe.model.vae.config, latents),
@@ -248,7 +247,8 @@ def _conditions(
         context = jnp.where(batch["empty"][:, None, None], jnp.zeros((), context.dtype), context)
         if pooled is not None:
             pooled = jnp.where(batch["empty"][:, None], jnp.zeros((), pooled.dtype), pooled)
-    return context, None if pooled is None else model.added_conditions(pooled, recipe.resolution, recipe.resolution)
+    height, width = (side * model.vae.config.factor for side in batch["moments"].shape[1:3])
+    return context, None if pooled is None else model.added_conditions(pooled, height, width)
 
 
 def _dropout_keys(keys: Key[Array, " B"], part: int, ids: Int[Array, "B n T"] | None) -> Key[Array, " N"]:
