@@ -26,8 +26,8 @@ _CLASSES = {
     "text_encoder_2": _TEXT_CLASSES,
 }
 # Latents alone, or latents with a mask and the masked image; others feed the U-Net what this library does not make.
-_INPUT_CHANNELS = (4, 9)
-_READABLE = "sdjax reads Stable Diffusion 1.x, 2.x and XL (base)"
+INPUT_CHANNELS = (4, 9)
+READABLE = "sdjax reads Stable Diffusion 1.x, 2.x and XL (base)"
 _ABSENT = ("feature_extractor", "image_encoder", "safety_checker")  # never kept; diffusers wants them named
 
 
@@ -41,9 +41,12 @@ class ModelFolder:
     scheduler: dict[str, Any]  # scheduler_config.json
     tokenizers: dict[str, Path]  # "tokenizer" and, for SDXL, "tokenizer_2" -> folder
     weights: dict[str, tuple[Path, ...]]  # model -> its file, or its shards
+    state: Mapping[str, Mapping[str, np.ndarray]] | None = None  # of a checkpoint file that holds all models
 
     def tensors(self, model: str) -> dict[str, np.ndarray]:
         """The state dict of one model, PyTorch names -> views read when touched."""
+        if self.state is not None:
+            return dict(self.state[model])
         tensors: dict[str, np.ndarray] = {}
         for file in self.weights[model]:
             part = read_tensors(file).tensors
@@ -70,9 +73,9 @@ def read_folder(source: str | os.PathLike, *, variant: str | None = None, revisi
     present = [name for name in MODELS if _class_of(index, name)]
     configs = {name: _read_json(path / name / "config.json") for name in present}
     channels = configs["unet"].get("in_channels", 4)
-    if channels not in _INPUT_CHANNELS:
+    if channels not in INPUT_CHANNELS:
         kind = f"a {index.get('_class_name')} whose U-Net takes {channels} channels"
-        raise DataError(f"{path}: {kind}; {_READABLE} with {' or '.join(map(str, _INPUT_CHANNELS))}")
+        raise DataError(f"{path}: {kind}; {READABLE} with {' or '.join(map(str, INPUT_CHANNELS))}")
     tokenizers = {name: path / name for name in _TOKENIZERS if _class_of(index, name)}
     for name, folder in tokenizers.items():
         if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
@@ -118,7 +121,7 @@ def save_folder(
         for name, folder in tokenizers.items():
             shutil.copytree(folder, building / name)
         _write_json(building / "scheduler" / "scheduler_config.json", _portable(scheduler))
-        _write_json(building / "model_index.json", _make_index(configs, tokenizers, scheduler, model_index or {}))
+        _write_json(building / "model_index.json", make_index(configs, tokenizers, scheduler, model_index or {}))
         _replace_folder(building, path)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -136,9 +139,10 @@ def _save_model(folder: Path, config: Mapping[str, Any], name: str, params: Mapp
     save_safetensors(folder / f"{_stem(name, '.safetensors')}.safetensors", tensors, {"format": "pt"}, dtype=dtype)
 
 
-def _make_index(
+def make_index(
     configs: Mapping[str, Any], tokenizers: Mapping[str, Any], scheduler: Mapping[str, Any], old: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """model_index.json of these parts; `old`: of the folder they came from, for its settings."""
     kind = "StableDiffusionXL" if "text_encoder_2" in configs else "StableDiffusion"
     kind += "InpaintPipeline" if configs["unet"].get("in_channels", 4) == 9 else "Pipeline"
     settings = {key: value for key, value in old.items() if not isinstance(value, list)}
@@ -192,7 +196,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         if (path / name).exists():
             config = _read_json(path / name)
             kind = config.get("_class_name") or (config.get("architectures") or [config.get("peft_type")])[0]
-            raise DataError(f"{path}: holds a single {kind or 'model'}, not a whole pipeline; {_READABLE}")
+            raise DataError(f"{path}: holds a single {kind or 'model'}, not a whole pipeline; {READABLE}")
     held = listing(sorted(item.name for item in path.iterdir())) or "nothing"
     raise DataError(f"{path}: no model_index.json, so not a diffusers model folder; it holds {held}")
 
@@ -200,15 +204,15 @@ def _read_index(path: Path) -> dict[str, Any]:
 def _check_kind(path: Path, index: Mapping[str, Any]) -> None:
     pipeline = index.get("_class_name", "pipeline of no name")
     if not _class_of(index, "unet"):
-        raise DataError(f"{path}: a {pipeline}, which has no U-Net; {_READABLE}")
+        raise DataError(f"{path}: a {pipeline}, which has no U-Net; {READABLE}")
     if not _class_of(index, "text_encoder") and _class_of(index, "text_encoder_2"):
-        raise DataError(f"{path}: an SDXL refiner ({pipeline} without text_encoder); {_READABLE}")
+        raise DataError(f"{path}: an SDXL refiner ({pipeline} without text_encoder); {READABLE}")
     for name in MODELS:
         own = _class_of(index, name)
         if own is None and name != "text_encoder_2":
             raise DataError(f"{path}: model_index.json names no {name}")
         if own is not None and own not in _CLASSES[name]:
-            raise DataError(f"{path}: a {pipeline} whose {name} is a {own}, not {_CLASSES[name][0]}; {_READABLE}")
+            raise DataError(f"{path}: a {pipeline} whose {name} is a {own}, not {_CLASSES[name][0]}; {READABLE}")
 
 
 def _class_of(index: Mapping[str, Any], name: str) -> str | None:
@@ -293,7 +297,7 @@ def _download(repository: str, variant: str | None, revision: str | None) -> Pat
     """The snapshot's folder in huggingface_hub's cache; a broken download goes on where it stopped."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII):
         raise DataError(f"{repository}: no such folder, and not a hub id of the form owner/name")
-    path = _snapshot(repository, _SMALL_FILES, revision)
+    path = snapshot(repository, _SMALL_FILES, revision)
     if not (path / "model_index.json").exists():
         raise DataError(f"{repository}: not a diffusers model on the hub: it has no model_index.json")
     index = _read_index(path)
@@ -304,7 +308,7 @@ def _download(repository: str, variant: str | None, revision: str | None) -> Pat
         patterns = [f"{model}/{_stem(model, suffix)}{name}{suffix}" for model in wanted]
         patterns += [f"{model}/{_stem(model, suffix)}{name}-*-of-*{suffix}" for model in wanted]
         patterns += [f"{model}/{_stem(model, suffix)}-*-of-*{name}{suffix}" for model in wanted]
-        _snapshot(repository, patterns, path.name)
+        snapshot(repository, patterns, path.name)
         wanted = [model for model in wanted if not _has_weights(path / model, suffix, name)]
         if not wanted:
             break
@@ -316,7 +320,8 @@ def _has_weights(folder: Path, suffix: str, variant: str) -> bool:
     return any(folder.glob(f"{stem}{variant}{suffix}")) or (folder / f"{stem}{suffix}.index{variant}.json").exists()
 
 
-def _snapshot(repository: str, patterns: list[str], revision: str | None) -> Path:
+def snapshot(repository: str, patterns: list[str], revision: str | None = None) -> Path:
+    """Files of a hub repository in its cache's folder, downloaded where missing; DataError says why it cannot be."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,

@@ -59,7 +59,7 @@ def load_params(
     """
     dtype = np.dtype(dtype)
     found = _canonical_names(tensors, what)
-    wanted = {_tensor_name(path): (path, leaf.shape) for path, leaf in leaves(expected)}
+    wanted = {tensor_name(path): (path, leaf.shape) for path, leaf in leaves(expected)}
     missing = [name for name in wanted if name not in found]
     extra = [key for name, key in found.items() if name not in wanted]
     views: dict[str, np.ndarray] = {}
@@ -103,7 +103,7 @@ def to_state_dict(params: Mapping[str, Any], *, prefix: str = "") -> dict[str, n
     """
     tensors = {}
     for path, leaf in leaves(params):
-        name = _tensor_name(path)
+        name = tensor_name(path)
         array = np.asarray(leaf)
         if path[-1] == "kernel":
             array = array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)  # [in, out] / HWIO -> [out, in] / OIHW
@@ -111,7 +111,8 @@ def to_state_dict(params: Mapping[str, Any], *, prefix: str = "") -> dict[str, n
     return tensors
 
 
-def _tensor_name(path: Path) -> str:
+def tensor_name(path: Path) -> str:
+    """`("conv_in", "kernel")` -> `"conv_in.weight"`."""
     return f"{module_name(path[:-1])}.{_LEAVES[path[-1]]}"
 
 
