@@ -29,7 +29,13 @@ def _generate(argv: Sequence[str]) -> int:
     return main(argv)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "generate": _generate}
+def _convert(argv: Sequence[str]) -> int:
+    from sdjax.convert import main
+
+    return main(argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "generate": _generate, "convert": _convert}
 """Imported when called: no command waits for what another one needs."""
 
 

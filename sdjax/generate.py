@@ -72,7 +72,9 @@ def _run(args: argparse.Namespace) -> None:
     from sdjax import compilation_cache, pipeline, sampling
     from sdjax.formats.lora_file import load_lora
 
-    sd = pipeline.outline(args.model, args.dtype, variant=args.variant)
+    sd = pipeline.outline(
+        args.model, args.dtype, variant=args.variant, tokenizer=args.tokenizer, prediction_type=args.prediction_type
+    )
     sampling.plan(sd.schedule, args.sampler, args.steps, karras=args.karras, strength=strength)
     sd.hidden_state(args.clip_skip)
     adapters = [load_lora(lora.path, sd.params) for lora in loras]
@@ -125,7 +127,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sdjax generate", description="Draw pictures from prompts.", allow_abbrev=False)
     add = parser.add_argument
-    add("--model", required=True, help='"tiny" (embedded), a diffusers folder, or a hub id')
+    add("--model", required=True, help='"tiny" (embedded), a diffusers folder, a model file, or a hub id')
     add("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be repeated")
     add("--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line, UTF-8")
     add("--negative-prompt", default="", metavar="TEXT", help="what not to draw")
@@ -152,6 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--dtype", default="float32", metavar="TYPE", help=f"one of {', '.join(_DTYPES)} (float32)")
     add("--variant", metavar="NAME", help="of the weight files, such as fp16")
+    add("--tokenizer", metavar="DIR", help="folder of the tokenizer, for a model of a single file (the hub's)")
+    add("--prediction-type", default="", metavar="NAME", help="epsilon or v_prediction, where the model's own is wrong")
     add("--batch-size", type=int, default=4, metavar="N", help="most pictures drawn at once (4)")
     add("--out", type=Path, default=Path("outputs"), metavar="DIR", help="folder for the pictures (outputs)")
     add("--debug", action="store_true", help="show tracebacks of errors")

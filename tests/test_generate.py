@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -246,3 +247,16 @@ def test_embeddings_that_do_not_fit_are_refused_before_weights(tmp_path, no_weig
         flags = [part for flag in flags for part in ("--embedding", flag)]
         assert run("--prompt", "a", *flags, "--out", tmp_path / "out") == code
         assert fault in capsys.readouterr().err
+
+
+def test_a_model_of_a_single_file(tmp_path, tiny, capsys):
+    folder = Path(sdjax.__file__).parent / "tiny"
+    model = str(tmp_path / "model.safetensors")
+    tiny.save(model)
+    for flags, fault in (((), "give its tokenizer's folder"), (("--prediction-type", "v"), "choices are epsilon")):
+        assert run("--prompt", "a", *flags, "--out", tmp_path / "x", model=model) in (2, 3)
+        assert fault in capsys.readouterr().err
+    assert run("--prompt", "pizza", *STEPS, *ONE, "--tokenizer", folder, "--out", tmp_path / "out", model=model) == 0
+    (file,) = (tmp_path / "out").iterdir()
+    expected = tiny.text2image("pizza", seed=0, steps=2, guidance=3.0, progress=False)[0]
+    np.testing.assert_array_equal(pixels(file), np.asarray(expected))

@@ -28,10 +28,11 @@ _FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL'
 _BUNDLE = "bundle_emb."
 
 
-def load_embedding(path: str | os.PathLike, widths: Mapping[str, int]) -> dict[str, Rows]:
+def load_embedding(path: str | os.PathLike, widths: Mapping[str, int] | None = None) -> dict[str, Rows]:
     """An embedding file of any kind -> word -> text model -> rows [n, D] in float32.
 
-    widths: of the model's text models, by name; they tell which of them a tensor belongs to. The word is what the file
+    widths: of the model's text models, by name; they tell which of them a tensor belongs to. None: whatever width, the
+    first text model unless the file says otherwise. The word is what the file
     calls it, else the file's own name; it never holds a path.
     Raises DataError for another model's embedding, a file without one, wrong shapes, NaN and Inf.
     """
@@ -162,12 +163,15 @@ def _read_bundle(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.nd
     return found
 
 
-def _assign(tensors: Mapping[str, np.ndarray], widths: Mapping[str, int], word: str) -> Rows:
+def _assign(tensors: Mapping[str, np.ndarray], widths: Mapping[str, int] | None, word: str) -> Rows:
     names = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
     rows = {}
     for key, tensor in tensors.items():
         tensor = _to_float32(tensor, word)
         width = tensor.shape[1]
+        if widths is None:
+            rows[names.get(key, "text_encoder")] = tensor
+            continue
         model = names.get(key) or next((name for name, own in widths.items() if own == width), None)
         if model is None or widths.get(model) != width:
             kind = "SDXL" if key else _FAMILIES.get(width, "another model")
