@@ -260,7 +260,7 @@ def test_out_of_memory_gives_advice(settings, monkeypatch):
     def exhausted(*arguments):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte")
 
-    monkeypatch.setattr("sdjax.train.stages.load_weights", exhausted)
+    monkeypatch.setattr("sdjax.train.made.load_weights", exhausted)
     with pytest.raises(TrainingStopped, match=r"batch_size.*accumulation.*remat"):
         train(settings(data={"cache": ""}))
 
