@@ -36,11 +36,10 @@ UNET = {
 LINEAR = {"use_linear_projection": True, "attention_head_dim": [1, 1]}
 KINDS = {
     "sd1": {"attention_head_dim": 8},
-    "inpaint": {"attention_head_dim": 8, "in_channels": 9},
     "sd2": LINEAR,
     "sdxl": {**LINEAR, "transformer_layers_per_block": [2, 1]},
 }
-FAMILY = {"sd1": SD1, "inpaint": SD1, "sd2": SD2, "sdxl": SDXL}
+SD1_ALONE = pytest.mark.parametrize("kind", ["sd1"], indirect=True)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -95,12 +94,11 @@ def same(one, two):
     return jax.tree.all(jax.tree.map(np.array_equal, one, two))
 
 
-def test_what_we_write_we_read(model, kind, written, tmp_path):
+def test_what_we_write_we_read(model, written, tmp_path):
     read = sdjax.load(written, tokenizer=model.folder.path)
     assert same(read.params, model.params)
     assert (read.folder.configs, read.folder.scheduler) == (model.folder.configs, model.folder.scheduler)
-    assert ("Inpaint" in read.folder.model_index["_class_name"]) == (kind == "inpaint")
-    assert ("XL" in read.folder.model_index["_class_name"]) == (kind == "sdxl")
+    assert read.folder.model_index["_class_name"] == model.folder.model_index["_class_name"]
     read.save(tmp_path / "folder")
     again = sdjax.load(tmp_path / "folder")
     assert same(again.params, model.params)
@@ -140,6 +138,7 @@ def test_the_names_are_the_fields(written, kind):
     assert all(tensor.dtype == np.float32 for tensor in tensors.values())
 
 
+@SD1_ALONE
 def test_half_precision(model, tmp_path):
     model.save(tmp_path / "half.safetensors", dtype="float16")
     tensors, _ = read_safetensors(tmp_path / "half.safetensors")
@@ -190,13 +189,12 @@ def test_diffusers_reads_the_same_weights(model, kind, written):
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"], indirect=True)  # SD2's spare block has a number they do not know
 def test_diffusers_makes_a_pipeline_of_it(model, kind, written):
     import torch
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
-    if kind in ("inpaint", "sd2"):  # another pipeline; a spare text block of a number they do not know
-        return
     made = {"sd1": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[kind].from_single_file(
         str(written), config=str(model.folder.path), local_files_only=True
     )
@@ -211,7 +209,7 @@ def test_diffusers_makes_a_pipeline_of_it(model, kind, written):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("step", [875000, 140000])
+@pytest.mark.parametrize(("kind", "step"), [("sd1", 0), ("sd2", 875000), ("sd2", 140000)], indirect=["kind"])
 def test_pickles_nest_their_tensors_and_tell_the_step(model, kind, foreign, tmp_path, step):
     import torch
 
@@ -373,6 +371,7 @@ def test_other_files_are_named(tmp_path, keys, kind):
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
+@SD1_ALONE
 def test_parts_that_are_missing_or_odd_are_named(model, foreign, tmp_path):
     tensors, _ = read_safetensors(foreign)
     path = tmp_path / "a.safetensors"
@@ -393,6 +392,7 @@ def test_parts_that_are_missing_or_odd_are_named(model, foreign, tmp_path):
     )
 
 
+@SD1_ALONE
 def test_the_other_vae_prefix(model, foreign, tmp_path):
     tensors, _ = read_safetensors(foreign)
     save_safetensors(
@@ -402,13 +402,25 @@ def test_the_other_vae_prefix(model, foreign, tmp_path):
     assert same(pipeline.load_weights(read, "vae"), model.params["vae"])
 
 
-def test_eight_channels_and_damaged_configs_are_refused(tmp_path, model, written, foreign):
-    tensors, metadata = read_safetensors(foreign)
+@SD1_ALONE
+def test_the_channels_tell_inpainting(model, foreign, tmp_path):
+    tensors, _ = read_safetensors(foreign)
     key = "model.diffusion_model.input_blocks.0.0.weight"
     path = tmp_path / "a.safetensors"
-    save_safetensors(path, {**tensors, key: np.zeros((32, 8, 3, 3), np.float32)})
+    for channels in (9, 8):
+        save_safetensors(path, {**tensors, key: np.zeros((32, channels, 3, 3), np.float32)})
+        if channels == 9:
+            read = pipeline.outline(path, tokenizer=model.folder.path)
+            assert read.unet.config.in_channels == 9 and read.schedule.prediction_type == "epsilon"
+            assert read.folder.model_index["_class_name"] == "StableDiffusionInpaintPipeline"
     with pytest.raises(DataError, match="takes 8 channels"):
         sdjax.load(path, tokenizer=model.folder.path)
+
+
+@SD1_ALONE
+def test_damaged_configs_are_refused(model, foreign, tmp_path):
+    tensors, metadata = read_safetensors(foreign)
+    path = tmp_path / "a.safetensors"
     for damaged in ("{", "[]", '{"configs": {}, "scheduler": {}}'):
         save_safetensors(path, tensors, {**metadata, "sdjax.configs": damaged})
         with pytest.raises(DataError, match="configs is damaged"):
@@ -451,6 +463,7 @@ def test_velocity_and_zero_snr_survive(model, kind, tmp_path):
     assert read.scheduler == folder.scheduler
 
 
+@SD1_ALONE
 def test_settings_that_do_not_go_together(model, written, tmp_path):
     with pytest.raises(ConfigError, match="never as a pickle"):
         single_file.save_single_file(
