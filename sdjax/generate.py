@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace) -> None:
     image = None if args.image is None else _read_image(args.image)
     out = _writable_folder(args.out)
 
-    from sdjax import compilation_cache, pipeline, sampling
+    from sdjax import compilation_cache, host_memory, pipeline, sampling
     from sdjax.formats.lora_file import load_lora
 
     sd = pipeline.outline(
@@ -82,6 +82,7 @@ def _run(args: argparse.Namespace) -> None:
         sd = sd.with_embedding(embedding.path, embedding.token)
 
     compilation_cache.enable()
+    host_memory.keep()
     sd = dataclasses.replace(sd, params={part: pipeline.load_weights(sd, part) for part in sd.params})
     for lora, adapter in zip(loras, adapters, strict=True):
         sd = sd.with_lora(adapter, lora.weight)

@@ -257,7 +257,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(settings):
 
 
 def test_out_of_memory_gives_advice(settings, monkeypatch):
-    def exhausted(*arguments):
+    def exhausted(*arguments, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte")
 
     monkeypatch.setattr("sdjax.train.made.load_weights", exhausted)

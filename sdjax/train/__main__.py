@@ -23,12 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # JAX is imported only now, so that --help and a mistyped flag answer at once.
         from tqdm.contrib.logging import logging_redirect_tqdm
 
-        from sdjax import compilation_cache
+        from sdjax import compilation_cache, host_memory
         from sdjax.train.loop import train
 
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         logging.getLogger("sdjax").setLevel(logging.INFO)
         compilation_cache.enable()
+        host_memory.keep()
         with logging_redirect_tqdm():
             return train(arguments.config, resume=arguments.resume, resume_step=arguments.resume_step)
     except (SdjaxError, OSError) as error:  # OSError: a full disk, a drive that went away

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sdjax import lora
+from sdjax import host_memory, lora
 from sdjax.models.layers import Compute
 from sdjax.models.unet import UNet, UNetConfig, abstract_params
 from sdjax.train.parallel import memory_first
@@ -123,6 +123,7 @@ def main():
         jax.config.update("jax_compilation_cache_dir", args.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+    host_memory.keep()  # as the commands do
     step, state, params = build(args)
     start = time.perf_counter()
     lowered = step.lower(state, params)
