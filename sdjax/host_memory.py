@@ -7,17 +7,22 @@ system as they are freed, so that every training step begins with a page fault f
 import ctypes
 import sys
 
-# From glibc's malloc.h. One arena: freed memory of one thread serves the next.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+# Options of mallopt, from glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def keep() -> None:
-    """Tell glibc to keep what is freed, if JAX computes on the CPU; elsewhere nothing is changed."""
+    """Tell glibc to keep what is freed, if JAX computes on the CPU; elsewhere nothing is kept.
+
+    To be called before anything asks JAX for its devices: a thread of XLA that has begun with an arena of its own, whose
+    blocks are limited, stays with it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:  # another libc
+        return
+    mallopt(_ARENA_MAX, 1)
     import jax
 
-    if sys.platform != "linux" or jax.default_backend() != "cpu":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # another libc
-        for option, value in ((_TRIM_THRESHOLD, 2**31 - 1), (_MMAP_THRESHOLD, 2**30), (_ARENA_MAX, 1)):
-            mallopt(ctypes.c_int(option), ctypes.c_int(value))
+    if jax.default_backend() == "cpu":
+        mallopt(_TRIM_THRESHOLD, -1)  # never
+        mallopt(_MMAP_MAX, 0)  # no block outside the heap, as those are returned when they are freed
