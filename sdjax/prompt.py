@@ -1,19 +1,33 @@
-"""Prompts to token ids: CLIP's tokenizer, and prompts longer than the model's window in chunks."""
+"""Prompts to token ids: CLIP's tokenizer, and prompts longer than the model's window in chunks.
+
+A prompt is a text, or sections of weighted spans (see `prompt_syntax.emphasis`), each of which begins a new window.
+"""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from sdjax.errors import ConfigError, DataError
+from sdjax.prompt_syntax import Sections, Span
+
+COMMA_BACKTRACK = 20  # tokens that may follow a comma into the next window, as in A1111
+
+
+class _Piece(NamedTuple):
+    """Ids that must not be divided, and their weight: a token, or all vectors of a new word."""
+
+    ids: tuple[int, ...]
+    weight: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,19 +119,19 @@ class Tokenizer:
         """The prompt's ids without begin and end, however long."""
         return [number for piece in self._pieces(prompt) for number in piece]
 
-    def chunks(self, prompt: str) -> int:
+    def chunks(self, prompt: str | Sections) -> int:
         """Windows the prompt takes: 1 up to window - 2 tokens."""
         return len(self._packed(prompt))
 
-    def _pieces(self, prompt: str) -> list[list[int]]:
+    def _pieces(self, prompt: str) -> list[tuple[int, ...]]:
         """The prompt's ids in pieces that must not be divided: a token each, or all vectors of a new word."""
         plain = lambda text: [
-            [number]
+            (number,)
             for number in self.vocabulary(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
         ]
         if not self.placeholders:
             return plain(prompt)
-        by_name = {word.lower(): list(ids) for word, ids in self.placeholders.items()}
+        by_name = {word.lower(): ids for word, ids in self.placeholders.items()}
         # A word that begins or ends with a letter is not found inside a longer one; the longest of several counts.
         bounded = lambda word: (
             (r"(?<!\w)" if word[0].isalnum() else "") + re.escape(word) + (r"(?!\w)" if word[-1].isalnum() else "")
@@ -129,32 +143,71 @@ class Tokenizer:
             pieces += [by_name[part.lower()]] if part.lower() in by_name else plain(part) if part.strip() else []
         return pieces
 
-    def _packed(self, prompt: str) -> list[list[int]]:
-        """The ids of each window."""
+    def _packed(self, prompt: str | Sections) -> list[list[_Piece]]:
+        """The pieces in each window."""
+        sections = [[Span(prompt, 1.0)]] if isinstance(prompt, str) else prompt
+        windows: list[list[_Piece]] = []
+        for section in sections:
+            windows += self._windows(_Piece(ids, weight) for text, weight in section for ids in self._pieces(text))
+        # A BREAK at the very end begins no window of its own.
+        return windows if windows[-1] or len(windows) == 1 else windows[:-1]
+
+    def _windows(self, pieces: Iterable[_Piece]) -> list[list[_Piece]]:
+        """The windows of one section.
+
+        What follows the last comma of a full window goes to the next one with it, unless it is longer than
+        COMMA_BACKTRACK. As in A1111, a comma that begins a window because it did not fit into the last is none of
+        these, nor does a new word's vectors not fitting make anything go with them.
+        """
         room = self.window - 2
-        windows: list[list[int]] = [[]]
-        for piece in self._pieces(prompt):
-            if len(piece) > room:
-                raise ConfigError(f"a word of {len(piece)} vectors does not fit into a window of {room} tokens")
-            if len(windows[-1]) + len(piece) > room:
+        windows: list[list[_Piece]] = [[]]
+        filled, comma = 0, None  # tokens in the last window; those up to its last comma, and the pieces
+        for piece in pieces:
+            if len(piece.ids) > room:
+                raise ConfigError(f"a word of {len(piece.ids)} vectors does not fit into a window of {room} tokens")
+            is_comma = piece.ids == (self._comma,)
+            if filled == room and comma and not is_comma and filled - comma[0] < COMMA_BACKTRACK:
+                windows[-1], follow = windows[-1][: comma[1]], windows[-1][comma[1] :]
+                windows.append(follow)
+                filled, comma = filled - comma[0], None
+            if filled + len(piece.ids) > room:
                 windows.append([])
-            windows[-1] += piece
+                filled, comma, is_comma = 0, None, False
+            windows[-1].append(piece)
+            filled += len(piece.ids)
+            if is_comma:
+                comma = filled, len(windows[-1])
         return windows
 
-    def encode(self, prompts: Sequence[str], *, chunks: int | None = None) -> Int[np.ndarray, "B chunks window"]:
+    @functools.cached_property
+    def _comma(self) -> int | None:
+        return self.vocabulary.get_vocab().get(",</w>")
+
+    def encode(
+        self, prompts: Sequence[str | Sections], *, chunks: int | None = None
+    ) -> Int[np.ndarray, "B chunks window"]:
         """Ids of every prompt, in as many windows as the longest takes (or `chunks`, cutting what is over).
 
         Each window holds a begin token, up to window - 2 tokens, an end token, and padding. Nothing is cut unless
         `chunks` asks for it.
         """
+        return self.encode_weighted(prompts, chunks=chunks)[0]
+
+    def encode_weighted(
+        self, prompts: Sequence[str | Sections], *, chunks: int | None = None
+    ) -> tuple[Int[np.ndarray, "B chunks window"], Float[np.ndarray, "B chunks window"]]:
+        """Ids as of `encode`, and each token's weight: 1 for all that is not a prompt's own."""
         packed = [self._packed(prompt) for prompt in prompts]
         count = chunks or max([1, *map(len, packed)])
         out = np.full((len(packed), count, self.window), self.pad, np.int32)
-        for row, windows in zip(out, packed, strict=True):
-            row[:, :2] = self.begin, self.end
-            for chunk, ids in zip(row, windows, strict=False):
-                chunk[: len(ids) + 2] = [self.begin, *ids, self.end]
-        return out
+        weights = np.ones(out.shape, np.float32)
+        for b, windows in enumerate(packed):
+            out[b, :, :2] = self.begin, self.end
+            for n, pieces in enumerate(windows[:count]):
+                ids = [number for piece in pieces for number in piece.ids]
+                out[b, n, : len(ids) + 2] = [self.begin, *ids, self.end]
+                weights[b, n, 1 : len(ids) + 1] = [piece.weight for piece in pieces for _ in piece.ids]
+        return out, weights
 
 
 def _stem(name: str) -> str:

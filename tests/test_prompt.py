@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import sdjax
 from sdjax.errors import ConfigError, DataError
 from sdjax.prompt import Tokenizer
+from sdjax.prompt_syntax import emphasis
 
 FOLDER = Path(sdjax.__file__).parent / "tiny" / "tokenizer"
 WINDOW = 16
@@ -79,7 +80,10 @@ def test_nothing_is_cut(prompts):
     prompts = [" ".join(words) for words in prompts]
     ids = tokenizer.encode(prompts)
     longest = max(len(tokenizer.words(prompt)) for prompt in prompts)
-    assert ids.shape == (len(prompts), max(1, -(-longest // (WINDOW - 2))), WINDOW)
+    fewest = max(1, -(-longest // (WINDOW - 2)))
+    assert ids.shape[::2] == (len(prompts), WINDOW) and fewest <= ids.shape[1] <= 2 * fewest
+    if not any("," in prompt for prompt in prompts):
+        assert ids.shape[1] == fewest
     assert ids.shape[1] == max(tokenizer.chunks(prompt) for prompt in prompts)
     for prompt, row in zip(prompts, ids, strict=True):
         assert unwrapped(row) == tokenizer.words(prompt)
@@ -128,6 +132,52 @@ def test_the_model_draws_with_every_window():
     np.testing.assert_allclose(sd.encode_text("a " * 14)[0], first[:WINDOW], atol=1e-5)
 
 
+# Where a window ends.
+
+
+def lengths(tokenizer, prompt):
+    """Tokens in each window."""
+    return [int(np.argmax(row == END)) - 1 for row in tokenizer.encode([prompt])[0]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a " * 10 + ", " + "a " * 5, [11, 5]),
+        ("a " * 10 + ", " + "a " * 3, [14]),  # nothing is divided
+        (", " + "a " * 17, [1, 14, 3]),
+        ("a " * 13 + ", a", [14, 1]),
+        ("a " * 14 + ", " + "a " * 15, [14, 14, 2]),  # a comma that begins a window does not count
+        ("a , " * 10, [14, 6]),
+        ("a " * 10 + ", " + "a " * 3 + ", a", [14, 2]),
+    ],
+)
+def test_the_text_after_a_windows_last_comma_goes_to_the_next(tokenizer, prompt, expected):
+    assert lengths(tokenizer, prompt) == expected
+    assert unwrapped(tokenizer.encode([prompt])[0]) == tokenizer.words(prompt)
+
+
+def test_a_comma_too_far_back_is_none():
+    wide = Tokenizer.from_folder(FOLDER, window=77)
+    assert lengths(wide, "a " * 55 + ", " + "a " * 20) == [56, 20]
+    assert lengths(wide, "a " * 54 + ", " + "a " * 21) == [75, 1]
+
+
+def test_breaks_and_weights(tokenizer):
+    sections = emphasis("a (heart:1.5) BREAK BREAK " + "a " * 15 + "[taco] BREAK")
+    assert tokenizer.chunks(sections) == 4
+    ids, weights = tokenizer.encode_weighted([sections, "taco"])
+    np.testing.assert_array_equal(ids[0], tokenizer.encode(["a heart", "", "a " * 14, "a taco"])[:, 0])
+    assert weights.dtype == np.float32 and weights.shape == ids.shape
+    heart = len(tokenizer.words("heart"))
+    np.testing.assert_allclose(weights[0, 0], [1, 1] + [1.5] * heart + [1] * (WINDOW - heart - 2))
+    assert (weights[0, 1:3] == 1).all() and (weights[1] == 1).all()
+    assert weights[0, 3, 2] == np.float32(1 / 1.1)
+    assert tokenizer.chunks(emphasis("")) == tokenizer.chunks(emphasis("BREAK")) == 1
+    cut, _ = tokenizer.encode_weighted([sections], chunks=2)
+    np.testing.assert_array_equal(cut[0], ids[0, :2])
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -170,6 +220,12 @@ def test_a_new_word_never_straddles_two_windows(tokenizer):
     ids = own.encode(["a " * 12 + "<w> heart"])[0]
     assert len(ids) == 2 and ids[0].max() < FIRST
     assert ids[1, 1:5].tolist() == [FIRST, FIRST + 1, FIRST + 2, FIRST + 3]
+    ids, weights = own.encode_weighted([emphasis("a " * 9 + ", " + "a " * 4 + "(<w>:2)")])
+    assert (ids[0] >= FIRST).sum(1).tolist() == [0, 4] and lengths(own, "a " * 9 + ", " + "a " * 4 + "<w>") == [10, 8]
+    assert (weights[0, 1, 5:9] == 2).all() and weights[0].sum() == 2 * WINDOW + 4
+    # Only a full window gives up what follows its comma; and what it gives up may not fit beside the word either.
+    assert lengths(own, "a " * 9 + ", a a <w>") == [12, 4]
+    assert lengths(own, "a , " + "a " * 12 + "<w>") == [2, 12, 4]
     with pytest.raises(ConfigError, match="15 vectors"):
         tokenizer.with_placeholders({"<w>": 15}, first=FIRST).chunks("<w>")
 
