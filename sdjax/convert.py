@@ -4,13 +4,12 @@ A leaf: nothing imports it. JAX is imported only once the command line has been 
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from sdjax.errors import ConfigError, DataError, SdjaxError
+from sdjax import command
+from sdjax.errors import ConfigError, DataError
 
 _DTYPES = ("float32", "float16", "bfloat16")
 _TARGETS = ("attention", "attention+ff", "transformer", "linear", "conv")
@@ -24,36 +23,19 @@ _EPILOG = """forms:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 0, 2 usage, 3 data or weights, 130 Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        args = _parser().parse_args(argv)
-        _check(args)
-        for path in FORMS[args.to](args):
-            print(path)
-    except SdjaxError as error:
-        if "--debug" in argv:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        if "--debug" in argv:
-            raise
-        print(f"error: {error.filename or args.dst}: {error.strerror or error}", file=sys.stderr)
-        return DataError.exit_code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    """Runs the command and returns its exit code, as of `command.run`."""
+    return command.run(_run, argv)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; `{self.prog} --help` lists the flags")
+def _run(argv: Sequence[str]) -> None:
+    args = _parser().parse_args(argv)
+    _check(args)
+    for path in FORMS[args.to](args):
+        print(path)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> command.Parser:
+    parser = command.Parser(
         prog="sdjax convert",
         description="Convert models, LoRAs and embeddings.",
         epilog=_EPILOG,
@@ -112,15 +94,14 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _model(args: argparse.Namespace) -> list[Path]:
-    from sdjax.pipeline import load_weights, outline
+    from sdjax.loading import outline, with_weights
 
     tokenizer = args.tokenizer if Path(args.src).is_file() else None
     sd = outline(args.src, tokenizer=tokenizer, prediction_type=args.prediction_type)
     own = str(next(iter(sd.folder.tensors("unet").values())).dtype)
     dtype = args.dtype or (own if own in _DTYPES else "float32")
     args.dst.parent.mkdir(parents=True, exist_ok=True)
-    sd = dataclasses.replace(sd, params={part: load_weights(sd, part, dtype=dtype) for part in sd.params})
-    sd.save(args.dst, dtype=dtype)
+    with_weights(sd, dtype=dtype).save(args.dst, dtype=dtype)
     return [args.dst]
 
 
@@ -129,7 +110,7 @@ def _lora(args: argparse.Namespace) -> list[Path]:
 
     from sdjax import lora
     from sdjax.formats.lora_file import load_lora, save_lora
-    from sdjax.pipeline import load_weights, outline
+    from sdjax.loading import load_weights, outline
 
     source = lambda name: outline(name, tokenizer=args.tokenizer if Path(name).is_file() else None)
     base = source(args.base or args.model)

@@ -6,7 +6,6 @@ answer at once.
 
 import argparse
 import contextlib
-import dataclasses
 import math
 import os
 import re
@@ -14,11 +13,12 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
 
-from sdjax.errors import ConfigError, DataError, SdjaxError, TrainingStopped
+from sdjax import command
+from sdjax.errors import ConfigError, DataError, TrainingStopped
 from sdjax.formats.png_parameters import SAMPLER_NAMES, save_png
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -45,22 +45,12 @@ class Embedding(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 0, 2 usage, 3 data or weights, 4 no memory, 130 Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        _run(_parser().parse_args(argv))
-    except SdjaxError as error:
-        if "--debug" in argv:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    """Runs the command and returns its exit code, as of `command.run`."""
+    return command.run(_run, argv)
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(argv: Sequence[str]) -> None:
+    args = _parser().parse_args(argv)
     prompts = _prompts(args.prompt, args.prompts_file)
     loras = [_lora(text) for text in args.lora]
     embeddings = [_embedding(text) for text in args.embedding]
@@ -69,10 +59,10 @@ def _run(args: argparse.Namespace) -> None:
     image = None if args.image is None else _read_image(args.image)
     out = _writable_folder(args.out)
 
-    from sdjax import compilation_cache, host_memory, pipeline, sampling
+    from sdjax import compilation_cache, host_memory, loading, sampling
     from sdjax.formats.lora_file import load_lora
 
-    sd = pipeline.outline(
+    sd = loading.outline(
         args.model, args.dtype, variant=args.variant, tokenizer=args.tokenizer, prediction_type=args.prediction_type
     )
     sampling.plan(sd.schedule, args.sampler, args.steps, karras=args.karras, strength=strength)
@@ -83,7 +73,7 @@ def _run(args: argparse.Namespace) -> None:
 
     compilation_cache.enable()
     host_memory.keep()
-    sd = dataclasses.replace(sd, params={part: pipeline.load_weights(sd, part) for part in sd.params})
+    sd = loading.with_weights(sd)
     for lora, adapter in zip(loras, adapters, strict=True):
         sd = sd.with_lora(adapter, lora.weight)
     settings: dict[str, Any] = {
@@ -120,13 +110,8 @@ def _run(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; `{self.prog} --help` lists the flags")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="sdjax generate", description="Draw pictures from prompts.", allow_abbrev=False)
+def _parser() -> command.Parser:
+    parser = command.Parser(prog="sdjax generate", description="Draw pictures from prompts.", allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, help='"tiny" (embedded), a diffusers folder, a model file, or a hub id')
     add("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be repeated")

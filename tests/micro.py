@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sdjax import pipeline
+from sdjax import loading
 from sdjax.config import RunConfig
 from sdjax.config_file import from_table
 from sdjax.formats.diffusers_folder import save_folder
@@ -49,7 +49,7 @@ TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num
 
 def make_model(folder: Path, *, sdxl: bool = False) -> Path:
     """A model folder for 16 x 16 pictures: tiny's tokenizer and schedule, random weights."""
-    tiny = pipeline.outline("tiny")
+    tiny = loading.outline("tiny")
     text = {**tiny.folder.configs["text_encoder"], **TEXT}
     configs = {"unet": dict(UNET), "vae": dict(VAE), "text_encoder": text}
     index = dict(tiny.folder.model_index)

@@ -18,7 +18,7 @@ from sdjax import textual_inversion
 from sdjax.data.dataset import make_batch
 from sdjax.data.images import Size, Window, read_image, to_float
 from sdjax.errors import DataError
-from sdjax.pipeline import load_weights
+from sdjax.loading import load_weights
 from sdjax.train import loop, stages
 from sdjax.train.encoding import class_images, encode
 from sdjax.train.made import NOTHING

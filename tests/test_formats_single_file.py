@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sdjax
-from sdjax import pipeline
+from sdjax import loading
 from sdjax.diffusion import NoiseSchedule
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats import single_file
@@ -217,8 +217,8 @@ def test_pickles_nest_their_tensors_and_tell_the_step(model, kind, foreign, tmp_
     nested = {key: torch.from_numpy(tensor.copy()) for key, tensor in tensors.items()}
     nested = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in nested.items()}
     torch.save({"state_dict": nested, "global_step": step, "epoch": 3}, tmp_path / "model.ckpt")
-    read = pipeline.outline(tmp_path / "model.ckpt", tokenizer=model.folder.path)
-    own = pipeline.load_weights(read, "unet")
+    read = loading.outline(tmp_path / "model.ckpt", tokenizer=model.folder.path)
+    own = loading.load_weights(read, "unet")
     assert same(
         own, jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float16).astype(np.float32), model.params["unet"])
     )
@@ -398,8 +398,8 @@ def test_the_other_vae_prefix(model, foreign, tmp_path):
     save_safetensors(
         tmp_path / "a.safetensors", {k.replace("first_stage_model.", "vae."): t for k, t in tensors.items()}
     )
-    read = pipeline.outline(tmp_path / "a.safetensors", tokenizer=model.folder.path)
-    assert same(pipeline.load_weights(read, "vae"), model.params["vae"])
+    read = loading.outline(tmp_path / "a.safetensors", tokenizer=model.folder.path)
+    assert same(loading.load_weights(read, "vae"), model.params["vae"])
 
 
 @SD1_ALONE
@@ -410,7 +410,7 @@ def test_the_channels_tell_inpainting(model, foreign, tmp_path):
     for channels in (9, 8):
         save_safetensors(path, {**tensors, key: np.zeros((32, channels, 3, 3), np.float32)})
         if channels == 9:
-            read = pipeline.outline(path, tokenizer=model.folder.path)
+            read = loading.outline(path, tokenizer=model.folder.path)
             assert read.unet.config.in_channels == 9 and read.schedule.prediction_type == "epsilon"
             assert read.folder.model_index["_class_name"] == "StableDiffusionInpaintPipeline"
     with pytest.raises(DataError, match="takes 8 channels"):

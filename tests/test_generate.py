@@ -23,17 +23,12 @@ def no_cache(monkeypatch):
     monkeypatch.setattr("sdjax.compilation_cache.enable", lambda: None)
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return sdjax.load("tiny")
-
-
 @pytest.fixture
 def no_weights(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("sdjax.pipeline.load_weights", fail)
+    monkeypatch.setattr("sdjax.loading.load_weights", fail)
 
 
 def run(*flags, model="tiny"):

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sdjax import lora, pipeline, sampling
+from sdjax import drawing, lora, pipeline, sampling, text_encoding
 from sdjax.config import Stage
 from sdjax.diffusion import NoiseSchedule
 from sdjax.models import clip, unet, vae
 from sdjax.models.layers import Compute
-from sdjax.pipeline import HiddenState, StableDiffusion
+from sdjax.pipeline import StableDiffusion
+from sdjax.text_encoding import HiddenState
 from sdjax.train.optimizers import make_optimizer
 from sdjax.train.step import Recipe, init_state, make_train_step
 
@@ -76,7 +77,7 @@ def test_the_sampler_step_lowers(platform, dtype):
     sd = model(platform, dtype)
     batch = 2
     latents = shape(batch, 64, 64, 4)
-    traced = pipeline._sampler_step.trace(
+    traced = drawing._sampler_step.trace(
         sd.unet,
         "epsilon",
         sd.variables("unet"),
@@ -134,7 +135,7 @@ def test_the_other_parts_lower(platform):
     models, hidden = tuple(sd.text_models.items()), HiddenState(1, final_norm=True)
     ids = {"text_encoder": shape(2, 1, 77, dtype=jnp.int32)}
     variables = {name: sd.variables(name) for name in sd.text_models}
-    kernels(pipeline._encode_ids.trace(models, hidden, variables, ids), platform)
+    kernels(text_encoding._encode_ids.trace(models, hidden, variables, ids), platform)
     params = of_dtype(vae.abstract_params(sd.vae.config), jnp.bfloat16)
     kernels(pipeline._encode_image.trace(sd.vae, params, shape(1, 512, 512, 3)), platform)
     kernels(pipeline._decode_latents.trace(sd.vae, params, shape(1, 64, 64, 4)), platform)

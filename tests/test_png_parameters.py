@@ -4,14 +4,14 @@ import pytest
 from PIL import Image
 
 from sdjax.formats.png_parameters import SAMPLER_NAMES, parameters_text, save_png
-from sdjax.pipeline import Request
+from sdjax.request import Request
 from sdjax.sampling import SAMPLERS
 
 REQUEST = Request(("a red heart", "a pizza"), ("", "blurry"), seed=7, height=64, width=96)
 
 
 def text(picture: int = 0, **changes) -> str:
-    return parameters_text(dataclasses.asdict(dataclasses.replace(REQUEST, **changes)), picture, model="models/tiny")
+    return parameters_text(vars(dataclasses.replace(REQUEST, **changes)), picture, model="models/tiny")
 
 
 def test_every_sampler_has_a_name():
@@ -47,7 +47,7 @@ def test_settings_that_are_not_the_default_are_named(field, value, expected):
 
 
 def test_values_that_would_break_the_list_are_quoted():
-    line = parameters_text(dataclasses.asdict(REQUEST), 0, model='folder/a, b: "c"')
+    line = parameters_text(vars(REQUEST), 0, model='folder/a, b: "c"')
     assert "Model: \"a, b: 'c'\"" in line
 
 

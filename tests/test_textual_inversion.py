@@ -159,7 +159,7 @@ def test_rows_go_where_the_tokenizer_numbers_them(model, tmp_path):
     config = tmp_path / "padded" / "text_encoder" / "config.json"
     settings = json.loads(config.read_text())
     config.write_text(json.dumps(settings | {"vocab_size": settings["vocab_size"] + 1}))
-    sd = dataclass_with_wider_table(sdjax.pipeline.outline(tmp_path / "padded"), model)
+    sd = dataclass_with_wider_table(sdjax.loading.outline(tmp_path / "padded"), model)
     own = sd.with_embedding({"<w>": new_rows(model, 2)})
     own.save(tmp_path / "saved")
     saved = sdjax.load(tmp_path / "saved")

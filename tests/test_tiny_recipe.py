@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax import pipeline
+from sdjax import loading
 from sdjax.config_file import parse_args
 from sdjax.data import records
 from sdjax.prompt import Tokenizer
@@ -137,7 +137,7 @@ def test_clip_reads_the_tokenizer_as_we_do(tokenizer_folder):
 
 def test_untrained_model_loads_and_its_branches_start_at_zero(tmp_path):
     counts = recipe.write_model(tmp_path / "model", ["red heart", "a cat"], seed=1)
-    sd = pipeline.load(tmp_path / "model")
+    sd = loading.load(tmp_path / "model")
     unet, vae, text = sd.params["unet"], sd.params["vae"], sd.params["text_encoder"]
     for ends in (
         unet["conv_out"],

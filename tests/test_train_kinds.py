@@ -212,7 +212,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(config, stage, mes
     changed = dataclasses.replace(
         micro.settings(Path(config.model), Path(config.data.path), Path(config.output), stages=[stage])
     )
-    monkeypatch.setattr("sdjax.pipeline.load_params", None)
+    monkeypatch.setattr("sdjax.loading.load_params", None)
     with pytest.raises(Exception, match=message) as error:
         plan_run(changed)
     assert isinstance(error.value, ConfigError) or error.value.exit_code == 3

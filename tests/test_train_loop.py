@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 import sdjax
-from sdjax import config_file, lora, pipeline
+from sdjax import config_file, loading, lora
 from sdjax.errors import ConfigError, DataError, TrainingStopped
 from sdjax.formats.lora_file import load_lora
 from sdjax.train import checkpoint
@@ -279,7 +279,7 @@ def no_weights(monkeypatch):
     def load(*arguments, **options):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(pipeline, "load_params", load)
+    monkeypatch.setattr(loading, "load_params", load)
 
 
 BAD = [
@@ -348,7 +348,7 @@ def test_bfloat16_with_remat_and_accumulation_trains_under_pmap(settings):
         parallel={"mode": "pmap", "mesh": {"data": 2}},
     )
     assert train(config) == 0
-    tree = load_lora(f"{config.output}/export/style", pipeline.outline(config.model).params)
+    tree = load_lora(f"{config.output}/export/style", loading.outline(config.model).params)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 

@@ -23,7 +23,7 @@ SAMPLER_NAMES = {
 
 
 def parameters_text(request: Mapping[str, Any], picture: int, *, model: str) -> str:
-    """The settings of one picture of a request (the fields of `pipeline.Request`)."""
+    """The settings of one picture of a request (the fields of `request.Request`)."""
     lines = [request["prompts"][picture]]
     if negative := request["negatives"][picture]:
         lines.append(f"Negative prompt: {negative}")

@@ -18,7 +18,7 @@ from sdjax.data.records import Record, images_below, scan
 from sdjax.errors import DataError
 from sdjax.formats.safetensors_file import replacing
 from sdjax.models.vae import AutoencoderKL
-from sdjax.pipeline import collections, encode_ids
+from sdjax.text_encoding import collections, encode_ids
 from sdjax.train.made import Made, base_weights
 from sdjax.train.stages import Run, StagePlan
 

@@ -17,7 +17,7 @@ from sdjax.config import RunConfig
 from sdjax.formats.embedding_file import file_name, save_embedding
 from sdjax.formats.lora_file import save_lora
 from sdjax.formats.safetensors_file import replacing
-from sdjax.pipeline import load_weights
+from sdjax.loading import load_weights
 from sdjax.train.made import Made
 from sdjax.train.stages import StagePlan
 

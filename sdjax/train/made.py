@@ -12,7 +12,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from sdjax import lora, textual_inversion
 from sdjax.config import Stage
 from sdjax.errors import ConfigError
-from sdjax.pipeline import TEXT_ENCODERS, StableDiffusion, load_weights
+from sdjax.loading import load_weights
+from sdjax.pipeline import StableDiffusion
+from sdjax.text_encoding import TEXT_ENCODERS
 from sdjax.train.step import Recipe, State, evaluated, variables
 
 Rows = Mapping[str, Float[np.ndarray, "n D"]]

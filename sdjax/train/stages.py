@@ -28,7 +28,9 @@ from sdjax.data.images import Size
 from sdjax.data.records import Record
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.embedding_file import load_embedding
-from sdjax.pipeline import TEXT_ENCODERS, StableDiffusion, outline
+from sdjax.loading import outline
+from sdjax.pipeline import StableDiffusion
+from sdjax.text_encoding import TEXT_ENCODERS
 from sdjax.train.made import NOTHING, Made, Rows, base_weights, beneath, first_rows, result, start
 from sdjax.train.optimizers import make_optimizer
 from sdjax.train.parallel import Parallel, parallelize

@@ -29,7 +29,8 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 from sdjax import diffusion, lora, textual_inversion
 from sdjax.config import Stage
 from sdjax.models import vae
-from sdjax.pipeline import HiddenState, StableDiffusion, collections, encode_ids
+from sdjax.pipeline import StableDiffusion
+from sdjax.text_encoding import HiddenState, collections, encode_ids
 from sdjax.train import autoencoder
 from sdjax.train.optimizers import Optimizer, ema
 from sdjax.train.parallel import TrainStep

@@ -16,7 +16,8 @@ from sdjax.config import Validation
 from sdjax.data.dataset import Dataset
 from sdjax.formats.png_parameters import save_png
 from sdjax.models import vae
-from sdjax.pipeline import StableDiffusion, load_weights
+from sdjax.loading import load_weights
+from sdjax.pipeline import StableDiffusion
 from sdjax.train.made import NOTHING, Made, base_weights, result
 from sdjax.train.metrics import Metrics
 from sdjax.train.stages import Ready, Run, StagePlan

@@ -1,0 +1,122 @@
+"""What one call to draw asks for: its settings, checked against the model before anything is computed."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sdjax import sampling
+from sdjax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sdjax.pipeline import StableDiffusion
+
+
+class Settings(TypedDict, total=False):
+    """What every way of drawing takes by keyword; the defaults are those of `Request`.
+
+    steps: of the sampler. guidance: classifier-free guidance scale (Ho and Salimans 2022), 1 = off.
+    guidance_rescale: phi of Lin et al. 2023, 3.4, in [0, 1]. seed: image i of the call uses seed + i, whatever the
+    batch. height, width: pixels, multiples of 8. sampler: one of `sampling.SAMPLERS`. karras: noise levels of Karras et
+    al. 2022. clip_skip: 1 = last layer of the text model, 2 = penultimate, None = the model's own.
+    num_images: pictures of each prompt. latents: unit noise in place of the seeds'. progress: show a bar.
+    """
+
+    steps: int
+    guidance: float
+    guidance_rescale: float
+    seed: int
+    height: int | None
+    width: int | None
+    sampler: str
+    karras: bool
+    clip_skip: int | None
+    num_images: int
+    latents: Float[Array, "B h w 4"] | None
+    progress: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One call to draw: a prompt a picture, and the settings they share."""
+
+    prompts: tuple[str, ...]
+    negatives: tuple[str, ...]
+    height: int
+    width: int
+    steps: int = 20
+    guidance: float = 7.5
+    guidance_rescale: float = 0.0
+    seed: int = 0
+    sampler: str = "dpmpp_2m"
+    karras: bool = False
+    clip_skip: int | None = None
+    strength: float = 1.0
+    latents: Float[Array, "B h w 4"] | None = None
+    progress: bool = True
+
+    @property
+    def keys(self) -> Array:
+        """One key a picture, from its own seed alone."""
+        return jnp.stack([jax.random.key(self.seed + i) for i in range(len(self.prompts))])
+
+    def latent_shape(self, sd: "StableDiffusion") -> tuple[int, int, int, int]:
+        factor = sd.vae.config.factor
+        return len(self.prompts), self.height // factor, self.width // factor, sd.vae.config.latent_channels
+
+    def noise(self, sd: "StableDiffusion") -> Float[Array, "B h w 4"]:
+        """The unit noise each picture starts from: the latents given, else its seed's own."""
+        shape = self.latent_shape(sd)
+        if self.latents is None:
+            return jax.vmap(lambda key: jax.random.normal(key, shape[1:], jnp.float32))(self.keys)
+        latents = jnp.asarray(self.latents, jnp.float32)
+        if latents.shape != shape:
+            raise ConfigError(f"latents have shape {latents.shape}; this call needs {shape}")
+        return latents
+
+    def plan(self, sd: "StableDiffusion") -> sampling.Plan:
+        """The sampling run. Raises ConfigError for a setting that is out of range."""
+        if not 0.0 <= self.guidance_rescale <= 1.0:
+            raise ConfigError(f"guidance_rescale = {self.guidance_rescale}: must lie in 0..1")
+        if not 0.0 <= self.guidance <= 1000.0:
+            raise ConfigError(f"guidance = {self.guidance}: must lie in 0..1000")
+        sd.hidden_state(self.clip_skip)
+        return sampling.plan(sd.schedule, self.sampler, self.steps, karras=self.karras, strength=self.strength)
+
+
+def make_request(
+    sd: "StableDiffusion",
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str],
+    settings: Settings,
+    *,
+    size: tuple[int, int],
+    strength: float = 1.0,
+) -> Request:
+    """size: height and width where the settings give none. Raises ConfigError for what does not fit together."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+    own: dict[str, Any] = dict(settings)
+    count = settings.get("num_images", 1)
+    own.pop("num_images", None)
+    if not prompts or count < 1:
+        raise ConfigError(f"{len(prompts)} prompts times num_images = {count}: at least one picture is needed")
+    if len(negatives) != len(prompts):
+        raise ConfigError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one each")
+    multiple = size_multiple(sd)
+    for name, default in zip(("height", "width"), size, strict=True):
+        own[name] = length = settings.get(name) or default
+        if length < multiple or length % multiple:
+            raise ConfigError(f"{name} = {length}: must be a positive multiple of {multiple}")
+    if sd.adapters and len(prompts) * count != (adapted := len(jax.tree.leaves(sd.adapters)[0])):
+        raise ConfigError(f"{adapted} LoRAs for {len(prompts) * count} pictures: one each is needed")
+    repeat = lambda texts: tuple(text for text in texts for _ in range(count))
+    return Request(repeat(prompts), repeat(negatives), strength=strength, **own)
+
+
+def size_multiple(sd: "StableDiffusion") -> int:
+    """Pixels that a picture's sides must be multiples of."""
+    return max(8, sd.vae.config.factor)

@@ -1,0 +1,250 @@
+"""Pictures beside diffusers': small random models of each family, their pipelines, and what both made.
+
+Imports torch and diffusers inside its functions, so that tests without the `parity` mark run without them.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import sdjax
+from sdjax import lora
+
+TINY = Path(sdjax.__file__).parent / "tiny"
+STEPS = 6
+PROMPTS = ["a red heart", "cyclone over the water, umbrella"]
+NEGATIVES = ["grey", "a blurry hot dog"]
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+}
+STOCHASTIC = ("euler_a", "dpmpp_2m_sde", "lcm")  # given the same noise at every step, these too must agree
+
+
+def parity(test):
+    """diffusers' schedulers hand torch tensors to `np.array`, which NumPy 2 warns about."""
+    return pytest.mark.parity(pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")(test))
+
+
+# Small models of each family, as diffusers makes and saves them.
+
+SCHEDULER = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
+    "clip_sample": False, "set_alpha_to_one": False,
+}  # fmt: skip
+KINDS = {
+    "sd1": {"context": 24, "scheduler": {"skip_prk_steps": True}, "class": "PNDMScheduler"},
+    "sd2v": {
+        "context": 24,
+        "unet": {"use_linear_projection": True, "attention_head_dim": [2, 4]},
+        "text": {"hidden_act": "gelu", "pad_token_id": 2},
+        "scheduler": {
+            "prediction_type": "v_prediction",
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+        },
+        "class": "DDIMScheduler",
+    },
+    "sdxl": {
+        "context": 24 + 32,
+        "unet": {
+            "use_linear_projection": True,
+            "transformer_layers_per_block": [1, 2],
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 20,
+        },
+        "scheduler": {"timestep_spacing": "leading", "interpolation_type": "linear"},
+        "class": "EulerDiscreteScheduler",
+    },
+}
+
+
+def build(kind, **changes):
+    """A diffusers pipeline of random weights, on the small tokenizer of 16 positions that comes with the library.
+
+    changes: to the U-Net's config.
+    """
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    spec = KINDS[kind]
+    unet = (
+        {
+            "sample_size": 8,
+            "block_out_channels": (16, 24),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "layers_per_block": 1,
+            "attention_head_dim": 4,
+            "norm_num_groups": 8,
+            "cross_attention_dim": spec["context"],
+        }
+        | spec.get("unet", {})
+        | changes
+    )
+    vae = {
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "norm_num_groups": 4,
+        "sample_size": 32,
+    }
+    text = {
+        "vocab_size": 2263, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1,
+        "pad_token_id": 1,
+    } | spec.get("text", {})  # fmt: skip
+    parts = {
+        "unet": oracle.randomised(diffusers.UNet2DConditionModel(**unet), 1),
+        "vae": oracle.randomised(diffusers.AutoencoderKL(**vae), 2),
+        "text_encoder": oracle.randomised(CLIPTextModel(CLIPTextConfig(**text)), 3),
+        "tokenizer": CLIPTokenizer.from_pretrained(TINY / "tokenizer", model_max_length=16),
+        # Published configs hold other classes' options too, which the other samplers then read.
+        "scheduler": getattr(diffusers, spec["class"]).from_config(SCHEDULER | spec["scheduler"]),
+    }
+    if kind == "sd2v":
+        parts["tokenizer"].pad_token = "!"  # SD2 and SDXL's second encoder pad with it, SD1 with the end token
+    if kind != "sdxl":
+        return diffusers.StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    text |= {"hidden_size": 32, "hidden_act": "gelu", "projection_dim": 20}
+    second = CLIPTokenizer.from_pretrained(TINY / "tokenizer", model_max_length=16)
+    second.pad_token = "!"
+    return diffusers.StableDiffusionXLPipeline(
+        **parts,
+        text_encoder_2=oracle.randomised(CLIPTextModelWithProjection(CLIPTextConfig(**text)), 4),
+        tokenizer_2=second,
+        add_watermarker=False,
+    )
+
+
+def pair(kind, folder, **changes):
+    """(diffusers' pipeline, ours), both read from the folder diffusers saved; "tiny" is the embedded model."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    if kind == "tiny":
+        folder = TINY
+    else:
+        build(kind, **changes).save_pretrained(folder)
+    # Read back by them too: in memory, their schedulers still know which options nobody had given.
+    theirs = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    return theirs, sdjax.load("tiny" if kind == "tiny" else folder)
+
+
+def with_scheduler(pipeline, sampler, monkeypatch, seed=0):
+    """Sets the pipeline's scheduler; a stochastic one is given our noise."""
+    import diffusers
+    import torch
+
+    extra = {}
+    if sampler.startswith("dpmpp"):
+        extra["algorithm_type"] = "dpmsolver++" if sampler == "dpmpp_2m" else "sde-dpmsolver++"
+    scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(pipeline.scheduler.config, **extra)
+    draws = iter(range(1000))
+
+    def randn_tensor(shape, **_):
+        i = next(draws)
+        key = lambda row: jax.random.fold_in(jax.random.key(seed + row), i)
+        drawn = [jax.random.normal(key(row), (*shape[2:], shape[1]), jnp.float32) for row in range(shape[0])]
+        return torch.from_numpy(np.moveaxis(np.asarray(drawn), -1, 1).copy())
+
+    if sampler in STOCHASTIC:
+        monkeypatch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", randn_tensor)
+    # A pipeline of its own: the fixture's keeps its scheduler.
+    return type(pipeline)(**(pipeline.components | {"scheduler": scheduler}), **settings_of(pipeline))
+
+
+def settings_of(pipeline):
+    names = ("requires_safety_checker", "force_zeros_for_empty_prompt")
+    settings = {name: pipeline.config[name] for name in names if name in pipeline.config}
+    return settings | ({"add_watermarker": False} if "force_zeros_for_empty_prompt" in settings else {})
+
+
+def their_picture(pipeline, *prompts, latents, steps=STEPS, guidance=7.5, **how):
+    """-> final latents and pixels, NHWC, of diffusers."""
+    import torch
+
+    if prompts:
+        how["prompt"] = prompts[0]
+    if len(prompts) > 1:
+        how["negative_prompt"] = prompts[1]
+    pipeline.set_progress_bar_config(disable=True)
+    final = pipeline(
+        latents=oracle.channels_first(latents),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type="latent",
+        **how,
+    ).images
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(final / pipeline.vae.config.scaling_factor).sample
+    pictures = pipeline.image_processor.postprocess(decoded, output_type="pil")
+    return oracle.channels_last(final), pixels_of(pictures)
+
+
+def pixels_of(pictures):
+    return np.stack([np.asarray(picture, np.int32) for picture in pictures])
+
+
+def start(batch=2, size=8):
+    return np.random.default_rng(3).normal(size=(batch, size, size, 4)).astype(np.float32)
+
+
+def assert_same(ours, theirs, final_latents):
+    """Within 1e-3 of the latents' largest (at least 1), and two steps of 255."""
+    latents, pixels = theirs
+    assert np.isfinite(latents).all()
+    error = np.abs(final_latents() - latents).max() / max(1.0, np.abs(latents).max())
+    steps = np.abs(pixels_of(ours) - pixels).max()
+    print(f"latents within {error:.1e}, pixels within {steps} / 255")
+    assert error <= 1e-3
+    assert steps <= 2
+    assert pixels.std() > 5  # a picture, not a grey field on which anything agrees
+
+
+COMPILED = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, **__: COMPILED.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+)
+
+
+def compilations(action):
+    before = len(COMPILED)
+    action()
+    return len(COMPILED) - before
+
+
+def text_and_unet_lora(sd, seed=0, alpha=2.0):
+    """A LoRA that visibly changes both."""
+
+    def filled(part, which):
+        start = lora.init(jax.random.key(seed), sd.params[part], rank=4, alpha=alpha, which=which)
+        return lora.map_layers(
+            lambda layer: (
+                layer
+                | {
+                    "up": 0.3
+                    * jax.random.normal(jax.random.key(seed + layer["up"].size), layer["up"].shape, jnp.float32)
+                }
+            ),
+            start,
+        )
+
+    return {"unet": filled("unet", "transformer"), "text_encoder": filled("text_encoder", "attention+ff")}

@@ -1,0 +1,269 @@
+"""Whole pictures against diffusers' pipelines of the same weights."""
+
+import sys
+
+import numpy as np
+import oracle
+import pytest
+from pictures import (
+    KINDS,
+    NEGATIVES,
+    PROMPTS,
+    SCHEDULERS,
+    STEPS,
+    assert_same,
+    parity,
+    pixels_of,
+    settings_of,
+    start,
+    text_and_unet_lora,
+    their_picture,
+    with_scheduler,
+)
+from PIL import Image
+
+import sdjax
+from sdjax.formats.lora_file import save_lora
+
+NO_ZERO_SNR = ("pndm", "lms", "heun")  # in diffusers as here
+
+
+@parity
+@pytest.mark.parametrize(
+    ("kind", "sampler"),
+    [(kind, name) for kind in [*KINDS, "tiny"] for name in SCHEDULERS if kind != "sd2v" or name not in NO_ZERO_SNR],
+)
+def test_pictures_match_diffusers(models, final_latents, monkeypatch, kind, sampler):
+    theirs, ours = models(kind)
+    latents = start(size=ours.unet.config.sample_size)
+    expected = their_picture(with_scheduler(theirs, sampler, monkeypatch), PROMPTS, NEGATIVES, latents=latents)
+    drawn = ours.text2image(PROMPTS, NEGATIVES, latents=latents, steps=STEPS, sampler=sampler, progress=False)
+    assert_same(drawn, expected, final_latents)
+
+
+@parity
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+def test_karras_spacing_matches_diffusers(models, final_latents, sampler):
+    import diffusers
+
+    theirs, ours = models("sd1")
+    scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(theirs.scheduler.config, use_karras_sigmas=True)
+    pipeline = type(theirs)(**(theirs.components | {"scheduler": scheduler}), **settings_of(theirs))
+    expected = their_picture(pipeline, PROMPTS, NEGATIVES, latents=start())
+    drawn = ours.text2image(
+        PROMPTS, NEGATIVES, latents=start(), steps=STEPS, sampler=sampler, karras=True, progress=False
+    )
+    assert_same(drawn, expected, final_latents)
+
+
+@parity
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_guidance_off_and_low(models, final_latents, monkeypatch, kind, guidance):
+    theirs, ours = models(kind)
+    pipeline = with_scheduler(theirs, "ddim", monkeypatch)
+    expected = their_picture(pipeline, PROMPTS, NEGATIVES, latents=start(), guidance=guidance)
+    drawn = ours.text2image(
+        PROMPTS, NEGATIVES, latents=start(), steps=STEPS, sampler="ddim", guidance=guidance, progress=False
+    )
+    assert_same(drawn, expected, final_latents)
+
+
+@parity
+@pytest.mark.parametrize("kind", ["sd1", "sd2v", "sdxl"])
+def test_guidance_rescale(models, final_latents, monkeypatch, kind):
+    theirs, ours = models(kind)
+    pipeline = with_scheduler(theirs, "ddim", monkeypatch)
+    expected = their_picture(pipeline, PROMPTS, NEGATIVES, latents=start(), guidance_rescale=0.7)
+    plain = their_picture(pipeline, PROMPTS, NEGATIVES, latents=start())
+    assert oracle.error(plain[0], expected[0]) > 0.01
+    drawn = ours.text2image(
+        PROMPTS, NEGATIVES, latents=start(), steps=STEPS, sampler="ddim", guidance_rescale=0.7, progress=False
+    )
+    assert_same(drawn, expected, final_latents)
+
+
+@parity
+@pytest.mark.parametrize("clip_skip", [2, 3])
+def test_clip_skip_is_one_more_than_diffusers_sd1(models, final_latents, monkeypatch, clip_skip):
+    """Theirs skips in the prompt alone, ours (as A1111 and kohya) in the negative prompt too: theirs is given it."""
+    import torch
+
+    theirs, ours = models("sd1")
+    pipeline = with_scheduler(theirs, "ddim", monkeypatch)
+    # diffusers 0.42 asks for text_encoder.text_model, which transformers 5.6 took away.
+    monkeypatch.setattr(type(pipeline.text_encoder), "text_model", property(lambda self: self), raising=False)
+    with torch.no_grad():
+        negative = pipeline.encode_prompt(NEGATIVES, "cpu", 1, False, clip_skip=clip_skip - 1)[0]
+    expected = their_picture(
+        pipeline, PROMPTS, latents=start(), clip_skip=clip_skip - 1, negative_prompt_embeds=negative
+    )
+    assert oracle.error(their_picture(pipeline, PROMPTS, NEGATIVES, latents=start())[0], expected[0]) > 0.01
+    drawn = ours.text2image(
+        PROMPTS, NEGATIVES, latents=start(), steps=STEPS, sampler="ddim", clip_skip=clip_skip, progress=False
+    )
+    assert_same(drawn, expected, final_latents)
+
+
+@parity
+@pytest.mark.parametrize("clip_skip", [2, 3])
+def test_clip_skip_is_two_more_than_diffusers_sdxl(models, final_latents, monkeypatch, clip_skip):
+    """There diffusers' 0 is the penultimate layer, our 2, which is also what None means."""
+    import torch
+
+    theirs, ours = models("sdxl")
+    pipeline = with_scheduler(theirs, "ddim", monkeypatch)
+    with torch.no_grad():
+        negative, _, pooled, _ = pipeline.encode_prompt(
+            NEGATIVES, device="cpu", do_classifier_free_guidance=False, clip_skip=clip_skip - 2
+        )
+    expected = their_picture(
+        pipeline,
+        PROMPTS,
+        latents=start(),
+        clip_skip=clip_skip - 2,
+        negative_prompt_embeds=negative,
+        negative_pooled_prompt_embeds=pooled,
+    )
+    drawn = ours.text2image(
+        PROMPTS, NEGATIVES, latents=start(), steps=STEPS, sampler="ddim", clip_skip=clip_skip, progress=False
+    )
+    assert_same(drawn, expected, final_latents)
+    if clip_skip == 2:
+        default = ours.text2image(PROMPTS, NEGATIVES, latents=start(), steps=STEPS, sampler="ddim", progress=False)
+        np.testing.assert_array_equal(pixels_of(default), pixels_of(drawn))
+
+
+@parity
+def test_an_empty_negative_prompt_is_zeros_for_sdxl_and_text_for_sd1(models, final_latents, monkeypatch):
+    for kind in ("sd1", "sdxl"):
+        theirs, ours = models(kind)
+        expected = their_picture(with_scheduler(theirs, "ddim", monkeypatch), PROMPTS, latents=start())
+        drawn = ours.text2image(PROMPTS, latents=start(), steps=STEPS, sampler="ddim", progress=False)
+        assert_same(drawn, expected, final_latents)
+    # In one batch with a written one, each picture has its own.
+    mixed = ours.text2image(PROMPTS, ["", "grey"], latents=start(), steps=STEPS, sampler="ddim", progress=False)
+    difference = np.abs(pixels_of(mixed) - pixels_of(drawn)).max(axis=(1, 2, 3))
+    assert difference[0] <= 1
+    assert difference[1] > 10
+
+
+@parity
+def test_other_sizes_reach_sdxls_conditions(models, final_latents, monkeypatch):
+    theirs, ours = models("sdxl")
+    latents = np.random.default_rng(0).normal(size=(1, 10, 6, 4)).astype(np.float32)
+    pipeline = with_scheduler(theirs, "euler", monkeypatch)
+    expected = their_picture(pipeline, PROMPTS[:1], NEGATIVES[:1], latents=latents, height=40, width=24)
+    drawn = ours.text2image(
+        PROMPTS[0], NEGATIVES[0], latents=latents, steps=STEPS, sampler="euler", height=40, width=24, progress=False
+    )
+    assert drawn[0].size == (24, 40)
+    assert_same(drawn, expected, final_latents)
+
+
+@parity
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m", "pndm"])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_img2img_matches_diffusers(models, final_latents, monkeypatch, kind, sampler):
+    """Ours starts from the posterior's mean; so must theirs, and from the same noise."""
+    import diffusers
+
+    theirs, ours = models(kind)
+    name = "StableDiffusionXLImg2ImgPipeline" if kind == "sdxl" else "StableDiffusionImg2ImgPipeline"
+    base = with_scheduler(theirs, sampler, monkeypatch)
+    pipeline = getattr(diffusers, name)(**base.components, **settings_of(base))
+    module = sys.modules[type(pipeline).__module__]
+    noise = start()
+    monkeypatch.setattr(module, "retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode())
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: oracle.channels_first(noise))
+    images = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)) for i in range(2)]
+    pipeline.set_progress_bar_config(disable=True)
+    final = pipeline(
+        prompt=PROMPTS, negative_prompt=NEGATIVES, image=images, strength=0.6, num_inference_steps=10,
+        guidance_scale=5.0, output_type="latent",
+    ).images  # fmt: skip
+    ours.img2img(
+        PROMPTS, images, strength=0.6, negative_prompt=NEGATIVES, steps=10, guidance=5.0, sampler=sampler,
+        latents=noise, progress=False,
+    )  # fmt: skip
+    final = oracle.channels_last(final)
+    assert np.abs(final_latents() - final).max() <= 1e-3 * max(1.0, np.abs(final).max())
+
+
+@parity
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", "tiny"])
+def test_the_parts_match_diffusers(models, kind):
+    import torch
+
+    theirs, ours = models(kind)
+    size = ours.unet.config.sample_size * ours.vae.config.factor
+    images = np.random.default_rng(0).uniform(size=(2, size, size, 3)).astype(np.float32)
+    with torch.no_grad():
+        mean = theirs.vae.encode(2 * oracle.channels_first(images) - 1).latent_dist.mode()
+        decoded = theirs.vae.decode(mean).sample
+    scaled = mean * theirs.vae.config.scaling_factor
+    assert oracle.error(ours.encode_image(images), oracle.channels_last(scaled)) <= 1e-4
+    pictures = ours.decode_latents(oracle.channels_last(scaled))
+    assert oracle.error(pictures, np.clip(oracle.channels_last(decoded) / 2 + 0.5, 0, 1)) <= 1e-4
+    with torch.no_grad():
+        encoded = theirs.encode_prompt(
+            PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+    context = ours.encode_text(PROMPTS)
+    assert oracle.error(context, encoded[0]) <= 1e-4
+    added = {}
+    if kind == "sdxl":
+        pooled = ours.encode_prompts(PROMPTS)[1]
+        assert oracle.error(pooled, encoded[2]) <= 1e-4
+        added = ours.added_conditions(pooled, 32, 48)
+    latents = start(size=8)
+    with torch.no_grad():
+        out = theirs.unet(
+            oracle.channels_first(latents), 501, encoded[0],
+            added_cond_kwargs={name: oracle.tensor(value) for name, value in added.items()},
+        ).sample  # fmt: skip
+    assert oracle.error(ours.predict(latents, 501, context, **added), oracle.channels_last(out)) <= 1e-4
+
+
+# Files.
+
+
+@parity
+@pytest.mark.parametrize("kind", ["sd1", "sd2v", "sdxl"])
+def test_a_folder_we_save_draws_the_same_in_diffusers(models, final_latents, tmp_path, kind):
+    from diffusers import DiffusionPipeline
+
+    theirs, ours = models(kind)
+    ours.save(tmp_path / "saved")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved", local_files_only=True)
+    assert type(again) is type(theirs)
+    assert dict(again.scheduler.config) == dict(theirs.scheduler.config)
+    expected = their_picture(again, PROMPTS, NEGATIVES, latents=start())
+    np.testing.assert_array_equal(
+        expected[0], their_picture(theirs, PROMPTS, NEGATIVES, latents=start())[0]
+    )  # the same bits on disk
+    sampler = next(name for name, scheduler in SCHEDULERS.items() if scheduler == KINDS[kind]["class"])
+    drawn = sdjax.load(tmp_path / "saved").text2image(
+        PROMPTS, NEGATIVES, latents=start(), steps=STEPS, sampler=sampler, progress=False
+    )
+    assert_same(drawn, expected, final_latents)
+
+
+@parity
+@pytest.mark.parametrize("style", ["kohya", "peft"])
+def test_a_lora_we_export_draws_the_same_in_diffusers(models, final_latents, monkeypatch, tmp_path, style):
+    theirs, ours = models("sd1")
+    save_lora(tmp_path / "pytorch_lora_weights.safetensors", text_and_unet_lora(ours), ours.params, style=style)
+    pipeline = with_scheduler(theirs, "ddim", monkeypatch)
+    base = their_picture(pipeline, PROMPTS, NEGATIVES, latents=start())
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors", adapter_name="it")
+    try:
+        for weight in (1.0, 0.6):
+            pipeline.set_adapters(["it"], [weight])
+            expected = their_picture(pipeline, PROMPTS, NEGATIVES, latents=start())
+            assert oracle.error(expected[0], base[0]) > 0.01
+            adapted = ours.with_lora(tmp_path / "pytorch_lora_weights.safetensors", weight)
+            drawn = adapted.text2image(PROMPTS, NEGATIVES, latents=start(), steps=STEPS, sampler="ddim", progress=False)
+            assert_same(drawn, expected, final_latents)
+    finally:
+        pipeline.unload_lora_weights()
