@@ -290,6 +290,22 @@ class Parallel:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """One of several trainings that run at once: what it has of its own; the rest is the run's."""
+
+    name: Annotated[str, "file name"]
+    """Names its folder within the run's."""
+    seed: Seed | None = None
+    """Left out: the run's."""
+    path: str = ""
+    """Folder of images of every stage; empty: the run's."""
+    placeholder_tokens: tuple[Text, ...] = ()
+    """In place of those of the stage that trains words, in validation.prompts too."""
+    init_tokens: tuple[str, ...] = ()
+    """In place of those of the stage that trains words."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything a training run depends on."""
 
@@ -320,11 +336,42 @@ class RunConfig:
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     parallel: Parallel = Parallel()
+    copies: tuple[Copy, ...] = ()
+    """Train the stages several times at once, in one program on one base model; each copy has its own folder."""
 
     def data_of(self, stage: Stage) -> Data:
         """The data settings of one stage: [data] with the stage's own changes."""
         changes = {k: v for k, v in dataclasses.asdict(stage.data).items() if v is not None}
         return dataclasses.replace(self.data, **changes)
+
+    def members(self) -> tuple["RunConfig", ...]:
+        """A run for each copy, as it would be by itself; just this one if there are none."""
+        return tuple(self._member(copy) for copy in self.copies) or (self,)
+
+    def _member(self, copy: Copy) -> "RunConfig":
+        stages, prompts = list(self.stages), self.validation.prompts
+        for i, stage in enumerate(stages):
+            if copy.path:
+                stages[i] = stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, path=None))
+            if "textual_inversion" not in stage.train:
+                continue
+            own = {
+                "placeholder_tokens": copy.placeholder_tokens or stage.placeholder_tokens,
+                "init_tokens": copy.init_tokens or stage.init_tokens,
+            }
+            stages[i] = dataclasses.replace(stage, **own)
+            for word, new in zip(stage.placeholder_tokens, own["placeholder_tokens"], strict=False):
+                prompts = tuple(prompt.replace(word, new) for prompt in prompts)
+        data = {"path": copy.path or self.data.path, "cache": self.data.cache or f"{self.output}/cache"}
+        return dataclasses.replace(
+            self,
+            output=f"{self.output}/{copy.name}",
+            data=dataclasses.replace(self.data, **data),
+            stages=tuple(stages),
+            seed=self.seed if copy.seed is None else copy.seed,
+            validation=dataclasses.replace(self.validation, prompts=prompts),
+            copies=(),
+        )
 
 
 def check(config: RunConfig) -> None:
@@ -344,6 +391,30 @@ def check(config: RunConfig) -> None:
         raise ConfigError("parallel.mesh: an axis is 0; expected -1 or at least 1")
     if config.parallel.mode == "pmap" and mesh.fsdp != 1:
         raise ConfigError(f"parallel.mode = 'pmap' has a data axis only, but parallel.mesh.fsdp = {mesh.fsdp}")
+    if config.copies:
+        _check_copies(config)
+
+
+def _check_copies(config: RunConfig) -> None:
+    names = [copy.name for copy in config.copies]
+    if len(set(names)) < len(names) or "cache" in names:
+        raise wrong("copies: name", names, "names that differ, and none of them 'cache'")
+    if config.parallel.mode == "pmap":
+        raise ConfigError("copies are trained in one program over a mesh: parallel.mode = 'jit'")
+    for i, stage in enumerate(config.stages):
+        if "weights" in stage.parts.values():
+            raise ConfigError(f"stages.{i} trains whole models, of which copies share one: LoRA and words only")
+        if config.data_of(stage).buckets:
+            raise ConfigError(f"stages.{i}.data.buckets: copies train in step, so at one shape")
+    for i, (copy, member) in enumerate(zip(config.copies, config.members(), strict=True)):
+        if (copy.placeholder_tokens or copy.init_tokens) and not any(
+            "textual_inversion" in stage.train for stage in config.stages
+        ):
+            raise ConfigError(f"copies.{i} names words, but no stage trains any")
+        try:
+            check(member)
+        except ConfigError as e:
+            raise ConfigError(f"copies.{i} ({copy.name}): {e}") from None
 
 
 def _check_stage(stage: Stage, key: str) -> None:

@@ -14,8 +14,8 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 def keep() -> None:
     """Tell glibc to keep what is freed, if JAX computes on the CPU; elsewhere nothing is kept.
 
-    To be called before anything asks JAX for its devices: a thread of XLA that has begun with an arena of its own, whose
-    blocks are limited, stays with it.
+    To be called before anything asks JAX for its devices: a thread of XLA that has begun with an arena of its own
+    stays with it, and its blocks are limited.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:  # another libc

@@ -266,7 +266,7 @@ def test_out_of_memory_gives_advice(settings, monkeypatch):
 
 
 def test_resuming_nothing_starts_fresh_and_says_so(settings, caplog, monkeypatch):
-    monkeypatch.setattr("sdjax.train.loop._train_stage", lambda run, plan, start, metrics: (start, 0))
+    monkeypatch.setattr("sdjax.train.loop._train_stage", lambda trainings: ([t.start for t in trainings], 0))
     assert train(settings(), resume=True) == 0
     assert "starting fresh" in caplog.text
 

@@ -6,18 +6,18 @@ killed or cut off goes on from its newest intact checkpoint and ends with the sa
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from sdjax import config_file
 from sdjax.config import RunConfig
 from sdjax.data.dataset import make_batch, prefetch
-from sdjax.errors import ConfigError, TrainingStopped
+from sdjax.errors import ConfigError, DataError, TrainingStopped
 from sdjax.formats.safetensors_file import replacing
 from sdjax.train import checkpoint
 from sdjax.train.autoencoder import normalised
@@ -25,8 +25,9 @@ from sdjax.train.encoding import encode
 from sdjax.train.export import export
 from sdjax.train.made import NOTHING, Made, result
 from sdjax.train.metrics import Metrics
-from sdjax.train.stages import Run, StagePlan, plan_run, prepare
-from sdjax.train.step import State
+from sdjax.train.parallel import stack, stack_frozen, together, unstack
+from sdjax.train.stages import Run, parallelize_stage, plan_runs, prepare
+from sdjax.train.step import State, make_train_step
 from sdjax.train.validation import Validator
 
 log = logging.getLogger(__name__)
@@ -49,26 +50,49 @@ class Position(NamedTuple):
 def train(config: RunConfig, *, resume: bool = False, resume_step: int | None = None) -> int:
     """Run all stages; 0, or 128 + the signal that stopped it after saving.
 
+    Copies are trained in step, each as a run of its own with its own folder: `config.members()`.
     resume: go on from the newest intact checkpoint, or from that of `resume_step` (counted over all stages).
     Raises ConfigError and DataError, before any weight is read wherever that is possible, and TrainingStopped.
     """
-    output = Path(config.output)
-    with checkpoint.locked(output), _memory_advice():
-        if not resume and checkpoint.steps(output / "checkpoints"):
-            raise ConfigError(
-                f"output = {config.output!r} holds checkpoints: --resume goes on from them, or choose another output"
-            )
-        run = plan_run(config)
-        position = _find_position(run, resume, resume_step)
-        with replacing(output / "config.toml") as file:
-            file.write(config_file.to_toml(config).encode())
-        metrics = Metrics(output / "metrics.jsonl", run, stage=position.stage, step=position.step)
-        for plan in run.stages[position.stage :]:
-            position, code = _train_stage(run, plan, position, metrics)
+    outputs = [Path(member.output) for member in config.members()]
+    with contextlib.ExitStack() as held:
+        for output in outputs:
+            held.enter_context(checkpoint.locked(output))
+            if not resume and checkpoint.steps(output / "checkpoints"):
+                raise ConfigError(
+                    f"output = '{output}' holds checkpoints: --resume goes on from them, or choose another output"
+                )
+        held.enter_context(_memory_advice())
+        runs = plan_runs(config)
+        positions = _find_positions(runs, resume, resume_step)
+        metrics = []
+        for run, output, position in zip(runs, outputs, positions, strict=True):
+            with replacing(output / "config.toml") as file:
+                file.write(config_file.to_toml(run.config).encode())
+            metrics.append(Metrics(output / "metrics.jsonl", run, stage=position.stage, step=position.step))
+        for number in range(positions[0].stage, len(config.stages)):
+            trainings = [
+                Training(run, number, position, own)
+                for run, position, own in zip(runs, positions, metrics, strict=True)
+            ]
+            positions, code = _train_stage(trainings)
             if code:
                 log.warning("stopped; --resume goes on from here")
                 return code
     return 0
+
+
+def _find_positions(runs: Sequence[Run], resume: bool, step: int | None) -> list[Position]:
+    """Where each run begins or goes on: all at the same step."""
+    positions = [_find_position(run, resume, step) for run in runs]
+    reached = [position.before + position.step for position in positions]
+    if len(set(reached)) > 1:  # killed while they were saving
+        saved = [checkpoint.steps(Path(run.config.output) / "checkpoints") for run in runs]
+        common = set.intersection(*map(set, saved)) & set(range(min(reached) + 1))
+        if not common:
+            raise DataError(f"the copies stand at steps {reached}, and no step has a checkpoint of every one")
+        positions = [_find_position(run, resume, max(common)) for run in runs]
+    return positions
 
 
 def _find_position(run: Run, resume: bool, step: int | None) -> Position:
@@ -95,61 +119,117 @@ def _find_position(run: Run, resume: bool, step: int | None) -> Position:
     return Position(number, done, found.step - done, found.state["state"], found.state["earlier"])
 
 
-def _train_stage(run: Run, plan: StagePlan, start: Position, metrics: Metrics) -> tuple[Position, int]:
-    """Train one stage from where it stands to its export: what comes next, and the exit code of a signal or 0."""
-    config, stage, parallel = run.config, plan.stage, plan.parallel
-    dataset, held_out = encode(run, plan, start.earlier)
-    ready = prepare(run, plan, start.earlier)
-    validate = Validator(run, plan, held_out, ready, start.earlier, metrics)
-    frozen = parallel.place_frozen(ready.frozen)
-    state = parallel.place_state(ready.state if start.state is None else start.state)
-    _, key = plan.keys(config.seed)
-    order = plan.batches(dataset.repeats, config.seed)
-    batches = prefetch(
-        lambda number: parallel.place_batch(make_batch(dataset, order, number)), range(start.step, stage.steps)
-    )
+class Training:
+    """One run in one stage: everything but the step itself, which several may share."""
 
-    saved = start.step if start.state is not None else None
+    def __init__(self, run: Run, number: int, start: Position, metrics: Metrics) -> None:
+        self.run, self.plan, self.start, self.metrics = run, run.stages[number], start, metrics
+        self._saved = start.step if start.state is not None else None
 
-    def save(step: int) -> None:
-        nonlocal saved
-        metrics.read()  # raises if the last step was not finite
-        if saved == step:
+    def prepare(self, first: "Training | None" = None) -> None:
+        """Encode the data and load what is needed; what it has in common with the first of several is that one's."""
+        self.dataset, held_out = encode(self.run, self.plan, self.start.earlier)
+        params = first.ready.frozen["params"] if first else None
+        self.ready = prepare(self.run, self.plan, self.start.earlier, params)
+        errors = first.validate.errors if first else None
+        self.validate = Validator(self.run, self.plan, held_out, self.ready, self.start.earlier, self.metrics, errors)
+        self._order = self.plan.batches(self.dataset.repeats, self.run.config.seed)
+
+    @property
+    def state(self) -> State:
+        """What the steps begin with."""
+        return self.ready.state if self.start.state is None else self.start.state
+
+    @property
+    def key(self) -> PRNGKeyArray:
+        """The key of the steps."""
+        return self.plan.keys(self.run.config.seed)[1]
+
+    def batch(self, number: int) -> dict[str, np.ndarray]:
+        """What step `number` (from 0) trains on."""
+        return make_batch(self.dataset, self._order, number)
+
+    def save(self, step: int, state: State) -> None:
+        """Save the state (on the host) after `step` steps, unless that is done already."""
+        if self._saved == step:
             return
+        config = self.run.config
         checkpoint.save(
             Path(config.output) / "checkpoints",
-            start.before + step,
-            {"earlier": start.earlier, "state": parallel.fetch(state)},
-            {"run": run.identity, "stage": plan.number, "step": step},
+            self.start.before + step,
+            {"earlier": self.start.earlier, "state": state},
+            {"run": self.run.identity, "stage": self.plan.number, "step": step},
             keep=config.checkpoint.keep,
         )
-        saved = step
+        self._saved = step
 
-    with checkpoint.StopSignal() as stop, contextlib.closing(batches), metrics.of_stage(plan, start.step):
-        for step in range(start.step, stage.steps + 1):  # step: how many are done
-            if stop.requested:
-                save(step)
-                return start, stop.exit_code
-            if step in (0, stage.steps) or _due(step, config.validation.every):
-                metrics.read()
-                validate(step, parallel.fetch(state))
-            if step == stage.steps:
-                break
-            state, measured = parallel.step(state, frozen, next(batches), key)
-            metrics.read()  # of the step before, while this one runs
-            metrics.measured(step + 1, measured)
-            if step + 1 == stage.steps or _due(step + 1, config.checkpoint.every):
-                save(step + 1)
-        final = parallel.fetch(state)
-        made = result(plan.recipe, start.earlier, final, ready.frozen)
+    def finish(self, state: State) -> Position:
+        """Export what the finished stage has made; what comes next."""
+        stage, config = self.plan.stage, self.run.config
+        made = result(self.plan.recipe, self.start.earlier, state, self.ready.frozen)
         if stage.vae_normalise:
-            weights = normalised(run.model.vae, made.weights["vae"], dataset.buckets[0].arrays["pixels"])
+            weights = normalised(self.run.model.vae, made.weights["vae"], self.dataset.buckets[0].arrays["pixels"])
             made = made._replace(weights=made.weights | {"vae": weights})
         made = jax.tree.map(np.asarray, made)
         place = Path(config.output) / "export" / stage.name
-        export(place, config, plan, made, validate.before_and_after())
-    log.info("stage %s is done: %s", stage.name, place)
-    return Position(plan.number + 1, 0, start.before + stage.steps, None, made), stop.exit_code
+        export(place, config, self.plan, made, self.validate.before_and_after())
+        log.info("stage %s is done: %s", stage.name, place)
+        return Position(self.plan.number + 1, 0, self.start.before + stage.steps, None, made)
+
+
+def _train_stage(trainings: Sequence[Training]) -> tuple[list[Position], int]:
+    """Train one stage from where it stands to its export: what comes next, and the exit code of a signal or 0.
+
+    Several trainings, alike in all shapes, take each step in one program.
+    """
+    first, *others = trainings
+    first.prepare()
+    for training in others:
+        training.prepare(first)
+    config, stage, begin = first.run.config, first.plan.stage, first.start.step
+    if others:
+        parallel = parallelize_stage(config, first.plan.data, together(make_train_step(first.plan.recipe)), stage)
+        frozen, state = stack_frozen([t.ready.frozen for t in trainings]), stack([t.state for t in trainings])
+        key = stack([t.key for t in trainings])
+    else:
+        parallel, frozen, state, key = first.plan.parallel, first.ready.frozen, first.state, first.key
+    frozen, state = parallel.place_frozen(frozen), parallel.place_state(state)
+
+    def batch(number: int) -> PyTree:
+        each = [training.batch(number) for training in trainings]
+        return parallel.place_batch(stack(each, axis=1) if others else each[0])
+
+    def current() -> list[State]:
+        """The state of each training, on the host. Raises TrainingStopped if the last step was not finite."""
+        for training in trainings:
+            training.metrics.read()
+        fetched = parallel.fetch(state)
+        return unstack(fetched, len(trainings)) if others else [fetched]
+
+    with contextlib.ExitStack() as entered:
+        stop = entered.enter_context(checkpoint.StopSignal())
+        batches = entered.enter_context(contextlib.closing(prefetch(batch, range(begin, stage.steps))))
+        for training in trainings:
+            entered.enter_context(training.metrics.of_stage(training.plan, begin, shown=training is first))
+        for step in range(begin, stage.steps + 1):  # step: how many are done
+            if stop.requested:
+                for training, own in zip(trainings, current(), strict=True):
+                    training.save(step, own)
+                return [training.start for training in trainings], stop.exit_code
+            if step in (0, stage.steps) or _due(step, config.validation.every):
+                for training, own in zip(trainings, current(), strict=True):
+                    training.validate(step, own)
+            if step == stage.steps:
+                break
+            state, measured = parallel.step(state, frozen, next(batches), key)
+            for i, training in enumerate(trainings):
+                training.metrics.read()  # of the step before, while this one runs
+                training.metrics.measured(step + 1, {k: v[i] for k, v in measured.items()} if others else measured)
+            if step + 1 == stage.steps or _due(step + 1, config.checkpoint.every):
+                for training, own in zip(trainings, current(), strict=True):
+                    training.save(step + 1, own)
+        after = [training.finish(own) for training, own in zip(trainings, current(), strict=True)]
+    return after, stop.exit_code
 
 
 def _due(step: int, every: int) -> bool:

@@ -35,6 +35,7 @@ class Metrics:
     def __init__(self, path: Path, run: Run, *, stage: int, step: int) -> None:
         """Goes on at a position of the run: lines of what will be done again are dropped first."""
         self._path = path
+        self._name = path.parent.name  # tells copies apart
         self._on_nan = run.config.on_nan
         self._skipped = 0
         self._waiting: tuple[int, Mapping[str, Array]] | None = None
@@ -42,7 +43,7 @@ class Metrics:
         _drop_later_lines(path, [plan.stage.name for plan in run.stages], stage, step)
 
     @contextlib.contextmanager
-    def of_stage(self, plan: StagePlan, step: int) -> Iterator[None]:
+    def of_stage(self, plan: StagePlan, step: int, *, shown: bool = True) -> Iterator[None]:
         """While entered, what is recorded belongs to this stage, whose bar starts at `step`."""
         from tqdm.auto import tqdm
 
@@ -54,6 +55,7 @@ class Metrics:
             unit="step",
             mininterval=0.2 if sys.stderr.isatty() else 15,
             dynamic_ncols=True,
+            disable=not shown,
         ) as self._bar:
             yield
 
@@ -98,13 +100,13 @@ class Metrics:
     def held_out(self, step: int, loss: float) -> None:
         """Record the held-out loss."""
         self.write({"stage": self._plan.stage.name, "step": step, "held_out_loss": loss})
-        log.info("%s, step %d: held-out loss %.5f", self._plan.stage.name, step, loss)
+        log.info("%s, %s, step %d: held-out loss %.5f", self._name, self._plan.stage.name, step, loss)
 
     def _check_finite(self, step: int, finite: bool, loss: float, norm: float) -> None:
         self._skipped = 0 if finite else self._skipped + 1
         if finite:
             return
-        what = f"stage {self._plan.stage.name}, step {step}: loss {loss:g}, gradient norm {norm:g}"
+        what = f"{self._name}, stage {self._plan.stage.name}, step {step}: loss {loss:g}, gradient norm {norm:g}"
         if self._on_nan == "skip" and self._skipped < MOST_SKIPPED:
             log.warning("%s: step skipped", what)
             return

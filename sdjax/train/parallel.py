@@ -113,6 +113,45 @@ def _under_jit(train_step: TrainStep, data: int, fsdp: int, devices: list[Any]) 
     return Parallel(data * fsdp, step, replicate, place_frozen, place_batch, _fetch)
 
 
+def together(train_step: TrainStep) -> TrainStep:
+    """The steps of several trainings, alike in all shapes, as one step over one set of frozen weights.
+
+    Every argument is stacked: state and key in front, the frozen tree as `stack_frozen` does, the batch behind its
+    first axis, which is the one that is split over devices.
+    """
+
+    def step(
+        state: PyTree, frozen: PyTree, batch: PyTree, key: jax.Array, *, reduce: Callable[[PyTree], PyTree]
+    ) -> tuple[PyTree, PyTree]:
+        shared = {name: None if name == "params" else 0 for name in frozen}
+        return jax.vmap(functools.partial(train_step, reduce=reduce), in_axes=(0, shared, 1, 0))(
+            state, frozen, batch, key
+        )
+
+    return step
+
+
+def stack(trees: Sequence[PyTree], axis: int = 0) -> PyTree:
+    """Trees alike in shape -> one tree with an axis more."""
+    return jax.tree.map(lambda *leaves: _stack(leaves, axis), *trees)
+
+
+def stack_frozen(trees: Sequence[Mapping[str, PyTree]]) -> dict[str, PyTree]:
+    """What several trainings leave as it is; `params` are the same in all and not stacked."""
+    own = stack([{name: tree for name, tree in each.items() if name != "params"} for each in trees])
+    return own | {"params": trees[0]["params"]}
+
+
+def unstack(tree: PyTree, count: int) -> list[PyTree]:
+    """The inverse of `stack` along the first axis."""
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(count)]
+
+
+def _stack(leaves: Sequence[Any], axis: int) -> Any:
+    on_host = all(isinstance(leaf, (np.ndarray, np.generic)) for leaf in leaves)
+    return np.stack(leaves, axis) if on_host else jnp.stack(leaves, axis)
+
+
 @functools.cache
 def memory_first(platform: str) -> dict[str, Any]:
     """Compiler options for a step that needs the least memory.

@@ -33,7 +33,7 @@ from sdjax.pipeline import StableDiffusion
 from sdjax.text_encoding import TEXT_ENCODERS
 from sdjax.train.made import NOTHING, Made, Rows, base_weights, beneath, first_rows, result, start
 from sdjax.train.optimizers import make_optimizer
-from sdjax.train.parallel import Parallel, parallelize
+from sdjax.train.parallel import Parallel, TrainStep, parallelize
 from sdjax.train.step import Recipe, State, init_state, make_train_step
 
 log = logging.getLogger(__name__)
@@ -150,12 +150,34 @@ def plan_run(config: RunConfig) -> Run:
     return Run(config, model, fingerprint, tuple(stages), identity)
 
 
-def prepare(run: Run, stage: StagePlan, earlier: Made) -> Ready:
-    """Load what the steps of a stage need, and make what it trains."""
+def plan_runs(config: RunConfig) -> tuple[Run, ...]:
+    """`plan_run` of each copy, which all step in one program; of the run itself if it has no copies."""
+    runs = tuple(plan_run(member) for member in config.members())
+    plans = []
+    for alike in zip(*(run.stages for run in runs), strict=True):
+        first = alike[0]
+        for copy, own in zip(config.copies, alike, strict=False):
+            where = f"copies, stage {own.stage.name}"
+            if _shapes(own.state) != _shapes(first.state):
+                raise ConfigError(f"{where}: {copy.name} and {config.copies[0].name} train words of other sizes")
+            earlier = runs[0].stages[own.number - 1].result if own.number else NOTHING
+            if beneath(own.stage, earlier).adapters:
+                raise ConfigError(f"{where} stands on a LoRA of its own in each copy; they share one base model")
+        windows = max(own.windows for own in alike)
+        plans.append([own._replace(windows=windows) for own in alike])
+    return tuple(run._replace(stages=tuple(stages)) for run, stages in zip(runs, zip(*plans, strict=True), strict=True))
+
+
+def _shapes(tree: PyTree) -> Any:
+    return jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)]
+
+
+def prepare(run: Run, stage: StagePlan, earlier: Made, params: Mapping[str, PyTree] | None = None) -> Ready:
+    """Load what the steps of a stage need, and make what it trains. params: the weights, if they are at hand."""
     recipe, below = stage.recipe, beneath(stage.stage, earlier)
     parts = recipe.stage.parts
     dtypes = {model: jnp.float32 if parts.get(model) == "weights" else None for model in recipe.models}
-    params = {model: base_weights(recipe.model, model, below, dtype=dtypes[model]) for model in recipe.models}
+    params = params or {model: base_weights(recipe.model, model, below, dtype=dtypes[model]) for model in recipe.models}
     key, _ = stage.keys(run.config.seed)
     new_rows, norms = first_rows(recipe, key, params, stage.new_words) if "textual_inversion" in parts else ({}, {})
     first = jax.jit(functools.partial(start, recipe))(key, params, earlier, new_rows)
@@ -263,14 +285,7 @@ def _plan_stage(
         accumulation=data.accumulation,
         rows=tuple(row for word in stage.placeholder_tokens for row in places[word]),
     )
-    mesh = config.parallel.mesh
-    parallel = parallelize(
-        make_train_step(recipe),
-        batch_size=data.batch_size * (2 if stage.prior_prompt else 1),
-        mode=config.parallel.mode,
-        data=mesh.data,
-        fsdp=mesh.fsdp,
-    )
+    parallel = parallelize_stage(config, data, make_train_step(recipe), stage)
     earlier = before.result if before else NOTHING
 
     def shapes(key: PRNGKeyArray, params: PyTree, earlier: Made, new_rows: PyTree) -> tuple[State, Made]:
@@ -293,6 +308,13 @@ def _plan_stage(
     texts = {caption for record in (*training, *held_out) for caption in record.captions} | {stage.prior_prompt}
     windows = max(t.chunks(text) for t in recipe.model.tokenizers.values() for text in texts)
     return StagePlan(number, data, assigned, held_out, windows, recipe, parallel, state, words, new_words, total)
+
+
+def parallelize_stage(config: RunConfig, data: Data, train_step: TrainStep, stage: Stage) -> Parallel:
+    """A stage's step on the devices the run asks for."""
+    mesh = config.parallel.mesh
+    size = data.batch_size * (2 if stage.prior_prompt else 1)
+    return parallelize(train_step, batch_size=size, mode=config.parallel.mode, data=mesh.data, fsdp=mesh.fsdp)
 
 
 def _assign(data: Data, training: tuple[Record, ...], key: str, model: StableDiffusion) -> Buckets:

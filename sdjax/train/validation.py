@@ -15,8 +15,8 @@ from sdjax import lora
 from sdjax.config import Validation
 from sdjax.data.dataset import Dataset
 from sdjax.formats.png_parameters import save_png
-from sdjax.models import vae
 from sdjax.loading import load_weights
+from sdjax.models import vae
 from sdjax.pipeline import StableDiffusion
 from sdjax.train.made import NOTHING, Made, base_weights, result
 from sdjax.train.metrics import Metrics
@@ -24,6 +24,7 @@ from sdjax.train.stages import Ready, Run, StagePlan
 from sdjax.train.step import Draws, Recipe, State, distance, evaluated, timestep_bounds, variables
 
 HeldOutLoss = Callable[[Mapping[str, PyTree], PyTree], float]
+HeldOutErrors = Callable[[PyTree, PyTree, Mapping[str, Array], Array | np.integer], Float[Array, " B"]]
 
 
 class Validator:
@@ -33,8 +34,16 @@ class Validator:
     """
 
     def __init__(
-        self, run: Run, plan: StagePlan, held_out: Dataset | None, ready: Ready, earlier: Made, metrics: Metrics
+        self,
+        run: Run,
+        plan: StagePlan,
+        held_out: Dataset | None,
+        ready: Ready,
+        earlier: Made,
+        metrics: Metrics,
+        errors: HeldOutErrors | None = None,
     ) -> None:
+        """errors: of another validator of the same recipe, so as not to compile it again."""
         self._run, self._plan, self._ready, self._earlier, self._metrics = run, plan, ready, earlier, metrics
         self._settings = run.config.validation
         self._samples = Path(run.config.output) / "samples"
@@ -47,10 +56,14 @@ class Validator:
             shown = pixels[:: max(1, len(pixels) // 12)][:12]
             self._originals = [Image.fromarray(np.asarray(picture)) for picture in shown]
             self._captions = [""] * len(shown)
+        self.errors = errors or make_held_out_errors(plan.recipe, self._settings)
         if held_out is not None:
             size = plan.data.batch_size
-            make = make_held_out_reconstruction if "vae" in plan.stage.parts else make_held_out_loss
-            self._held_out_loss = make(plan.recipe, held_out, self._settings, size)
+            self._held_out_loss = (
+                make_held_out_reconstruction(plan.recipe, held_out, self._settings, size)
+                if "vae" in plan.stage.parts
+                else make_held_out_loss(plan.recipe, held_out, self._settings, size, self.errors)
+            )
 
     def __call__(self, step: int, state: State) -> None:
         """Loss and pictures of the state (on the host) after `step` steps."""
@@ -143,20 +156,8 @@ def make_held_out_reconstruction(
     return loss
 
 
-def make_held_out_loss(recipe: Recipe, dataset: Dataset, settings: Validation, batch_size: int) -> HeldOutLoss:
-    """`loss(trainable, frozen) -> float`: the plain mean squared error over held-out images.
-
-    Each image is tried at `held_out_timesteps` time steps, evenly spread over the stage's range, with noise that
-    depends on the seed, the image and the time step alone, and at its posterior's mean: only the weights tell two
-    results apart. Compiled once for a stage.
-    """
-    low, high = timestep_bounds(recipe)
-    levels = settings.held_out_timesteps
-    timesteps = [low + int((level + 0.5) * (high - low) / levels) for level in range(levels)]
-    (images,) = dataset.buckets
-    moments = images.arrays["moments"]
-    count = min(settings.held_out_images or len(moments), len(moments))
-    size = min(batch_size, count)
+def make_held_out_errors(recipe: Recipe, settings: Validation) -> HeldOutErrors:
+    """`errors(trainable, frozen, batch, timestep) -> [B]`, compiled once for all that trains by this recipe."""
 
     @jax.jit
     def errors(trainable: PyTree, frozen: PyTree, batch: Mapping[str, Array], timestep: Array) -> Float[Array, " B"]:
@@ -173,6 +174,26 @@ def make_held_out_loss(recipe: Recipe, dataset: Dataset, settings: Validation, b
             perturbation=jnp.zeros(()),
         )
         return distance(recipe, variables(recipe, trainable, frozen), batch, draws, plain=True)
+
+    return errors
+
+
+def make_held_out_loss(
+    recipe: Recipe, dataset: Dataset, settings: Validation, batch_size: int, errors: HeldOutErrors
+) -> HeldOutLoss:
+    """`loss(trainable, frozen) -> float`: the plain mean squared error over held-out images.
+
+    Each image is tried at `held_out_timesteps` time steps, evenly spread over the stage's range, with noise that
+    depends on the seed, the image and the time step alone, and at its posterior's mean: only the weights tell two
+    results apart.
+    """
+    low, high = timestep_bounds(recipe)
+    levels = settings.held_out_timesteps
+    timesteps = [low + int((level + 0.5) * (high - low) / levels) for level in range(levels)]
+    (images,) = dataset.buckets
+    moments = images.arrays["moments"]
+    count = min(settings.held_out_images or len(moments), len(moments))
+    size = min(batch_size, count)
 
     def loss(trainable: Mapping[str, PyTree], frozen: PyTree) -> float:
         total = 0.0
