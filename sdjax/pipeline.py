@@ -22,6 +22,7 @@ from sdjax.formats.lora_file import load_lora
 from sdjax.formats.single_file import save_single_file
 from sdjax.models import clip, unet, vae
 from sdjax.prompt import Tokenizer
+from sdjax.prompt_syntax import Sections
 from sdjax.request import Settings, make_request
 from sdjax.text_encoding import TEXT_ENCODERS, HiddenState, collections, encode_ids, with_rows
 
@@ -108,19 +109,28 @@ class StableDiffusion:
 
     def encode_prompts(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sections],
         *,
         clip_skip: int | None = None,
         chunks: int | None = None,
         pictures: Sequence[int] | None = None,
+        restore_mean: bool = True,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B P"]]:
         """Context and pooled vector of each prompt. chunks: exactly so many windows; default what the longest takes.
 
+        A text is taken as it is; see `prompt_syntax.emphasis` for weighted ones.
         pictures: for each window, the picture of a call whose adapter it gets; None: no adapters.
+        restore_mean: of weighted windows, as of `text_encoding.emphasised`.
         """
         variables = {name: self.variables(name, pictures) for name in self.text_models}
-        ids = self.tokenize(prompts, chunks=chunks)
-        return encode_ids(self.text_models, variables, ids, self.hidden_state(clip_skip))
+        count = chunks or self.windows(prompts)
+        encoded = {
+            name: self.tokenizers[TEXT_ENCODERS[name]].encode_weighted(prompts, chunks=count)
+            for name in self.text_models
+        }
+        ids, weights = ({name: own[part] for name, own in encoded.items()} for part in (0, 1))
+        hidden = self.hidden_state(clip_skip)
+        return encode_ids(self.text_models, variables, ids, hidden, weights, restore_mean=restore_mean)
 
     def variables(self, part: str, pictures: Sequence[int] | None = None) -> dict[str, Any]:
         """The Flax collections one of the models computes with.
@@ -138,7 +148,7 @@ class StableDiffusion:
         count = chunks or self.windows(prompts)
         return {name: tokenizer.encode(prompts, chunks=count) for name, tokenizer in tokenizers.items()}
 
-    def windows(self, prompts: Sequence[str]) -> int:
+    def windows(self, prompts: Sequence[str | Sections]) -> int:
         """Windows the longest of the prompts takes in any text model."""
         return max(tokenizer.chunks(prompt) for tokenizer in self.tokenizers.values() for prompt in prompts)
 

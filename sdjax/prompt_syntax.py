@@ -1,7 +1,7 @@
-"""A1111's prompt language: `(emphasis:1.2)`, `[editing:by steps:0.5]`, `[alter|nation]`, BREAK, `<lora:name:0.8>`.
+"""A1111's prompt language: `(emphasis:1.2)`, `[editing:by steps:0.5]`, `[alter|nation]`, BREAK, AND, LoRAs.
 
 Text in, text out. The rules are those of AUTOMATIC1111's web UI, so that a prompt copied from there means the same:
-tags of LoRAs are taken out, then the text of each step is worked out, then its emphasis.
+tags of LoRAs are taken out, the prompt is divided at AND, then the text of each step is worked out, then its emphasis.
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import NamedTuple
 from sdjax.errors import ConfigError
 
 SYNTAXES = ("a1111", "plain")
+EMPHASES = ("original", "no_norm")
 
 
 class Span(NamedTuple):
@@ -209,7 +210,21 @@ def _at_step(text: Sequence[str | _Edit | _Turns], step: int, steps: int) -> str
     return "".join(words)
 
 
-# ------------------------------------------------------------------------------------------------ LoRAs
+# ------------------------------------------------------------------------------------------------ AND, LoRAs
+
+_AND = re.compile(r"\bAND\b")
+_WEIGHTED = re.compile(r"(\s*.*?)\s*:\s*([-+]?(?:\d+\.?|\d*\.\d+))\s*")
+
+
+def subprompts(prompt: str) -> list[Span]:
+    """The prompts that AND joins, each with what its guidance is multiplied by: `a cat :1.2 AND a dog`.
+
+    Liu et al. 2022, "Compositional Visual Generation with Composable Diffusion Models". As in A1111, a prompt without
+    AND may have a weight too.
+    """
+    parts = [(part, _WEIGHTED.fullmatch(part)) for part in _AND.split(prompt)]
+    return [Span(match[1], float(match[2])) if match else Span(part, 1.0) for part, match in parts]
+
 
 _LORA = re.compile(r"<(?:lora|lyco):([^>]+)>")
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from sdjax import sampling
 from sdjax.errors import ConfigError
+from sdjax.prompt_syntax import EMPHASES, SYNTAXES
 
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusion
@@ -22,7 +23,10 @@ class Settings(TypedDict, total=False):
     guidance_rescale: phi of Lin et al. 2023, 3.4, in [0, 1]. seed: image i of the call uses seed + i, whatever the
     batch. height, width: pixels, multiples of 8. sampler: one of `sampling.SAMPLERS`. karras: noise levels of Karras et
     al. 2022. clip_skip: 1 = last layer of the text model, 2 = penultimate, None = the model's own.
-    num_images: pictures of each prompt. latents: unit noise in place of the seeds'. progress: show a bar.
+    prompt_syntax: "a1111" reads prompts as A1111 does, with emphasis, editing, BREAK and AND (see `prompt_syntax`);
+    "plain" takes them as they are. emphasis: "original" restores the mean of what is weighted, as A1111 does by
+    default; "no_norm" does not. num_images: pictures of each prompt. latents: unit noise in place of the seeds'.
+    progress: show a bar.
     """
 
     steps: int
@@ -34,6 +38,8 @@ class Settings(TypedDict, total=False):
     sampler: str
     karras: bool
     clip_skip: int | None
+    prompt_syntax: str
+    emphasis: str
     num_images: int
     latents: Float[Array, "B h w 4"] | None
     progress: bool
@@ -54,6 +60,8 @@ class Request:
     sampler: str = "dpmpp_2m"
     karras: bool = False
     clip_skip: int | None = None
+    prompt_syntax: str = "a1111"
+    emphasis: str = "original"
     strength: float = 1.0
     latents: Float[Array, "B h w 4"] | None = None
     progress: bool = True
@@ -83,6 +91,9 @@ class Request:
             raise ConfigError(f"guidance_rescale = {self.guidance_rescale}: must lie in 0..1")
         if not 0.0 <= self.guidance <= 1000.0:
             raise ConfigError(f"guidance = {self.guidance}: must lie in 0..1000")
+        for name, choices in (("prompt_syntax", SYNTAXES), ("emphasis", EMPHASES)):
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"{name} = {value!r}: choices are {', '.join(choices)}")
         sd.hidden_state(self.clip_skip)
         return sampling.plan(sd.schedule, self.sampler, self.steps, karras=self.karras, strength=self.strength)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from sdjax import drawing, lora, pipeline, sampling, text_encoding
+from sdjax.conditioning import Condition
 from sdjax.config import Stage
 from sdjax.diffusion import NoiseSchedule
 from sdjax.models import clip, unet, vae
@@ -85,8 +86,8 @@ def test_the_sampler_step_lowers(platform, dtype):
         shape(dtype=jnp.int32),
         sampling.plan(sd.schedule, "dpmpp_2m", 20),
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)),
-        shape(2 * batch, 77, 768, dtype=dtype),
-        None,
+        (Condition(shape(2 * batch, 77, 768, dtype=dtype), None),),
+        shape(batch, 1),
         shape(),
         shape(),
     )
