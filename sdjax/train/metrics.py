@@ -81,6 +81,7 @@ class Metrics:
             "loss": loss if math.isfinite(loss) else None,
             "learning_rate": rates if different else next(iter(rates.values())),
             "grad_norm": norm if math.isfinite(norm) else None,
+            **({"row_norm": float(values["row_norm"])} if "row_norm" in values else {}),
             "examples_per_second": round(self._plan.examples / max(now - self._since, 1e-9), 3),
         }
         self._since = now

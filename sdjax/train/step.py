@@ -113,7 +113,8 @@ def variables(recipe: Recipe, trainable: Mapping[str, PyTree], frozen: PyTree) -
 
 
 def make_train_step(recipe: Recipe) -> TrainStep:
-    """The pure step of a recipe. Metrics: `loss`, `grad_norm` (before clipping) and whether both are `finite`.
+    """The pure step of a recipe. Metrics: `loss`, `grad_norm` (before clipping), whether both are `finite`, and for new
+    words their mean `row_norm`.
 
     The loss is the weighted distance to `diffusion.target`, averaged over the whole batch. With accumulation A the
     batch holds A times as many examples, which are taken in A parts; the gradient is their exact mean, in float32. A
@@ -150,7 +151,11 @@ def make_train_step(recipe: Recipe) -> TrainStep:
         average = ema(state.average, moved, state.step, recipe.stage.ema_decay) if state.average else {}
         new = State(state.step + 1, moved, optimizer, average)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-        return kept._replace(step=new.step), {"loss": loss, "grad_norm": norm, "finite": finite}
+        metrics = {"loss": loss, "grad_norm": norm, "finite": finite}
+        if "textual_inversion" in kept.trainable:
+            norms = [jnp.linalg.norm(rows, axis=-1) for rows in kept.trainable["textual_inversion"].values()]
+            metrics["row_norm"] = jnp.mean(jnp.concatenate(norms))
+        return kept._replace(step=new.step), metrics
 
     return train_step
 
