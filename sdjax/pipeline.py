@@ -14,16 +14,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
-from sdjax import diffusion, drawing, lora, sampling
+from sdjax import diffusion, drawing, lora
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.diffusers_folder import ModelFolder, save_folder
 from sdjax.formats.embedding_file import load_embedding
 from sdjax.formats.lora_file import load_lora
 from sdjax.formats.single_file import save_single_file
+from sdjax.inpainting import Inpainting, make_frames
 from sdjax.models import clip, unet, vae
 from sdjax.prompt import Tokenizer
 from sdjax.prompt_syntax import Sections
-from sdjax.request import Settings, make_request
+from sdjax.request import InpaintSettings, Settings, make_request, size_multiple
 from sdjax.text_encoding import TEXT_ENCODERS, HiddenState, collections, encode_ids, with_rows
 
 
@@ -65,10 +66,7 @@ class StableDiffusion:
             settings = settings | {"height": None, "width": None}
         height, width = (side * self.vae.config.factor for side in size)
         request = make_request(self, prompt, negative_prompt, settings, size=(height, width))
-        plan = request.plan(self)
-        return drawing.pictures(
-            self, request, drawing.draw(self, request, plan, sampling.initial(plan, request.noise(self)))
-        )
+        return drawing.text2image(self, request)
 
     def img2img(
         self,
@@ -87,14 +85,44 @@ class StableDiffusion:
         images = [image] if isinstance(image, Image.Image) else list(image)
         height, width = (max(8, side // 8 * 8) for side in (images[0].height, images[0].width))
         request = make_request(self, prompt, negative_prompt, settings, size=(height, width), strength=strength)
-        plan = request.plan(self)
-        count = len(request.prompts)
-        if len(images) not in (1, count):
-            raise ConfigError(f"{len(images)} images for {count} pictures: give one, or one each")
-        noise = request.noise(self)
-        start = self.encode_image(np.stack([drawing.pixels(one, request.width, request.height) for one in images]))
-        state = sampling.initial_from_image(plan, jnp.broadcast_to(start, noise.shape), noise)
-        return drawing.pictures(self, request, drawing.draw(self, request, plan, state))
+        return drawing.img2img(self, request, images)
+
+    def inpaint(
+        self,
+        prompt: str | Sequence[str],
+        image: Image.Image | Sequence[Image.Image],
+        mask: Image.Image | Sequence[Image.Image] | None = None,
+        *,
+        strength: float = 1.0,
+        negative_prompt: str | Sequence[str] = "",
+        **settings: Unpack[InpaintSettings],
+    ) -> list[Image.Image]:
+        """Paints an image anew where its mask is white; models of 4 and of 9 channels alike.
+
+        mask: of any size, stretched over the image; shades of grey paint for as much of the steps. None: what is
+        transparent in the image is painted. strength: as of `img2img`; 1 starts from noise alone. settings: as of
+        `text2image`, and those of `inpainting.Inpainting`. Pictures keep the image's size, and its pixels where the
+        mask is 0; with height and width the image is resized to them first (or, with only_masked, drawn at them).
+        Several images need one size or only_masked. Raises ConfigError for a mask that leaves nothing to paint.
+        """
+        images = [image] if isinstance(image, Image.Image) else list(image)
+        masks = list(mask) if isinstance(mask, list | tuple) else [mask]
+        if len(masks) not in (1, len(images)):
+            raise ConfigError(f"{len(masks)} masks for {len(images)} images: give one, or one each")
+        own: dict[str, Any] = {name: settings.pop(name) for name in Inpainting.__dataclass_fields__ if name in settings}
+        options = Inpainting(**own)
+        frames = make_frames(
+            images,
+            masks,
+            options,
+            size=(settings.get("height"), settings.get("width")),
+            native=self.unet.config.sample_size * self.vae.config.factor,
+            multiple=size_multiple(self),
+        )
+        request = make_request(
+            self, prompt, negative_prompt, settings, size=frames[0].drawn, strength=strength, inpainting=options
+        )
+        return drawing.inpaint(self, request, frames)
 
     # ------------------------------------------------------------------------------------------------ the parts
 

@@ -10,10 +10,14 @@ from jaxtyping import Array, Float
 
 from sdjax import sampling
 from sdjax.errors import ConfigError
+from sdjax.inpainting import Inpainting
 from sdjax.prompt_syntax import EMPHASES, SYNTAXES
 
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusion
+
+
+_FRESH = 1_000_000  # beyond the steps of any sampler, which fold their numbers into the same keys
 
 
 class Settings(TypedDict, total=False):
@@ -45,6 +49,17 @@ class Settings(TypedDict, total=False):
     progress: bool
 
 
+class InpaintSettings(Settings, total=False):
+    """Those of `Settings` and of `inpainting.Inpainting`."""
+
+    mask_grow: int
+    mask_blur: int
+    fill: str
+    only_masked: bool
+    padding: int
+    match_colour: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One call to draw: a prompt a picture, and the settings they share."""
@@ -63,6 +78,7 @@ class Request:
     prompt_syntax: str = "a1111"
     emphasis: str = "original"
     strength: float = 1.0
+    inpainting: Inpainting | None = None
     latents: Float[Array, "B h w 4"] | None = None
     progress: bool = True
 
@@ -79,11 +95,16 @@ class Request:
         """The unit noise each picture starts from: the latents given, else its seed's own."""
         shape = self.latent_shape(sd)
         if self.latents is None:
-            return jax.vmap(lambda key: jax.random.normal(key, shape[1:], jnp.float32))(self.keys)
+            return _normal(self.keys, shape[1:])
         latents = jnp.asarray(self.latents, jnp.float32)
         if latents.shape != shape:
             raise ConfigError(f"latents have shape {latents.shape}; this call needs {shape}")
         return latents
+
+    def fresh_noise(self, sd: "StableDiffusion") -> Float[Array, "B h w 4"]:
+        """More unit noise from the same seeds."""
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, _FRESH))(self.keys)
+        return _normal(keys, self.latent_shape(sd)[1:])
 
     def plan(self, sd: "StableDiffusion") -> sampling.Plan:
         """The sampling run. Raises ConfigError for a setting that is out of range."""
@@ -98,6 +119,10 @@ class Request:
         return sampling.plan(sd.schedule, self.sampler, self.steps, karras=self.karras, strength=self.strength)
 
 
+def _normal(keys: Array, shape: tuple[int, ...]) -> Float[Array, "B ..."]:
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+
+
 def make_request(
     sd: "StableDiffusion",
     prompt: str | Sequence[str],
@@ -106,6 +131,7 @@ def make_request(
     *,
     size: tuple[int, int],
     strength: float = 1.0,
+    inpainting: Inpainting | None = None,
 ) -> Request:
     """size: height and width where the settings give none. Raises ConfigError for what does not fit together."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -125,7 +151,7 @@ def make_request(
     if sd.adapters and len(prompts) * count != (adapted := len(jax.tree.leaves(sd.adapters)[0])):
         raise ConfigError(f"{adapted} LoRAs for {len(prompts) * count} pictures: one each is needed")
     repeat = lambda texts: tuple(text for text in texts for _ in range(count))
-    return Request(repeat(prompts), repeat(negatives), strength=strength, **own)
+    return Request(repeat(prompts), repeat(negatives), strength=strength, inpainting=inpainting, **own)
 
 
 def size_multiple(sd: "StableDiffusion") -> int:

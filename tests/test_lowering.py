@@ -90,6 +90,7 @@ def test_the_sampler_step_lowers(platform, dtype):
         shape(batch, 1),
         shape(),
         shape(),
+        drawing.Given(),
     )
     found = kernels(traced, platform)
     if platform == "tpu":

@@ -20,6 +20,7 @@ SAMPLER_NAMES = {
     "unipc": "UniPC",
     "lcm": "LCM",
 }
+MASKED_CONTENT = {"blurred": "fill", "noise": "latent noise", "constant": "latent nothing"}
 
 
 def parameters_text(request: Mapping[str, Any], picture: int, *, model: str) -> str:
@@ -42,8 +43,20 @@ def parameters_text(request: Mapping[str, Any], picture: int, *, model: str) -> 
         fields["Denoising strength"] = request["strength"]
     if request["clip_skip"]:
         fields["Clip skip"] = request["clip_skip"]
+    if (inpainting := request["inpainting"]) is not None:
+        fields |= _inpainting_fields(vars(inpainting))
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in {**fields, "Version": "sdjax"}.items()))
     return "\n".join(lines)
+
+
+def _inpainting_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {"Mask blur": options["mask_blur"], "Mask grow": options["mask_grow"]}
+    fields = {name: value for name, value in fields.items() if value}
+    if options["fill"] in MASKED_CONTENT:
+        fields["Masked content"] = MASKED_CONTENT[options["fill"]]
+    if options["only_masked"]:
+        fields |= {"Inpaint area": "Only masked", "Masked area padding": options["padding"]}
+    return fields
 
 
 def _quoted(value: Any) -> str:

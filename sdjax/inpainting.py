@@ -1,0 +1,276 @@
+"""Masks and pixels of inpainting, before the model and after it; NumPy and Pillow alone.
+
+A mask is white where to paint. What is painted is pasted onto the original: where the mask (grown by `mask_grow`) is
+0, the picture keeps its pixels exactly, so the soft edge of `mask_blur` lies inside the mask.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image, ImageFilter
+
+from sdjax.errors import ConfigError
+
+FILLS = ("original", "noise", "blurred", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inpainting:
+    """How a masked region is painted and pasted. Lengths are pixels of the picture. ConfigError for a bad value.
+
+    mask_grow: the mask is widened by so much. mask_blur: width of the soft edge, inside the mask.
+    fill: what the region starts from where strength is below 1: the original, noise, the blurred surroundings, or
+    constant latents (A1111's masked content: original, latent noise, fill, latent nothing).
+    only_masked: crop the region with `padding` around it, draw that at height x width (default the model's own size)
+    and paste it back. match_colour: shift what is painted by the difference in colour that the kept pixels show.
+    """
+
+    mask_grow: int = 0
+    mask_blur: int = 4
+    fill: str = "original"
+    only_masked: bool = False
+    padding: int = 32
+    match_colour: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("mask_grow", "mask_blur", "padding"):
+            if not 0 <= (value := getattr(self, name)) <= 1024:
+                raise ConfigError(f"{name} = {value}: must lie in 0..1024 pixels")
+        if self.fill not in FILLS:
+            raise ConfigError(f"fill = {self.fill!r}: choices are {', '.join(FILLS)}")
+
+
+class Box(NamedTuple):
+    """Part of a picture, pixels; right and bottom are one past its last."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        return slice(self.top, self.bottom), slice(self.left, self.right)
+
+
+class Frame(NamedTuple):
+    """One picture to inpaint: what is drawn of it, and how that is pasted back.
+
+    mask: 0..1, grown. drawn: height and width it is drawn at; a box that is not stretched to it is padded at the right
+    and below with its own edge.
+    """
+
+    original: UInt8[np.ndarray, "H W 3"]
+    mask: Float[np.ndarray, "H W"]
+    box: Box
+    drawn: tuple[int, int]
+    options: Inpainting
+
+    def canvas(self) -> tuple[Float[np.ndarray, "h w 3"], Float[np.ndarray, "h w"]]:
+        """Pixels in 0..1 and mask of what is drawn."""
+        pixels, mask = self.original[self.box.slices], self.mask[self.box.slices]
+        if self.options.only_masked:
+            height, width = self.drawn
+            pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
+            mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))
+        else:
+            edges = [(0, wanted - own) for wanted, own in zip(self.drawn, mask.shape, strict=True)]
+            pixels, mask = np.pad(pixels, [*edges, (0, 0)], mode="edge"), np.pad(mask, edges, mode="edge")
+        return pixels.astype(np.float32) / 255, np.clip(mask, 0, 1)
+
+    def paste(self, painted: Float[np.ndarray, "h w 3"]) -> Image.Image:
+        """The whole picture with what was painted, 0..1, in its place."""
+        original, mask = self.original[self.box.slices], self.mask[self.box.slices]
+        height, width = mask.shape
+        if self.options.only_masked:
+            picture = Image.fromarray(np.round(painted * 255).astype(np.uint8))
+            values = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS), np.float32)
+        else:
+            values = painted[:height, :width] * np.float32(255)
+        weight = soft_edge(mask, self.options.mask_blur)[..., None]
+        kept = mask == 0
+        if self.options.match_colour and kept.any():
+            values = values + spread(original - values, kept, finest=4)
+        blended = np.clip(np.round(original + weight * (values - original)), 0, 255).astype(np.uint8)
+        whole = self.original.copy()
+        whole[self.box.slices] = np.where(kept[..., None], original, blended)
+        return Image.fromarray(whole)
+
+
+def make_frame(
+    image: Image.Image,
+    mask: Image.Image | None,
+    options: Inpainting,
+    *,
+    size: tuple[int, int] | None,
+    native: int,
+    multiple: int,
+) -> Frame:
+    """One picture and its mask, made ready.
+
+    mask: of any size, stretched over the image; None: the image's transparent part is painted (on white).
+    size: height and width: the image is resized to them or, with only_masked, its crop alone is drawn at them. None:
+    the image's own, at which a side that is no multiple of `multiple` is padded for drawing; a crop's is `native`.
+    Raises ConfigError for a mask that is no image or black all over, and for an image without transparency to go by.
+    """
+    if mask is None and not image.has_transparency_data:
+        raise ConfigError("no mask is given, and the image has no transparent part to paint")
+    if mask is not None and not isinstance(mask, Image.Image):
+        raise ConfigError(f"the mask is a {type(mask).__name__}: give a PIL image, white where to paint")
+    grey = _transparency(image) if mask is None else _brightness(mask)
+    picture = on_white(image)
+    if size is not None and not options.only_masked and picture.size != (size[1], size[0]):
+        picture = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    if grey.size != picture.size:
+        grey = grey.resize(picture.size, Image.Resampling.BILINEAR)
+    if grey.getbbox() is None:
+        raise ConfigError("the mask is black all over: nothing is to be painted; white is where to paint")
+    for _ in range(options.mask_grow):
+        grey = grey.filter(ImageFilter.MaxFilter(3))
+    drawn = size or (native, native)
+    box = Box(0, 0, *picture.size)
+    if options.only_masked:
+        box = _around(Box(*(grey.getbbox() or box)), options.padding, drawn[1] / drawn[0], picture.size)
+    elif size is None:
+        drawn = (-(-picture.height // multiple) * multiple, -(-picture.width // multiple) * multiple)
+    return Frame(np.asarray(picture), np.asarray(grey, np.float32) / 255, box, drawn, options)
+
+
+def make_frames(
+    images: Sequence[Image.Image],
+    masks: Sequence[Image.Image | None],
+    options: Inpainting,
+    *,
+    size: tuple[int | None, int | None],
+    native: int,
+    multiple: int,
+) -> list[Frame]:
+    """A frame an image, as of `make_frame`, all drawn at one size; masks: one, or one each."""
+    height, width = size
+    if height or width:
+        own = (native, native) if options.only_masked else (images[0].height, images[0].width)
+        wanted = (height or own[0] // multiple * multiple, width or own[1] // multiple * multiple)
+    else:
+        wanted = None
+    pairs = zip(images, list(masks) * (len(images) // len(masks)), strict=True)
+    frames = [make_frame(*pair, options, size=wanted, native=native, multiple=multiple) for pair in pairs]
+    if len({frame.drawn for frame in frames}) > 1:
+        raise ConfigError("images of several sizes: give height and width to draw them at, or one call each")
+    return frames
+
+
+def outpainted(
+    image: Image.Image, mask: Image.Image | None = None, *, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0
+) -> tuple[Image.Image, Image.Image]:
+    """A picture with so many pixels more at each side, and the mask that paints them (and what `mask` paints).
+
+    The new pixels continue the picture's edge, for a strength below 1 or fill "blurred" to start from.
+    """
+    sides = {"left": left, "top": top, "right": right, "bottom": bottom}
+    if min(sides.values()) < 0 or not any(sides.values()):
+        given = ", ".join(map(str, sides.values()))
+        raise ConfigError(f"outpaint = {given}: pixels at the left, top, right and bottom, 0 or more, one above 0")
+    edges = [(top, bottom), (left, right)]
+    own = np.zeros((image.height, image.width), np.uint8)
+    if mask is not None:
+        own = np.asarray(_brightness(mask).resize(image.size, Image.Resampling.BILINEAR))
+    wider = np.pad(np.asarray(on_white(image)), [*edges, (0, 0)], mode="edge")
+    return Image.fromarray(wider), Image.fromarray(np.pad(own, edges, constant_values=255))
+
+
+def soft_edge(mask: Float[np.ndarray, "H W"], width: int) -> Float[np.ndarray, "H W"]:
+    """The mask with a ramp of `width` pixels inside its edge: 0 only where the mask is, 1 in the middle of every part.
+
+    Parts thinner than the ramp get a narrower one. The picture's border is no edge.
+    """
+    level = Image.fromarray((mask > 0).astype(np.uint8))
+    depth = (mask > 0).astype(np.uint16)
+    for _ in range(width):
+        level = level.filter(ImageFilter.MinFilter(3))
+        depth += np.asarray(level)
+    deepest = depth
+    for axis in (0, 1):
+        reach = np.pad(deepest, [(width, width) if a == axis else (0, 0) for a in (0, 1)])
+        deepest = np.lib.stride_tricks.sliding_window_view(reach, 2 * width + 1, axis=axis).max(axis=-1)
+    return mask * depth / np.maximum(deepest, 1).astype(np.float32)
+
+
+def spread(
+    values: Float[np.ndarray, "H W C"], known: Bool[np.ndarray, "H W"], *, finest: int = 1
+) -> Float[np.ndarray, "H W C"]:
+    """Values of known pixels carried on smoothly over all: averages of ever closer known ones, down to `finest` pixels.
+
+    At least one pixel must be known.
+    """
+    weights = known[..., None].astype(np.float32)
+    result = np.broadcast_to(values[known].mean(axis=0), values.shape).astype(np.float32)
+    radius = max(known.shape) // 2
+    while radius >= finest:
+        share = _averaged(weights, radius)
+        nearby = _averaged(values * weights, radius) / np.maximum(share, 1e-6)
+        result = result + np.minimum(4 * share, 1) * (nearby - result)
+        radius //= 2
+    return result
+
+
+def filled(pixels: Float[np.ndarray, "H W 3"], mask: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W 3"]:
+    """The picture with its surroundings blurred into the masked region."""
+    kept = mask == 0
+    return np.where(kept[..., None], pixels, spread(pixels, kept)) if kept.any() else np.full_like(pixels, 0.5)
+
+
+def cells(mask: Float[np.ndarray, "B H W"], factor: int) -> Float[np.ndarray, "B h w 1"]:
+    """The mask on the latent grid: a cell is painted as far as the most masked of its pixels is."""
+    batch, height, width = mask.shape
+    blocks = mask.reshape(batch, height // factor, factor, width // factor, factor)
+    return blocks.max(axis=(2, 4))[..., None]
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB; transparency becomes white."""
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _brightness(mask: Image.Image) -> Image.Image:
+    """Of a mask in any 8-bit mode; what is transparent is black."""
+    if mask.mode in ("I", "F") or mask.mode.startswith("I;16"):
+        raise ConfigError(f"the mask has mode {mask.mode}: give an 8-bit image, white where to paint")
+    if mask.has_transparency_data:
+        mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA"))
+    return mask.convert("L")
+
+
+def _transparency(image: Image.Image) -> Image.Image:
+    return image.convert("RGBA").getchannel("A").point(lambda alpha: 255 - alpha)
+
+
+def _around(region: Box, padding: int, aspect: float, size: tuple[int, int]) -> Box:
+    """The region with padding, widened or heightened to an aspect (width / height) as far as the picture reaches."""
+    left, right = max(region.left - padding, 0), min(region.right + padding, size[0])
+    top, bottom = max(region.top - padding, 0), min(region.bottom + padding, size[1])
+    width = max(right - left, round((bottom - top) * aspect))
+    height = max(bottom - top, round((right - left) / aspect))
+    left, right = _lengthened(left, right, width, size[0])
+    top, bottom = _lengthened(top, bottom, height, size[1])
+    return Box(left, top, right, bottom)
+
+
+def _lengthened(start: int, end: int, length: int, most: int) -> tuple[int, int]:
+    length = min(length, most)
+    start = min(max(start - (length - (end - start)) // 2, 0), most - length)
+    return start, start + length
+
+
+def _averaged(values: Float[np.ndarray, "H W C"], radius: int) -> Float[np.ndarray, "H W C"]:
+    """Box blur, twice in each direction; beyond the picture lies its edge."""
+    for axis in (0, 1, 0, 1):
+        edges = [(radius + 1, radius) if a == axis else (0, 0) for a in range(3)]
+        sums = np.cumsum(np.pad(values, edges, mode="edge"), axis=axis, dtype=np.float64)
+        first, last = (np.take(sums, start + np.arange(values.shape[axis]), axis) for start in (0, 2 * radius + 1))
+        values = ((last - first) / (2 * radius + 1)).astype(np.float32)
+    return values
