@@ -1,0 +1,47 @@
+"""Every recipe in configs/ runs: two steps of each stage, with its own kinds, losses, optimizers and targets."""
+
+import dataclasses
+from pathlib import Path
+
+import micro
+import pytest
+
+from sdjax import config_file
+from sdjax.train.loop import train
+
+ROOT = Path(__file__).parent.parent
+SAMPLES = str(ROOT / "sdjax" / "tiny" / "samples")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    yield from micro.quick_compilation()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_recipe_runs(path, tmp_path):
+    recipe = config_file.load(path)
+    data = dataclasses.replace(recipe.data, path=SAMPLES, validation_path="", batch_size=2)
+    stages = tuple(
+        dataclasses.replace(
+            stage, steps=2, warmup_steps=0, data=dataclasses.replace(stage.data, path=None, batch_size=None)
+        )
+        for stage in recipe.stages
+    )
+    validation = dataclasses.replace(recipe.validation, prompts=recipe.validation.prompts[:1], steps=1)
+    parallel = dataclasses.replace(recipe.parallel, mesh=dataclasses.replace(recipe.parallel.mesh, data=1))
+    short = dataclasses.replace(
+        recipe,
+        model="tiny",
+        output=str(tmp_path / "run"),
+        data=data,
+        stages=stages,
+        validation=validation,
+        parallel=parallel,
+        copies=tuple(dataclasses.replace(copy, path="") for copy in recipe.copies),
+    )
+    assert train(config_file.from_table(config_file.to_table(short))) == 0
+    for member in short.members():
+        for stage in stages:
+            made = {path.name for path in (Path(member.output) / "export" / stage.name).iterdir()}
+            assert "README.md" in made and len(made) > 1
