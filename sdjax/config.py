@@ -86,7 +86,7 @@ class Data:
     tag_dropout: Fraction = 0.0
     """Share of the tags left out, 0 to 1."""
     caption_variants: Count = 8
-    """Versions of each caption prepared when tags are shuffled or dropped, or a template is used."""
+    """Versions of each caption prepared when tags are shuffled or dropped."""
     mask_path: str = ""
     """Folder of masks for masked_loss: same names as the images, white is learned; empty: the images' alpha channel."""
     validation_path: str = ""
@@ -436,6 +436,8 @@ def _check_stage(stage: Stage, key: str) -> None:
     _check_parts(stage, key)
     if stage.min_snr_gamma and stage.debiased:
         raise ConfigError(f"{key}: min_snr_gamma and debiased are two weightings of the same loss: choose one")
+    if stage.optimizer == "schedule_free" and stage.ema_decay:
+        raise ConfigError(f"{key}: schedule_free averages by itself: leave ema_decay out")
     if stage.schedule == "constant_with_warmup" and not stage.warmup_steps:
         raise ConfigError(f"{key}.schedule = 'constant_with_warmup' needs {key}.warmup_steps above 0")
     if stage.warmup_steps > stage.steps:

@@ -198,6 +198,7 @@ def test_every_field_is_documented():
         (with_stage(betas=[0.9]), "stages.0.betas = .*expected a list of 2"),
         (with_stage(betas=[0.9, 1.0]), "stages.0.betas.1 = 1.0"),
         (with_stage(min_snr_gamma=5, debiased=True), "choose one"),
+        (with_stage(optimizer="schedule_free", ema_decay=0.9), "averages by itself"),
         (with_stage(warmup_steps=301), "more than"),
         (with_stage(schedule="constant_with_warmup"), "needs stages.0.warmup_steps"),
         (with_stage(timestep_range=[0.5, 0.5]), "the first below the second"),

@@ -290,10 +290,11 @@ def test_dora_along_the_other_axis_is_refused(tmp_path, shape):
     raises("DoRA magnitude", tmp_path / "a.safetensors", expected(SD1))
 
 
-def test_bundled_embeddings_are_passed_over(tmp_path):
+def test_bundled_embeddings_are_left_to_their_own_reader(tmp_path, caplog):
     tensors, deltas = kohya_file(SD1)
     save_file(tensors | {"bundle_emb.dog.string_to_param": np.ones((2, 6), np.float32)}, tmp_path / "a.safetensors")
     assert_deltas(load_lora(tmp_path / "a.safetensors", expected(SD1)), deltas)
+    assert "holds words too: dog" in caplog.text
 
 
 KINDS = {

@@ -1,5 +1,6 @@
 """A LoRA file of any style -> our LoRA tree, and back."""
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from sdjax.formats.safetensors_file import save_safetensors
 from sdjax.formats.weights_file import read_tensors
 from sdjax.lora import layers, nest
 
+log = logging.getLogger(__name__)
+
 STYLES = ("kohya", "peft")
 _FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 _FOLDER_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
@@ -45,6 +48,8 @@ def load_lora(path: str | os.PathLike, expected: Mapping[str, Any]) -> dict[str,
     tensors, metadata = read_tensors(path)
     if not tensors:
         raise DataError(f"{path}: holds no tensors")
+    if bundled := sorted({key.split(".")[1] for key in tensors if key.startswith("bundle_emb.")}):
+        log.warning("%s holds words too: %s; --embedding or with_embedding reads them", path, ", ".join(bundled))
     if any(key.startswith(("unet:", "text_encoder:")) for key in tensors):
         raise DataError(f"{path}: a LoRA of cloneofsimo's format, which is not read here")
     try:
