@@ -249,6 +249,7 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "sdjax.train") -> 
 
 def _flags(record: Any) -> Iterator[str]:
     """The flag of every field: `stages.0.lora-rank`."""
+    hints = get_type_hints(type(record))
     for f in dataclasses.fields(record):
         value = getattr(record, f.name)
         inner = {f.name: value}
@@ -257,7 +258,7 @@ def _flags(record: Any) -> Iterator[str]:
         records = {name: item for name, item in inner.items() if dataclasses.is_dataclass(item)}
         for name, item in records.items():
             yield from (f"{name}.{flag}" for flag in _flags(item))
-        if not records:
+        if not records and not any(map(dataclasses.is_dataclass, get_args(hints[f.name]))):  # an empty list of records
             yield f.name.replace("_", "-")
 
 
