@@ -6,20 +6,25 @@ answer at once.
 
 import argparse
 import contextlib
+import itertools
 import math
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image, ImageOps
 
-from sdjax import command
+from sdjax import command, prompt_syntax
 from sdjax.errors import ConfigError, DataError, TrainingStopped
 from sdjax.formats.png_parameters import SAMPLER_NAMES, save_png
+
+if TYPE_CHECKING:
+    from sdjax.pipeline import StableDiffusion
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _LONGEST_NAME = 80  # bytes of a prompt kept in a file name; file systems allow 255 in all
@@ -55,6 +60,7 @@ def _run(argv: Sequence[str]) -> None:
     loras = [_lora(text) for text in args.lora]
     embeddings = [_embedding(text) for text in args.embedding]
     _check_values(args, len(prompts))
+    texts_of, tags_of = _without_tags(prompts, args)
     strength = _strength(args)
     image = None if args.image is None else _read_image(args.image)
     out = _writable_folder(args.out)
@@ -68,6 +74,8 @@ def _run(argv: Sequence[str]) -> None:
     sampling.plan(sd.schedule, args.sampler, args.steps, karras=args.karras, strength=strength)
     sd.hidden_state(args.clip_skip)
     adapters = [load_lora(lora.path, sd.params) for lora in loras]
+    tagged = {tag.name for tags in tags_of.values() for tag in tags}
+    by_name = {name: load_lora(path, sd.params) for name, path in _find_loras(args.lora_dir, tagged).items()}
     for embedding in embeddings:
         sd = sd.with_embedding(embedding.path, embedding.token)
 
@@ -85,9 +93,11 @@ def _run(argv: Sequence[str]) -> None:
         "sampler": args.sampler,
         "karras": args.karras,
         "clip_skip": args.clip_skip,
+        "prompt_syntax": args.prompt_syntax,
+        "emphasis": args.emphasis,
     }
 
-    def draw(texts: list[str], seed: int) -> list[Image.Image]:
+    def draw(sd: "StableDiffusion", texts: list[str], seed: int) -> list[Image.Image]:
         if image is None:
             return sd.text2image(texts, args.negative_prompt, seed=seed, **settings)
         return sd.img2img(texts, image, strength=strength, negative_prompt=args.negative_prompt, seed=seed, **settings)
@@ -95,14 +105,20 @@ def _run(argv: Sequence[str]) -> None:
     pictures = []
     wanted = [prompt for prompt in prompts for _ in range(args.num_images)]
     number = _next_number(out)
-    for start, texts in _batches(wanted, args.batch_size):
-        with _memory_advice():
-            drawn = draw(texts, args.seed + start)
-        for i, picture in enumerate(drawn[: len(wanted) - start], start):
-            _mention(picture, wanted[i], loras)
-            path = out / f"{number + i:05d}-{args.seed + i}-{safe_name(wanted[i])}.png"
-            _save(picture, path)
-            pictures.append(picture)
+    for tags, run in itertools.groupby(wanted, tags_of.__getitem__):
+        own, texts = sd, [texts_of[prompt] for prompt in run]
+        for tag in tags:
+            for part, tree in by_name[tag.name].items():
+                own = own.with_lora({part: tree}, tag.unet_weight if part == "unet" else tag.text_weight)
+        first = len(pictures)
+        for start, batch in _batches(texts, args.batch_size):
+            with _memory_advice():
+                drawn = draw(own, batch, args.seed + first + start)
+            for picture, text in zip(drawn, texts[start : start + len(batch)], strict=False):
+                i = len(pictures)
+                _mention(picture, text, wanted[i], loras)
+                _save(picture, out / f"{number + i:05d}-{args.seed + i}-{safe_name(text)}.png")
+                pictures.append(picture)
     if len(pictures) > 1:
         _save(grid(pictures, columns=args.num_images if args.num_images > 1 else None), out / "grid.png")
 
@@ -130,6 +146,7 @@ def _parser() -> command.Parser:
     add("--image", type=Path, metavar="FILE", help="start from this picture")
     add("--strength", type=float, metavar="S", help="how far to redraw --image: above 0, at most 1 (0.75)")
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="LoRA to merge in; may be repeated")
+    add("--lora-dir", type=Path, metavar="DIR", help="folder of the LoRAs that prompts name: <lora:NAME:WEIGHT>")
     add(
         "--embedding",
         action="append",
@@ -138,6 +155,9 @@ def _parser() -> command.Parser:
         help="new words for prompts, from Textual "
         "Inversion; TOKEN: the word to use, in place of the file's own; may be repeated",
     )
+    syntaxes, emphases = ", ".join(prompt_syntax.SYNTAXES), ", ".join(prompt_syntax.EMPHASES)
+    add("--prompt-syntax", default="a1111", metavar="NAME", help=f"how prompts are read: {syntaxes} (a1111)")
+    add("--emphasis", default="original", metavar="NAME", help=f"whether weights keep the mean: {emphases} (original)")
     add("--dtype", default="float32", metavar="TYPE", help=f"one of {', '.join(_DTYPES)} (float32)")
     add("--variant", metavar="NAME", help="of the weight files, such as fp16")
     add("--tokenizer", metavar="DIR", help="folder of the tokenizer, for a model of a single file (the hub's)")
@@ -180,6 +200,29 @@ def _lora(text: str) -> Lora:
     return Lora(path, weight)
 
 
+def _without_tags(
+    prompts: Sequence[str], args: argparse.Namespace
+) -> tuple[dict[str, str], dict[str, list[prompt_syntax.LoraTag]]]:
+    """Each prompt's text and LoRAs. Raises ConfigError for LoRAs without a folder of them."""
+    if args.prompt_syntax == "plain":
+        return {prompt: prompt for prompt in prompts}, {prompt: [] for prompt in prompts}
+    read = {prompt: prompt_syntax.without_loras(prompt) for prompt in prompts}
+    named = [tag.name for _, tags in read.values() for tag in tags]
+    if named and args.lora_dir is None:
+        raise ConfigError(f"the prompt names the LoRA {named[0]!r}: give --lora-dir DIR, the folder it lies in")
+    return {prompt: text for prompt, (text, _) in read.items()}, {prompt: tags for prompt, (_, tags) in read.items()}
+
+
+def _find_loras(folder: Path | None, names: AbstractSet[str]) -> dict[str, Path]:
+    """The files of these names anywhere under the folder. DataError for one that is not there."""
+    if not names or folder is None:
+        return {}
+    there = {path.stem: path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".pt", ".ckpt")}
+    if missing := sorted(names - there.keys()):
+        raise DataError(f"--lora-dir {folder}: no LoRA {missing[0]!r} in it; there are {', '.join(there) or 'none'}")
+    return {name: there[name] for name in names}
+
+
 def _embedding(text: str) -> Embedding:
     """FILE or FILE:TOKEN; a file whose whole name is `text` wins."""
     path, token = Path(text), None
@@ -193,7 +236,12 @@ def _embedding(text: str) -> Embedding:
 
 def _check_values(args: argparse.Namespace, prompts: int) -> None:
     """What can be told wrong without looking at the model, which may have to be downloaded. Raises ConfigError."""
-    for flag, value, choices in (("--sampler", args.sampler, SAMPLER_NAMES), ("--dtype", args.dtype, _DTYPES)):
+    for flag, value, choices in (
+        ("--sampler", args.sampler, SAMPLER_NAMES),
+        ("--dtype", args.dtype, _DTYPES),
+        ("--prompt-syntax", args.prompt_syntax, prompt_syntax.SYNTAXES),
+        ("--emphasis", args.emphasis, prompt_syntax.EMPHASES),
+    ):
         if value not in choices:
             raise ConfigError(f"{flag} {value}: choices are {', '.join(choices)}")
     for flag, value, low, high in (
@@ -276,10 +324,10 @@ def _next_number(folder: Path) -> int:
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
-def _mention(picture: Image.Image, prompt: str, loras: Sequence[Lora]) -> None:
-    """Put the LoRAs into the picture's recorded prompt, where A1111 looks for them."""
+def _mention(picture: Image.Image, drawn: str, prompt: str, loras: Sequence[Lora]) -> None:
+    """Put the LoRAs into the picture's recorded prompt `drawn`, where A1111 looks for them."""
     text = picture.info["parameters"]
-    picture.info["parameters"] = " ".join([prompt, *(lora.tag for lora in loras)]) + text.removeprefix(prompt)
+    picture.info["parameters"] = " ".join([prompt, *(lora.tag for lora in loras)]) + text.removeprefix(drawn)
 
 
 def _save(picture: Image.Image, path: Path) -> None:

@@ -97,6 +97,27 @@ def test_lora_is_merged_with_its_weight_and_recorded(tmp_path, tiny):
     assert recorded(tmp_path / "out" / name).startswith("red heart <lora:my style:0.5> <lora:my style:1>\nSteps: 2, ")
 
 
+def test_loras_that_prompts_name_are_found_in_their_folder(tmp_path, tiny):
+    """Each prompt is drawn with its own, and with its own weights of U-Net and text model."""
+    parts = {part: lora.init(jax.random.key(0), tiny.params[part], rank=2) for part in ("unet", "text_encoder")}
+    adapters = {
+        part: lora.map_layers(lambda layer: layer | {"up": layer["up"] + 0.1}, tree) for part, tree in parts.items()
+    }
+    (tmp_path / "loras" / "styles").mkdir(parents=True)
+    save_lora(tmp_path / "loras" / "styles" / "mine.safetensors", adapters, tiny.params)
+    prompts = ["red <lora:mine:0.2:0.6>(heart)", "red (heart)", "red (heart)<lora:mine:0.5>"]
+    flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
+    out = tmp_path / "out"
+    assert run(*flags, "--lora-dir", tmp_path / "loras", *STEPS, *ONE, "--out", out) == 0
+    first = tiny.with_lora({"text_encoder": adapters["text_encoder"]}, 0.2).with_lora({"unet": adapters["unet"]}, 0.6)
+    names = sorted(os.listdir(out))
+    for i, (sd, prompt) in enumerate(zip([first, tiny, tiny.with_lora(adapters, 0.5)], prompts, strict=True)):
+        assert names[i] == f"0000{i}-{i}-red-heart.png"
+        expected = sd.text2image("red (heart)", steps=2, guidance=3.0, seed=i, progress=False)[0]
+        assert np.abs(pixels(out / names[i]).astype(int) - np.asarray(expected).astype(int)).max() <= 1
+        assert recorded(out / names[i]).startswith(f"{prompt}\nSteps: 2, ")
+
+
 def test_an_image_is_redrawn_at_its_size_down_to_multiples_of_8(tmp_path):
     Image.new("RGBA", (67, 70), (255, 0, 0, 128)).save(tmp_path / "in.png")
     flags = ("--prompt", "red heart", "--image", tmp_path / "in.png", "--strength", 0.5, "--out", tmp_path / "out")
@@ -123,6 +144,11 @@ def test_an_image_is_redrawn_at_its_size_down_to_multiples_of_8(tmp_path):
         (["--sampler", "lcm", "--steps", "51"], 2, "steps 51 must be at most 50"),
         (["--clip-skip", "9"], 2, "clip_skip = 9: must lie in 1 (last layer)"),
         (["--lora", "TEXT"], 3, "text.png"),
+        (["--prompt-syntax", "comfy"], 2, "--prompt-syntax comfy: choices are a1111, plain"),
+        (["--emphasis", "strong"], 2, "--emphasis strong: choices are original, no_norm"),
+        (["--prompt", "a <lora:mine:1>"], 2, "the prompt names the LoRA 'mine': give --lora-dir DIR"),
+        (["--prompt", "<lora:mine:1>", "--lora-dir", "nowhere"], 3, "--lora-dir nowhere: no LoRA 'mine' in it"),
+        (["--prompt", "<lora:mine:x>", "--lora-dir", "nowhere"], 2, "the weights of a LoRA must be numbers"),
         (["--dtype", "float64"], 2, "--dtype float64: choices are float32"),
         (["--strength", "0.5"], 2, "--strength says how far to redraw an --image"),
         (["--image", "IMAGE", "--strength", "0"], 2, "--strength 0: must lie above 0"),
