@@ -196,6 +196,8 @@ def test_plain_prompts_are_taken_as_they_are(tiny):
     assert not same(draw("a (red) heart"), draw("a (red) heart", prompt_syntax="plain"))
     assert not same(draw("a (red:1.5) heart"), draw("a (red:1.5) heart", emphasis="no_norm"))
     assert draw("a <lora:x:1>", prompt_syntax="plain")
+    recorded = lambda **how: draw("(taco)", **how)[0].info["parameters"]
+    assert "Emphasis: No norm, " in recorded(emphasis="no_norm") and "Emphasis" not in recorded()
     context = tiny.encode_text("a (red) heart")  # as for training
     np.testing.assert_array_equal(context, tiny.encode_prompts(["a (red) heart"])[0])
 

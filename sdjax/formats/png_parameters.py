@@ -43,6 +43,8 @@ def parameters_text(request: Mapping[str, Any], picture: int, *, model: str) -> 
         fields["Denoising strength"] = request["strength"]
     if request["clip_skip"]:
         fields["Clip skip"] = request["clip_skip"]
+    if request["emphasis"] == "no_norm":
+        fields["Emphasis"] = "No norm"
     if (inpainting := request["inpainting"]) is not None:
         fields |= _inpainting_fields(vars(inpainting))
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in {**fields, "Version": "sdjax"}.items()))
