@@ -1,5 +1,6 @@
 """Drawing: from a request and where it starts to final latents, one compiled program a shape, and pictures of them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ from sdjax.errors import ConfigError
 from sdjax.formats.png_parameters import parameters_text
 from sdjax.inpainting import Frame
 from sdjax.models import unet
-from sdjax.request import Request
+from sdjax.request import Request, size_multiple
 
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusion
@@ -39,9 +40,25 @@ NOTHING_GIVEN = Given()
 
 
 def text2image(sd: "StableDiffusion", request: Request) -> list[Image.Image]:
-    """Pictures from noise."""
+    """Pictures from noise, with a second pass over them enlarged where the request has one."""
     plan = request.plan(sd)
-    return pictures(sd, request, draw(sd, request, plan, sampling.initial(plan, request.noise(sd))))
+    hires = request.hires
+    if hires is None or hires.scale == 1:
+        return pictures(sd, request, draw(sd, request, plan, sampling.initial(plan, request.noise(sd))))
+    multiple = size_multiple(sd)
+    height, width = (round(side * hires.scale / multiple) * multiple for side in (request.height, request.width))
+    larger = dataclasses.replace(
+        request, height=height, width=width, steps=hires.steps or request.steps, strength=hires.strength, latents=None
+    )
+    second = larger.plan(sd)
+    small = draw(sd, request, plan, sampling.initial(plan, request.noise(sd)))
+    noise = larger.noise(sd)
+    if hires.upscaler == "latent":
+        start = jax.image.resize(jnp.asarray(small), noise.shape, "bilinear")
+    else:
+        decoded = (_as_picture(0, values) for values in np.asarray(sd.decode_latents(small)))
+        start = sd.encode_image(np.stack([pixels(picture, width, height) for picture in decoded]))
+    return pictures(sd, request, draw(sd, larger, second, sampling.initial_from_image(second, start, noise)))
 
 
 def img2img(sd: "StableDiffusion", request: Request, images: Sequence[Image.Image]) -> list[Image.Image]:

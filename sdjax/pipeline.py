@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -24,8 +24,9 @@ from sdjax.inpainting import Inpainting, make_frames
 from sdjax.models import clip, unet, vae
 from sdjax.prompt import Tokenizer
 from sdjax.prompt_syntax import Sections
-from sdjax.request import InpaintSettings, Settings, make_request, size_multiple
+from sdjax.request import Hires, HiresSettings, InpaintSettings, Settings, make_request, size_multiple
 from sdjax.text_encoding import TEXT_ENCODERS, HiddenState, collections, encode_ids, with_rows
+from sdjax.tiling import Tiling, tiled
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,14 +50,18 @@ class StableDiffusion:
     adapters: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Model -> LoRA tree with a leading axis, one adapter for each picture of a call (see `with_loras`)."""
 
+    tiling: Tiling | None = None
+    """How the autoencoder computes large pictures; None: as a whole."""
+
     # ------------------------------------------------------------------------------------------------ drawing
 
     def text2image(
-        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] = "", **settings: Unpack[Settings]
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] = "", **settings: Unpack[HiresSettings]
     ) -> list[Image.Image]:
         """Draws `num_images` pictures of each prompt, 20 steps of dpmpp_2m at guidance 7.5 unless set otherwise.
 
         settings: see `request.Settings`; height and width are by default the model's own, or those of `latents`.
+        With hires_scale above 1 the picture is drawn small, enlarged and drawn again, as `request.Hires` says.
         Each picture carries its settings in `info["parameters"]`.
         Raises ConfigError for a setting out of range, before anything is computed.
         """
@@ -65,7 +70,11 @@ class StableDiffusion:
             size = latents.shape[1:3]
             settings = settings | {"height": None, "width": None}
         height, width = (side * self.vae.config.factor for side in size)
-        request = make_request(self, prompt, negative_prompt, settings, size=(height, width))
+        own: dict[str, Any] = {
+            field: settings.pop(name) for field in Hires.__dataclass_fields__ if (name := f"hires_{field}") in settings
+        }
+        hires = Hires(**own)
+        request = make_request(self, prompt, negative_prompt, settings, size=(height, width), hires=hires)
         return drawing.text2image(self, request)
 
     def img2img(
@@ -106,7 +115,7 @@ class StableDiffusion:
         Several images need one size or only_masked. Raises ConfigError for a mask that leaves nothing to paint.
         """
         images = [image] if isinstance(image, Image.Image) else list(image)
-        masks = list(mask) if isinstance(mask, list | tuple) else [mask]
+        masks: list[Any] = list(mask) if isinstance(mask, list | tuple) else [mask]
         if len(masks) not in (1, len(images)):
             raise ConfigError(f"{len(masks)} masks for {len(images)} images: give one, or one each")
         own: dict[str, Any] = {name: settings.pop(name) for name in Inpainting.__dataclass_fields__ if name in settings}
@@ -201,15 +210,25 @@ class StableDiffusion:
         if not isinstance(images, (Array, np.ndarray)):
             images = np.stack([drawing.pixels(image, *image.size) for image in images])
         pixels = jnp.asarray(images, jnp.float32)
-        means = [_encode_image(self.vae, self.params["vae"], pixels[i : i + 1]) for i in range(len(pixels))]
+        encode = functools.partial(_encode_image, self.vae, self.params["vae"])
+        means = [self._in_tiles(encode, pixels[i : i + 1], encode=True) for i in range(len(pixels))]
         return vae.scale_latents(self.vae.config, jnp.concatenate(means))
 
     def decode_latents(self, latents: Float[Array | np.ndarray, "B h w 4"]) -> Float[Array, "B H W 3"]:
         """Pictures with values in [0, 1]; one at a time, so that memory does not grow with the batch."""
         unscaled = vae.unscale_latents(self.vae.config, jnp.asarray(latents, jnp.float32))
+        decode = functools.partial(_decode_latents, self.vae, self.params["vae"])
         return jnp.concatenate(
-            [_decode_latents(self.vae, self.params["vae"], unscaled[i : i + 1]) for i in range(len(unscaled))]
+            [self._in_tiles(decode, unscaled[i : i + 1], encode=False) for i in range(len(unscaled))]
         )
+
+    def _in_tiles(self, compute: Callable[[Any], Array], values: Array, *, encode: bool) -> Array:
+        if self.tiling is None:
+            return compute(values)
+        config = self.vae.config
+        channels = config.latent_channels if encode else config.out_channels
+        whole = tiled(compute, np.asarray(values), self.tiling, factor=config.factor, encode=encode, channels=channels)
+        return jnp.asarray(whole)
 
     def predict(
         self, latents: Float[Array, "B h w C"], timesteps: Array, context: Float[Array, "B T D"], **added: Array
@@ -219,6 +238,10 @@ class StableDiffusion:
         return _predict(self.unet, self.params["unet"], latents, timesteps, context, added or None)
 
     # ------------------------------------------------------------------------------------------------ changing it
+
+    def with_tiled_vae(self, tile: int = 512, overlap: int = 64) -> "StableDiffusion":
+        """A bundle whose autoencoder works in overlapping tiles: little memory for large pictures. Lengths: pixels."""
+        return dataclasses.replace(self, tiling=Tiling(tile, overlap))
 
     def with_lora(self, path: str | os.PathLike | Mapping[str, Any], weight: float = 1.0) -> "StableDiffusion":
         """A bundle with a LoRA merged in. path: a file (kohya or PEFT keys), or an adapter tree by part.

@@ -24,19 +24,21 @@ class Settings(TypedDict, total=False):
     """What every way of drawing takes by keyword; the defaults are those of `Request`.
 
     steps: of the sampler. guidance: classifier-free guidance scale (Ho and Salimans 2022), 1 = off.
-    guidance_rescale: phi of Lin et al. 2023, 3.4, in [0, 1]. seed: image i of the call uses seed + i, whatever the
-    batch. height, width: pixels, multiples of 8. sampler: one of `sampling.SAMPLERS`. karras: noise levels of Karras et
-    al. 2022. clip_skip: 1 = last layer of the text model, 2 = penultimate, None = the model's own.
-    prompt_syntax: "a1111" reads prompts as A1111 does, with emphasis, editing, BREAK and AND (see `prompt_syntax`);
-    "plain" takes them as they are. emphasis: "original" restores the mean of what is weighted, as A1111 does by
-    default; "no_norm" does not. num_images: pictures of each prompt. latents: unit noise in place of the seeds'.
-    progress: show a bar.
+    guidance_rescale: phi of Lin et al. 2023, 3.4, in [0, 1].
+    seed: image i of the call uses seed + i, whatever the batch; or one each.
+    variation_strength: above 0 every image has seed's noise, moved by so much (0..1, along the sphere) towards that of
+    variation_seed + i; or seeds one each.
+    height, width: pixels, multiples of 8. sampler: one of `sampling.SAMPLERS`. karras: noise levels of Karras et al.
+    2022. clip_skip: 1 = last layer of the text model, 2 = penultimate, None = the model's own. num_images: pictures of
+    each prompt. latents: unit noise in place of the seeds'. progress: show a bar.
     """
 
     steps: int
     guidance: float
     guidance_rescale: float
-    seed: int
+    seed: int | Sequence[int]
+    variation_seed: int | Sequence[int]
+    variation_strength: float
     height: int | None
     width: int | None
     sampler: str
@@ -47,6 +49,15 @@ class Settings(TypedDict, total=False):
     num_images: int
     latents: Float[Array, "B h w 4"] | None
     progress: bool
+
+
+class HiresSettings(Settings, total=False):
+    """Those of `Settings` and of `Hires`."""
+
+    hires_scale: float
+    hires_steps: int | None
+    hires_strength: float
+    hires_upscaler: str
 
 
 class InpaintSettings(Settings, total=False):
@@ -60,6 +71,29 @@ class InpaintSettings(Settings, total=False):
     match_colour: bool
 
 
+UPSCALERS = ("latent", "lanczos")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hires:
+    """A second pass over the enlarged picture, as of `img2img`. ConfigError for a bad value.
+
+    scale: of height and width, 1 = no second pass. steps: default those of the first; steps * strength run.
+    upscaler: "latent", bilinear on the latents, or "lanczos", on the decoded picture.
+    """
+
+    scale: float = 1.0
+    steps: int | None = None
+    strength: float = 0.5
+    upscaler: str = "latent"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.scale <= 8:
+            raise ConfigError(f"hires_scale = {self.scale}: must lie in 1..8")
+        if self.upscaler not in UPSCALERS:
+            raise ConfigError(f"hires_upscaler = {self.upscaler!r}: choices are {', '.join(UPSCALERS)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One call to draw: a prompt a picture, and the settings they share."""
@@ -71,7 +105,9 @@ class Request:
     steps: int = 20
     guidance: float = 7.5
     guidance_rescale: float = 0.0
-    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
+    variation_seeds: tuple[int, ...] = (0,)
+    variation_strength: float = 0.0
     sampler: str = "dpmpp_2m"
     karras: bool = False
     clip_skip: int | None = None
@@ -79,13 +115,14 @@ class Request:
     emphasis: str = "original"
     strength: float = 1.0
     inpainting: Inpainting | None = None
+    hires: Hires | None = None
     latents: Float[Array, "B h w 4"] | None = None
     progress: bool = True
 
     @property
     def keys(self) -> Array:
         """One key a picture, from its own seed alone."""
-        return jnp.stack([jax.random.key(self.seed + i) for i in range(len(self.prompts))])
+        return _keys(self.seeds)
 
     def latent_shape(self, sd: "StableDiffusion") -> tuple[int, int, int, int]:
         factor = sd.vae.config.factor
@@ -95,7 +132,10 @@ class Request:
         """The unit noise each picture starts from: the latents given, else its seed's own."""
         shape = self.latent_shape(sd)
         if self.latents is None:
-            return _normal(self.keys, shape[1:])
+            noise = _normal(self.keys, shape[1:])
+            if self.variation_strength:
+                noise = slerp(noise, _normal(_keys(self.variation_seeds), shape[1:]), self.variation_strength)
+            return noise
         latents = jnp.asarray(self.latents, jnp.float32)
         if latents.shape != shape:
             raise ConfigError(f"latents have shape {latents.shape}; this call needs {shape}")
@@ -115,8 +155,26 @@ class Request:
         for name, choices in (("prompt_syntax", SYNTAXES), ("emphasis", EMPHASES)):
             if (value := getattr(self, name)) not in choices:
                 raise ConfigError(f"{name} = {value!r}: choices are {', '.join(choices)}")
+        if not 0.0 <= self.variation_strength <= 1.0:
+            raise ConfigError(f"variation_strength = {self.variation_strength}: must lie in 0..1")
         sd.hidden_state(self.clip_skip)
         return sampling.plan(sd.schedule, self.sampler, self.steps, karras=self.karras, strength=self.strength)
+
+
+def slerp(start: Float[Array, "B ..."], end: Float[Array, "B ..."], share: float) -> Float[Array, "B ..."]:
+    """From start to end along the great circle between them (Shoemake 1985), each example its own."""
+    axes = tuple(range(1, start.ndim))
+    norm = lambda values: jnp.sqrt(jnp.sum(values**2, axes, keepdims=True))
+    cosine = jnp.sum(start * end, axes, keepdims=True) / (norm(start) * norm(end))
+    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
+    apart = jnp.sin(angle) > 1e-4  # else both are one, or opposite: there is no circle, or no only one
+    sine = jnp.where(apart, jnp.sin(angle), 1.0)
+    curved = (jnp.sin((1 - share) * angle) * start + jnp.sin(share * angle) * end) / sine
+    return jnp.where(apart, curved, (1 - share) * start + share * end)
+
+
+def _keys(seeds: Sequence[int]) -> Array:
+    return jnp.stack([jax.random.key(seed) for seed in seeds])
 
 
 def _normal(keys: Array, shape: tuple[int, ...]) -> Float[Array, "B ..."]:
@@ -132,6 +190,7 @@ def make_request(
     size: tuple[int, int],
     strength: float = 1.0,
     inpainting: Inpainting | None = None,
+    hires: Hires | None = None,
 ) -> Request:
     """size: height and width where the settings give none. Raises ConfigError for what does not fit together."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -151,7 +210,19 @@ def make_request(
     if sd.adapters and len(prompts) * count != (adapted := len(jax.tree.leaves(sd.adapters)[0])):
         raise ConfigError(f"{adapted} LoRAs for {len(prompts) * count} pictures: one each is needed")
     repeat = lambda texts: tuple(text for text in texts for _ in range(count))
-    return Request(repeat(prompts), repeat(negatives), strength=strength, inpainting=inpainting, **own)
+    total = len(prompts) * count
+    # Variations are of one picture, as in A1111: there the second seed counts up.
+    own["seeds"] = _seeds("seed", own.pop("seed", 0), total, counting=not own.get("variation_strength"))
+    own["variation_seeds"] = _seeds("variation_seed", own.pop("variation_seed", 0), total, counting=True)
+    return Request(repeat(prompts), repeat(negatives), strength=strength, inpainting=inpainting, hires=hires, **own)
+
+
+def _seeds(name: str, given: int | Sequence[int], count: int, *, counting: bool) -> tuple[int, ...]:
+    if isinstance(given, Sequence):
+        if len(given) != count:
+            raise ConfigError(f"{name}: {len(given)} for {count} pictures: give one, or one each")
+        return tuple(given)
+    return tuple(given + i * counting for i in range(count))
 
 
 def size_multiple(sd: "StableDiffusion") -> int:

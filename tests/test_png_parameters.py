@@ -7,7 +7,7 @@ from sdjax.formats.png_parameters import SAMPLER_NAMES, parameters_text, save_pn
 from sdjax.request import Request
 from sdjax.sampling import SAMPLERS
 
-REQUEST = Request(("a red heart", "a pizza"), ("", "blurry"), seed=7, height=64, width=96)
+REQUEST = Request(("a red heart", "a pizza"), ("", "blurry"), seeds=(7, 8), height=64, width=96)
 
 
 def text(picture: int = 0, **changes) -> str:

@@ -33,7 +33,7 @@ def parameters_text(request: Mapping[str, Any], picture: int, *, model: str) -> 
         "Sampler": SAMPLER_NAMES[request["sampler"]],
         "Schedule type": "Karras" if request["karras"] else "Automatic",
         "CFG scale": request["guidance"],
-        "Seed": request["seed"] + picture,
+        "Seed": request["seeds"][picture],
         "Size": f"{request['width']}x{request['height']}",
         "Model": Path(model).stem,
     }
@@ -45,10 +45,22 @@ def parameters_text(request: Mapping[str, Any], picture: int, *, model: str) -> 
         fields["Clip skip"] = request["clip_skip"]
     if request["emphasis"] == "no_norm":
         fields["Emphasis"] = "No norm"
+    if request["variation_strength"]:
+        fields["Variation seed"] = request["variation_seeds"][picture]
+        fields["Variation seed strength"] = request["variation_strength"]
+    if (hires := request["hires"]) is not None and hires.scale != 1:
+        fields |= _hires_fields(vars(hires))
     if (inpainting := request["inpainting"]) is not None:
         fields |= _inpainting_fields(vars(inpainting))
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in {**fields, "Version": "sdjax"}.items()))
     return "\n".join(lines)
+
+
+def _hires_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {"Denoising strength": options["strength"], "Hires upscale": options["scale"]}
+    if options["steps"]:
+        fields["Hires steps"] = options["steps"]
+    return fields | {"Hires upscaler": options["upscaler"].capitalize()}
 
 
 def _inpainting_fields(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""The autoencoder in tiles that overlap and fade into each other: pictures of any size in the memory of one tile."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from sdjax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """tile: side of the square tiles; overlap: what neighbours share at least. Pixels. ConfigError for a bad value."""
+
+    tile: int = 512
+    overlap: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 <= 2 * self.overlap <= self.tile or self.tile < 16:
+            raise ConfigError(f"tile = {self.tile} with overlap = {self.overlap}: 16 or more, and at most half of it")
+
+
+def tiled(
+    compute: Callable[[Float[np.ndarray, "1 a b c"]], Array],
+    values: Float[np.ndarray, "1 H W C"],
+    tiling: Tiling,
+    *,
+    factor: int,
+    encode: bool,
+    channels: int,
+) -> Float[np.ndarray, "1 h w D"]:
+    """`compute` tile by tile, where tiles overlap their mean weighted by the distance from their edges.
+
+    channels: of the results. factor: pixels a latent spans. encode: values are pixels and the results latents, else
+    the other way round. All tiles have one shape, so `compute` is compiled once.
+    """
+    into, out = (factor, 1) if encode else (1, factor)
+    rows, columns = (_windows(size // into, tiling, factor) for size in values.shape[1:3])
+    height, width = (size // into * out for size in values.shape[1:3])
+    total, weights = np.zeros((1, height, width, channels), np.float32), np.zeros((height, width, 1), np.float32)
+    for top, tall in rows:
+        for left, wide in columns:
+            piece = values[:, top * into : (top + tall) * into, left * into : (left + wide) * into]
+            result = np.asarray(compute(piece), np.float32)
+            place = np.s_[top * out : (top + tall) * out, left * out : (left + wide) * out]
+            ramps = (_ramp(length * out, tiling.overlap * out // factor) for length in (tall, wide))
+            weight = np.multiply.outer(*ramps)[..., None]
+            total[:, *place] += weight * result
+            weights[place] += weight
+    return total / weights
+
+
+def _windows(length: int, tiling: Tiling, factor: int) -> list[tuple[int, int]]:
+    """(start, length) of each tile along one side of a picture of `length` latents, evenly spread."""
+    tile, overlap = min(tiling.tile // factor, length), tiling.overlap // factor
+    count = 1 if tile == length else math.ceil((length - overlap) / (tile - overlap))
+    return [(round(start), tile) for start in np.linspace(0, length - tile, count)]
+
+
+def _ramp(length: int, overlap: int) -> Float[np.ndarray, " N"]:
+    """1 in the middle, falling towards 0 over `overlap` at both ends."""
+    distance = np.minimum(np.arange(length), np.arange(length)[::-1]) + 0.5
+    return np.minimum(distance / max(overlap, 0.5), 1).astype(np.float32)
