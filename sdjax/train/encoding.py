@@ -169,6 +169,7 @@ def _encode_texts(run: Run, plan: StagePlan, captions: Sequence[str], earlier: M
         "hidden": dataclasses.asdict(recipe.hidden),
         "dtype": run.config.dtype,
         "earlier": earlier.digest(*model.text_models),
+        "packing": 2,  # how captions are cut into windows; another rule, another number
     }
     return cache.cache_texts(captions, encode, folder=folder, model=run.fingerprint, settings=settings)
 

@@ -1,0 +1,220 @@
+"""A style by LoRA and a character by Textual Inversion, in every order, scored without a judge; prints JSON lines.
+
+    python tests/benchmarks/orders.py --noto noto64 --twemoji twemoji64 --out runs/orders [--seed 0]
+
+noto, twemoji: folders of the same subjects under the same file names, with metadata.jsonl. The base model ("tiny")
+draws Noto. The style is Twemoji, learnt from names the base knows; the concept is the cat of nine moods (--concept
+cat), or the moon of eight phases (moon), as Twemoji draws it: all but two are shown.
+
+    style_nearer    share of pictures, of known names that the style never saw, nearer to the Twemoji than the Noto twin
+    style_distance  their mean distance to the Twemoji twin, and `noto_distance` to the Noto twin
+    concept         share of pictures of the word whose nearest of all Twemoji is of the concept; concept_5: of
+                    which one of the five nearest is
+    loss_style, loss_concept    held-out: pictures neither stage saw, the same noise for every model
+
+Distances: root mean square of pixels in [0, 1] after 2x2 averaging. Left behind: OUT/METHOD/, and OUT/grid.png.
+"""
+
+import argparse
+import json
+import random
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+import sdjax
+from sdjax import compilation_cache, config_file, diffusion, host_memory
+from sdjax.data.images import Size
+from sdjax.grids import sheet
+from sdjax.train.loop import train
+
+WORD = "<thing>"
+CONCEPTS = {"cat": "cat-face", "moon": "moon symbol"}  # in the sub-category or in the name
+INIT = {"cat": "cat face", "moon": "crescent moon"}
+STYLE = {
+    "name": "style",
+    "train": ["lora"],
+    "steps": 300,
+    "learning_rate": 4e-4,
+    "lora_rank": 8,
+    "lora_targets": "conv",
+    "schedule": "cosine",
+    "warmup_steps": 5,
+    "data": {"caption_dropout": 0.1, "batch_size": 8},
+}
+CONCEPT = {
+    "name": "character",
+    "train": ["textual_inversion"],
+    "steps": 300,
+    "learning_rate": 2e-2,
+    "placeholder_tokens": [WORD],
+    "vectors_per_token": 2,
+    "template": ["{}", "a {}", "{} emoji"],
+    "schedule": "cosine",
+    "weight_decay": 0.0,
+    "clip_ti_decay": True,
+    "data": {"missing_caption": "empty", "batch_size": 8},
+}
+JOINT = {  # one stage of as many steps, on the pictures of both; a third of them show the concept
+    **STYLE,
+    "name": "joint",
+    "train": ["lora", "textual_inversion"],
+    "steps": 600,
+    "learning_rate": {"unet": 4e-4, "textual_inversion": 1e-2},
+    **{key: CONCEPT[key] for key in ("placeholder_tokens", "vectors_per_token", "clip_ti_decay")},
+    "template": "caption",
+    "weight_decay": 0.0,
+    "lora_parts": ["unet"],
+}
+METHODS = {  # what there is after each stage of a run
+    ("LoRA", "LoRA then TI"): [STYLE, CONCEPT],
+    ("TI", "TI then LoRA"): [CONCEPT, STYLE],
+    ("joint",): [JOINT],
+}
+
+
+def folder_of(folder, source, records):
+    """A training folder of these pictures."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for record in records:
+        shutil.copy(source / record["file_name"], folder)
+    lines = [json.dumps({"file_name": r["file_name"], "text": r["text"]}) for r in records]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+def pixels(path):
+    image = Image.open(path).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return np.asarray(Image.alpha_composite(white, image).convert("RGB"), np.float32) / 255
+
+
+def coarse(images):
+    """[B, H, W, 3] -> [B, H/2 * W/2 * 3]"""
+    images = np.stack(images)
+    b, h, w, c = images.shape
+    return images.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4)).reshape(b, -1)
+
+
+def distance(a, b):
+    return np.sqrt(np.mean(np.square(a - b), axis=-1))
+
+
+def held_out_loss(sd, images, captions, levels=(125, 375, 625, 875)):
+    """Mean squared error of what the U-Net answers, over pictures and time steps, with the same noise each time."""
+    latents = sd.encode_image([Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in images])
+    context, losses = sd.encode_text(captions), []
+    for level in levels:
+        noise = jax.random.normal(jax.random.key(level), latents.shape)
+        steps = np.full(len(images), level, np.int32)
+        noisy = diffusion.add_noise(sd.schedule, latents, noise, steps)
+        target = diffusion.target(sd.schedule, latents, noise, steps)
+        losses.append(float(np.mean(np.square(sd.predict(noisy, steps, context) - target))))
+    return sum(losses) / len(losses)
+
+
+def draw(sd, prompts, seed):
+    pictures = sd.text2image(list(prompts), steps=20, guidance=3.0, seed=seed, progress=False)
+    return [np.asarray(picture, np.float32) / 255 for picture in pictures]
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--noto", type=Path, required=True)
+    parser.add_argument("--twemoji", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--concept", choices=CONCEPTS, default="cat")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    host_memory.keep()
+    compilation_cache.enable()
+
+    records = [json.loads(line) for line in (args.twemoji / "metadata.jsonl").read_text().splitlines()]
+    known = set((Path(sdjax.__file__).parent / "tiny" / "names.txt").read_text().splitlines())
+    init = INIT[args.concept]
+    is_concept = [CONCEPTS[args.concept] in r["subcategory"] + r["text"] for r in records]
+    things = [r for r, own in zip(records, is_concept, strict=True) if own]
+    style = [r for r, own in zip(records, is_concept, strict=True) if r["text"] in known and not own]
+    random.Random(args.seed).shuffle(style)
+    random.Random(args.seed).shuffle(things)
+    unseen, style = style[:40], style[40:]
+    shown, hidden = things[:-2], things[-2:]
+    named = [{**r, "text": WORD} for r in shown]
+    style_folder = folder_of(args.out / "style", args.twemoji, style)
+    concept_folder = folder_of(args.out / "concept", args.twemoji, shown)
+    joint_folder = folder_of(args.out / "both", args.twemoji, style + named)
+    repeats = {r["file_name"]: max(1, len(style) // 14) for r in named}  # a third of all
+    places = {"style": style_folder, "character": concept_folder, "joint": joint_folder}
+
+    twins = {kind: [pixels(folder / r["file_name"]) for r in unseen] for kind, folder in
+             (("twemoji", args.twemoji), ("noto", args.noto))}  # fmt: skip
+    everything = coarse([pixels(args.twemoji / r["file_name"]) for r in records])
+    is_concept = np.array(is_concept)
+    hidden_pixels = [pixels(args.twemoji / r["file_name"]) for r in hidden]
+    base, rows = sdjax.load("tiny"), []
+
+    def score(name, sd, word):
+        drawn = draw(sd, [r["text"] for r in unseen], args.seed)
+        own = coarse(drawn)
+        to_twemoji, to_noto = (distance(own, coarse(twins[kind])) for kind in ("twemoji", "noto"))
+        characters = draw(sd, [template.format(word) for template in CONCEPT["template"] for _ in range(8)], 100)
+        near = np.argsort(distance(coarse(characters)[:, None], everything[None]), axis=1)
+        line = {
+            "method": name,
+            "concept_name": args.concept,
+            "seed": args.seed,
+            "style_nearer": float(np.mean(to_twemoji < to_noto)),
+            "style_distance": float(to_twemoji.mean()),
+            "noto_distance": float(to_noto.mean()),
+            "concept": float(np.mean(is_concept[near[:, 0]])),
+            "concept_5": float(np.mean(is_concept[near[:, :5]].any(axis=1))),
+            "loss_style": held_out_loss(sd, twins["twemoji"], [r["text"] for r in unseen]),
+            "loss_concept": held_out_loss(sd, hidden_pixels, [word] * len(hidden)),
+        }
+        print(json.dumps(line), flush=True)
+        with (args.out / "scores.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        rows.append([*drawn[:8], *characters[:8]])
+
+    score("base", base, init)
+    for names, stages in METHODS.items():
+        output = args.out / f"{names[-1].replace(' ', '_')}-{args.concept}-{args.seed}"
+        shutil.rmtree(output, ignore_errors=True)
+        placed = [
+            {
+                **s,
+                **({"init_tokens": [init]} if s is not STYLE else {}),
+                "data": {**s["data"], "path": places[s["name"]]} | ({"repeats": repeats} if s is JOINT else {}),
+            }
+            for s in stages
+        ]
+        table = {
+            "model": "tiny",
+            "output": str(output),
+            "seed": args.seed,
+            "data": {"path": style_folder, "resolution": 64},
+            "stages": placed,
+            "checkpoint": {"every": 0},
+            "parallel": {"mesh": {"data": 1}},
+        }
+        assert train(config_file.from_table(table)) == 0
+        for name, stage in zip(names, stages, strict=True):
+            sd, result = base, output / "export" / stage["name"]
+            if (result / "lora.safetensors").exists():
+                sd = sd.with_lora(result / "lora.safetensors")
+            word = WORD if (result / "thing.safetensors").exists() else init
+            if word == WORD:
+                sd = sd.with_embedding(result / "thing.safetensors", token=WORD)
+            score(name, sd, word)
+    pictures = [Image.fromarray(np.round(image * 255).astype(np.uint8)) for row in rows for image in row]
+    sheet(pictures, columns=16).resize(Size(16 * 96, len(rows) * 96), Image.Resampling.NEAREST).save(
+        args.out / f"grid-{args.concept}-{args.seed}.png"
+    )
+
+
+if __name__ == "__main__":
+    main()
