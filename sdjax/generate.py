@@ -6,6 +6,7 @@ answer at once.
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import math
 import os
@@ -15,16 +16,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from sdjax import command, prompt_syntax
+from sdjax import command, grids, jobs, prompt_syntax
 from sdjax.errors import ConfigError, DataError, TrainingStopped
 from sdjax.formats.png_parameters import SAMPLER_NAMES, save_png
 
 if TYPE_CHECKING:
-    from sdjax.pipeline import StableDiffusion
+    pass
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _LONGEST_NAME = 80  # bytes of a prompt kept in a file name; file systems allow 255 in all
@@ -56,13 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
-    prompts = _prompts(args.prompt, args.prompts_file)
+    axes = [grids.parse_axis(text) for text in (args.grid_x, args.grid_y) if text is not None]
+    wanted = _jobs(args, axes)
     loras = [_lora(text) for text in args.lora]
     embeddings = [_embedding(text) for text in args.embedding]
-    _check_values(args, len(prompts))
-    texts_of, tags_of = _without_tags(prompts, args)
-    strength = _strength(args)
-    image = None if args.image is None else _read_image(args.image)
+    texts_of, tags_of = _without_tags([job.prompt for job in wanted], args)
+    kinds = list(dict.fromkeys(job.shared for job in wanted))
+    for job in kinds:
+        job.check()
     out = _writable_folder(args.out)
 
     from sdjax import compilation_cache, host_memory, loading, sampling
@@ -71,56 +73,84 @@ def _run(argv: Sequence[str]) -> None:
     sd = loading.outline(
         args.model, args.dtype, variant=args.variant, tokenizer=args.tokenizer, prediction_type=args.prediction_type
     )
-    sampling.plan(sd.schedule, args.sampler, args.steps, karras=args.karras, strength=strength)
-    sd.hidden_state(args.clip_skip)
+    for job in kinds:
+        sampling.plan(sd.schedule, job.sampler, job.steps, karras=job.karras, strength=job.full_strength)
+        sd.hidden_state(job.clip_skip)
     adapters = [load_lora(lora.path, sd.params) for lora in loras]
     tagged = {tag.name for tags in tags_of.values() for tag in tags}
     by_name = {name: load_lora(path, sd.params) for name, path in _find_loras(args.lora_dir, tagged).items()}
     for embedding in embeddings:
         sd = sd.with_embedding(embedding.path, embedding.token)
+    if args.tiled_vae is not None:
+        sd = sd.with_tiled_vae(args.tiled_vae, args.tiled_vae // 8)
 
     compilation_cache.enable()
     host_memory.keep()
     sd = loading.with_weights(sd)
     for lora, adapter in zip(loras, adapters, strict=True):
         sd = sd.with_lora(adapter, lora.weight)
-    settings: dict[str, Any] = {
-        "steps": args.steps,
-        "guidance": args.guidance,
-        "guidance_rescale": args.guidance_rescale,
-        "height": args.height,
-        "width": args.width,
-        "sampler": args.sampler,
-        "karras": args.karras,
-        "clip_skip": args.clip_skip,
-        "prompt_syntax": args.prompt_syntax,
-        "emphasis": args.emphasis,
-    }
 
-    def draw(sd: "StableDiffusion", texts: list[str], seed: int) -> list[Image.Image]:
-        if image is None:
-            return sd.text2image(texts, args.negative_prompt, seed=seed, **settings)
-        return sd.img2img(texts, image, strength=strength, negative_prompt=args.negative_prompt, seed=seed, **settings)
-
-    pictures = []
-    wanted = [prompt for prompt in prompts for _ in range(args.num_images)]
-    number = _next_number(out)
-    for tags, run in itertools.groupby(wanted, tags_of.__getitem__):
-        own, texts = sd, [texts_of[prompt] for prompt in run]
+    pictures: dict[int, Image.Image] = {}
+    first, number = 0, _next_number(out)
+    for tags, run in itertools.groupby(wanted, lambda job: tags_of[job.prompt]):
+        own, texts = sd, [dataclasses.replace(job, prompt=texts_of[job.prompt]) for job in run]
         for tag in tags:
             for part, tree in by_name[tag.name].items():
                 own = own.with_lora({part: tree}, tag.unet_weight if part == "unet" else tag.text_weight)
-        first = len(pictures)
-        for start, batch in _batches(texts, args.batch_size):
+        for places, batch in jobs.batches(texts, args.batch_size):
             with _memory_advice():
-                drawn = draw(own, batch, args.seed + first + start)
-            for picture, text in zip(drawn, texts[start : start + len(batch)], strict=False):
-                i = len(pictures)
-                _mention(picture, text, wanted[i], loras)
-                _save(picture, out / f"{number + i:05d}-{args.seed + i}-{safe_name(text)}.png")
-                pictures.append(picture)
-    if len(pictures) > 1:
-        _save(grid(pictures, columns=args.num_images if args.num_images > 1 else None), out / "grid.png")
+                drawn = jobs.draw(own, batch)
+            for place, picture in zip(places, drawn, strict=False):
+                i, job = first + place, texts[place]
+                _mention(picture, job.prompt, wanted[i].prompt, loras)
+                _save(picture, out / f"{number + i:05d}-{job.seed}-{safe_name(job.prompt)}.png")
+                pictures[i] = picture
+        first += len(texts)
+    in_order = [pictures[i] for i in range(len(pictures))]
+    for name, sheet in _sheets(in_order, axes, args.num_images):
+        _save(sheet, out / name)
+
+
+def _jobs(args: argparse.Namespace, axes: Sequence[grids.Axis]) -> list[jobs.Job]:
+    """What is to be drawn: a job a prompt and number, those of --jobs, and each over the axes' values, x the faster."""
+    prompts = _prompts(args.prompt, args.prompts_file, needed=args.jobs is None)
+    _check_values(args, len(prompts))
+    if args.image is None and args.strength is not None:
+        raise ConfigError("--strength says how far to redraw an --image, and none is given")
+    settings = {name: value for name in jobs.SETTINGS if (value := getattr(args, name, None)) is not None}
+    settings["outpaint"] = None if args.outpaint is None else _sides(args.outpaint)
+    drawn = []
+    for i, prompt in enumerate(prompt for prompt in prompts for _ in range(args.num_images)):
+        moved = "variation_seed" if args.variation_strength else "seed"  # as of `request.Settings`
+        drawn.append(jobs.Job(**settings | {"prompt": prompt, moved: getattr(args, moved) + i}))
+    if args.jobs is not None:
+        drawn += jobs.read_jobs(args.jobs, settings)
+    for axis in reversed(axes):  # y outside, x inside
+        drawn = [dataclasses.replace(job, **{axis.name: value}) for job in drawn for value in axis.values]
+    return drawn
+
+
+def _sheets(
+    pictures: Sequence[Image.Image], axes: Sequence[grids.Axis], columns: int
+) -> Iterator[tuple[str, Image.Image]]:
+    """(file name, sheet): all pictures of one size or, with axes, those of each job labelled with their values."""
+    if not axes:
+        if len(pictures) > 1 and len({picture.size for picture in pictures}) == 1:
+            yield "grid.png", grids.sheet(pictures, columns=columns if columns > 1 else None)
+        return
+    x, y = axes[0], axes[1] if len(axes) > 1 else None
+    size = len(x.values) * (len(y.values) if y else 1)
+    for i in range(0, len(pictures), size):
+        name = "grid.png" if len(pictures) == size else f"grid-{i // size}.png"
+        yield name, grids.labelled(pictures[i : i + size], x.labels, y.labels if y else [])
+
+
+def _sides(text: str) -> tuple[int, int, int, int]:
+    try:
+        left, top, right, bottom = (int(side) for side in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--outpaint {text}: give L,T,R,B, pixels to add at each side") from None
+    return left, top, right, bottom
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -143,8 +173,25 @@ def _parser() -> command.Parser:
     add("--sampler", default="dpmpp_2m", metavar="NAME", help=f"one of {', '.join(SAMPLER_NAMES)} (dpmpp_2m)")
     add("--karras", action="store_true", help="noise levels spaced as in Karras et al. 2022")
     add("--clip-skip", type=int, metavar="N", help="text model layer from the end: 1 last, 2 penultimate (the model's)")
-    add("--image", type=Path, metavar="FILE", help="start from this picture")
-    add("--strength", type=float, metavar="S", help="how far to redraw --image: above 0, at most 1 (0.75)")
+    add("--variation-seed", type=int, default=0, metavar="N", help="another seed, to vary --seed's pictures by (0)")
+    add("--variation-strength", type=float, default=0.0, metavar="S", help="how far to go towards it, 0 to 1 (0)")
+    add("--hires-scale", type=float, metavar="X", help="draw, enlarge so much and draw again, 1 to 8 (1: off)")
+    add("--hires-steps", type=int, metavar="N", help="sampler steps of the second pass (as --steps)")
+    add("--hires-strength", type=float, metavar="S", help="how far the second pass redraws the first (0.5)")
+    add("--hires-upscaler", metavar="NAME", help="latent or lanczos (latent)")
+    add("--tiled-vae", type=int, nargs="?", const=512, metavar="PIXELS", help="decode in tiles of this side (512)")
+    add("--image", metavar="FILE", help="start from this picture")
+    add("--strength", type=float, metavar="S", help="how far to redraw --image: above 0, at most 1 (0.75; masked 1)")
+    add("--mask", metavar="FILE", help='paint --image only where this is white; "alpha": where --image is transparent')
+    add("--mask-grow", type=int, metavar="PIXELS", help="widen the mask (0)")
+    add("--mask-blur", type=int, metavar="PIXELS", help="soft edge inside the mask (4)")
+    add("--fill", metavar="NAME", help="what the region starts as: original, noise, blurred, constant (original)")
+    add("--only-masked", action="store_true", help="draw the region around the mask alone, at height x width")
+    add("--padding", type=int, metavar="PIXELS", help="of that region (32)")
+    add("--outpaint", metavar="L,T,R,B", help="paint so many pixels more at each side of --image")
+    add("--jobs", type=Path, metavar="FILE", help="more pictures: a JSON table of settings a line, over the flags'")
+    add("--grid-x", metavar="NAME=V,V", help="draw each picture with each value of a setting; a labelled grid")
+    add("--grid-y", metavar="NAME=V,V", help="and with each value of another")
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="LoRA to merge in; may be repeated")
     add("--lora-dir", type=Path, metavar="DIR", help="folder of the LoRAs that prompts name: <lora:NAME:WEIGHT>")
     add(
@@ -168,7 +215,7 @@ def _parser() -> command.Parser:
     return parser
 
 
-def _prompts(given: Sequence[str], file: Path | None) -> list[str]:
+def _prompts(given: Sequence[str], file: Path | None, *, needed: bool) -> list[str]:
     prompts = list(given)
     if file is not None:
         try:
@@ -178,7 +225,7 @@ def _prompts(given: Sequence[str], file: Path | None) -> list[str]:
         except UnicodeDecodeError as error:
             raise DataError(f"--prompts-file {file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
         prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts:
+    if not prompts and needed:
         raise ConfigError("nothing to draw: give --prompt TEXT or --prompts-file FILE with a prompt a line")
     return prompts
 
@@ -252,31 +299,14 @@ def _check_values(args: argparse.Namespace, prompts: int) -> None:
         ("--seed", args.seed, 0, 2**32 - prompts * max(args.num_images, 1)),  # each picture has its own
         ("--guidance", args.guidance, 0, 1000),
         ("--guidance-rescale", args.guidance_rescale, 0, 1),
+        ("--variation-strength", args.variation_strength, 0, 1),
+        ("--tiled-vae", args.tiled_vae, 64, math.inf),
     ):
         if value is not None and not low <= value <= high:
             raise ConfigError(f"{flag} {value}: must be {f'{low} to {high}' if high < math.inf else f'{low} or more'}")
     for flag, value in (("--height", args.height), ("--width", args.width)):
         if value is not None and (value < 8 or value % 8):
             raise ConfigError(f"{flag} {value}: must be a positive multiple of 8")
-
-
-def _strength(args: argparse.Namespace) -> float:
-    if args.image is None and args.strength is not None:
-        raise ConfigError("--strength says how far to redraw an --image, and none is given")
-    strength = args.strength if args.strength is not None else 1.0 if args.image is None else 0.75
-    if not 0 < strength <= 1:
-        raise ConfigError(f"--strength {strength:g}: must lie above 0 and at most at 1")
-    return strength
-
-
-def _read_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise DataError(f"--image {path}: no such file") from None
-    except Exception as error:  # a malformed file makes Pillow raise nearly anything
-        raise DataError(f"--image {path}: cannot be read as an image: {error}") from error
 
 
 def _writable_folder(path: Path) -> Path:
@@ -295,27 +325,6 @@ def safe_name(prompt: str) -> str:
     """A prompt as part of a file name: letters and digits of any script and hyphens, at most 80 bytes, never empty."""
     words = re.sub(r"[\W_]+", "-", prompt).strip("-")
     return words.encode()[:_LONGEST_NAME].decode(errors="ignore").strip("-") or "picture"
-
-
-def grid(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Pictures of one size in rows; columns: default as square as it gets."""
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * width, i // columns * height))
-    return sheet
-
-
-def _batches(prompts: list[str], most: int) -> Iterator[tuple[int, list[str]]]:
-    """(index of the first, prompts) in as few batches as it takes, all of one size, so that one program draws all.
-
-    The last is filled up with its last prompt; what that draws is thrown away.
-    """
-    size = math.ceil(len(prompts) / math.ceil(len(prompts) / most))
-    for start in range(0, len(prompts), size):
-        batch = prompts[start : start + size]
-        yield start, batch + batch[-1:] * (size - len(batch))
 
 
 def _next_number(folder: Path) -> int:

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 import sdjax
-from sdjax import generate, lora
+from sdjax import generate, grids, jobs, lora
 from sdjax.formats.embedding_file import save_embedding
 from sdjax.formats.lora_file import save_lora
 
@@ -62,9 +63,13 @@ def test_pictures_are_those_of_the_library(tmp_path, tiny, capsys):
 
 
 def test_batches_are_of_one_size_and_filled_up():
-    assert list(generate._batches(list("abcde"), 4)) == [(0, list("abc")), (3, list("dee"))]
-    assert list(generate._batches(list("abc"), 4)) == [(0, list("abc"))]
-    assert list(generate._batches(list("ab"), 1)) == [(0, ["a"]), (1, ["b"])]
+    def found(letters, most):
+        drawn = jobs.batches([jobs.Job(letter) for letter in letters], most)
+        return [(places, "".join(job.prompt for job in batch)) for places, batch in drawn]
+
+    assert found("abcde", 4) == [([0, 1, 2], "abc"), ([3, 4], "dee")]
+    assert found("abc", 4) == [([0, 1, 2], "abc")]
+    assert found("ab", 1) == [([0], "a"), ([1], "b")]
 
 
 def test_nothing_is_overwritten_and_one_picture_makes_no_grid(tmp_path):
@@ -226,7 +231,7 @@ def test_a_very_long_prompt_can_be_saved(tmp_path):
 
 @pytest.mark.parametrize(("count", "columns", "size"), [(1, None, (8, 8)), (5, None, (24, 16)), (4, 1, (8, 32))])
 def test_grid(count, columns, size):
-    assert generate.grid([Image.new("RGB", (8, 8))] * count, columns).size == size
+    assert grids.sheet([Image.new("RGB", (8, 8))] * count, columns).size == size
 
 
 def test_help_and_mistakes_do_not_wait_for_jax():
@@ -281,3 +286,56 @@ def test_a_model_of_a_single_file(tmp_path, tiny, capsys):
     (file,) = (tmp_path / "out").iterdir()
     expected = tiny.text2image("pizza", seed=0, steps=2, guidance=3.0, progress=False)[0]
     np.testing.assert_array_equal(pixels(file), np.asarray(expected))
+
+
+def test_masks_grids_and_jobs_of_a_file(tmp_path, capsys):
+    picture = Image.new("RGB", (70, 64), "orange")
+    picture.save(tmp_path / "in.png")
+    mask = Image.new("L", (35, 32))
+    mask.paste(255, (0, 16, 35, 32))
+    mask.save(tmp_path / "mask.png")
+    painting = ("--image", tmp_path / "in.png", "--mask", tmp_path / "mask.png", "--mask-blur", 2)
+    flags = ("--prompt", "red heart", *painting, "--grid-x", "guidance=2,3,4", "--grid-y", "seed=1,2")
+    assert run(*flags, "--steps", 2, "--out", tmp_path / "grid") == 0
+    names = sorted(os.listdir(tmp_path / "grid"))
+    assert len(names) == 7 and names[-1] == "grid.png"
+    for i, name in enumerate(names[:-1]):
+        drawn = pixels(tmp_path / "grid" / name)
+        np.testing.assert_array_equal(drawn[:31], np.asarray(picture)[:31])
+        text = recorded(tmp_path / "grid" / name)
+        assert f"CFG scale: {2 + i % 3}" in text and f"Seed: {1 + i // 3}," in text and "Mask blur: 2" in text
+    lines = [
+        {"prompt": "red heart", "seed": 3, "steps": 2, "variation_strength": 0.2, "variation_seed": 4},
+        {"prompt": "pizza", "seed": 9, "steps": 2},
+        {"prompt": "red heart", "seed": 4, "steps": 2},
+        {"prompt": "pizza", "image": str(tmp_path / "in.png"), "outpaint": [0, 0, 10, 0], "steps": 2},
+    ]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert run("--jobs", tmp_path / "jobs.jsonl", "--out", tmp_path / "jobs") == 0
+    names = sorted(os.listdir(tmp_path / "jobs"))
+    assert names == ["00000-3-red-heart.png", "00001-9-pizza.png", "00002-4-red-heart.png", "00003-0-pizza.png"]
+    assert "Variation seed: 4, Variation seed strength: 0.2" in recorded(tmp_path / "jobs" / names[0])
+    wider = pixels(tmp_path / "jobs" / names[3])
+    assert wider.shape == (64, 80, 3)
+    np.testing.assert_array_equal(wider[:, :70], np.asarray(picture))
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "expected"),
+    [
+        (["--mask", "IN"], 2, "--mask and --outpaint say what of an --image to paint"),
+        (["--image", "IN", "--outpaint", "1,2"], 2, "--outpaint 1,2: give L,T,R,B"),
+        (["--image", "IN", "--mask", "none.png"], 3, "--mask none.png: no such file"),
+        (["--image", "IN", "--mask", "IN", "--fill", "magic"], 2, "fill = 'magic': choices are"),
+        (["--grid-x", "colour=1,2"], 2, "give NAME=VALUE,VALUE with a name of prompt"),
+        (["--grid-y", "steps=1,many"], 2, "steps takes int values"),
+        (["--jobs", "BAD"], 2, "line 1: no setting 'stepz'"),
+        (["--variation-strength", "2"], 2, "--variation-strength 2.0: must be 0 to 1"),
+    ],
+)
+def test_bad_paintings_grids_and_jobs_are_told(flags, code, expected, tmp_path, capsys, no_weights):
+    Image.new("RGB", (64, 64)).save(tmp_path / "in.png")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "stepz": 1}')
+    stand_ins = {"IN": str(tmp_path / "in.png"), "BAD": str(tmp_path / "bad.jsonl")}
+    assert run("--prompt", "red heart", "--out", tmp_path, *(stand_ins.get(flag, flag) for flag in flags)) == code
+    assert expected in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""Several pictures as one: plain sheets, and labelled ones over two settings (A1111's X/Y plot)."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+from sdjax.errors import ConfigError
+
+GRIDDED: dict[str, type] = {
+    "prompt": str, "negative_prompt": str, "seed": int, "variation_seed": int, "variation_strength": float,
+    "steps": int, "guidance": float, "guidance_rescale": float, "sampler": str, "clip_skip": int, "strength": float,
+    "mask_grow": int, "mask_blur": int, "fill": str, "padding": int, "hires_steps": int, "hires_strength": float,
+    "hires_upscaler": str,
+}  # fmt: skip
+"""Settings a grid may vary, which all leave the pictures' size."""
+
+
+class Axis(NamedTuple):
+    """A setting and its values, as `--grid-x steps=10,20` gives them."""
+
+    name: str
+    values: tuple[object, ...]
+
+    @property
+    def labels(self) -> list[str]:
+        return [f"{self.name}: {value}" for value in self.values]
+
+
+def parse_axis(text: str) -> Axis:
+    """`NAME=VALUE,VALUE`. Raises ConfigError."""
+    name, equals, values = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if not equals or name not in GRIDDED:
+        raise ConfigError(f"grid {text!r}: give NAME=VALUE,VALUE with a name of {', '.join(GRIDDED)}")
+    try:
+        return Axis(name, tuple(GRIDDED[name](value.strip()) for value in values.split(",")))
+    except ValueError:
+        raise ConfigError(f"grid {text!r}: {name} takes {GRIDDED[name].__name__} values") from None
+
+
+def sheet(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Pictures of one size in rows; columns: default as square as it gets."""
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    width, height = pictures[0].size
+    whole = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")
+    for i, picture in enumerate(pictures):
+        whole.paste(picture, (i % columns * width, i // columns * height))
+    return whole
+
+
+def labelled(pictures: Sequence[Image.Image], columns: Sequence[str], rows: Sequence[str]) -> Image.Image:
+    """Pictures row by row with a label above each column and left of each row; cells are as large as the largest."""
+    font = ImageFont.load_default(14)
+    line, gap = 22, 4
+    margin = max((math.ceil(font.getlength(label)) for label in rows), default=0) + 2 * gap
+    widest = max(math.ceil(font.getlength(label)) for label in columns) + 2 * gap
+    width, height = (max(sizes) for sizes in zip(*(picture.size for picture in pictures), strict=True))
+    width = max(width, widest)
+    size = (margin + len(columns) * (width + gap), line + max(len(rows), 1) * (height + gap))
+    whole = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(whole)
+    for x, label in enumerate(columns):
+        pen.text((margin + x * (width + gap) + width / 2, line / 2), label, "black", font, anchor="mm")
+    for y, label in enumerate(rows):
+        pen.text((gap, line + y * (height + gap) + height / 2), label, "black", font, anchor="lm")
+    for i, picture in enumerate(pictures):
+        y, x = divmod(i, len(columns))
+        left = margin + x * (width + gap) + (width - picture.width) // 2
+        whole.paste(picture, (left, line + y * (height + gap)))
+    return whole
