@@ -25,7 +25,7 @@ class Inpainting:
     fill: what the region starts from where strength is below 1: the original, noise, the blurred surroundings, or
     constant latents (A1111's masked content: original, latent noise, fill, latent nothing).
     only_masked: crop the region with `padding` around it, draw that at height x width (default the model's own size)
-    and paste it back. match_colour: shift what is painted by the difference in colour that the kept pixels show.
+    and paste it back. match_colour: shift what is painted by the median difference in colour that the kept pixels show.
     """
 
     mask_grow: int = 0
@@ -93,7 +93,8 @@ class Frame(NamedTuple):
         weight = soft_edge(mask, self.options.mask_blur)[..., None]
         kept = mask == 0
         if self.options.match_colour and kept.any():
-            values = values + spread(original - values, kept, finest=4)
+            # The median: beside the seam the decoder mixes what is kept with what is painted.
+            values = values + np.median((original - values)[kept], axis=0)
         blended = np.clip(np.round(original + weight * (values - original)), 0, 255).astype(np.uint8)
         whole = self.original.copy()
         whole[self.box.slices] = np.where(kept[..., None], original, blended)
@@ -198,17 +199,15 @@ def soft_edge(mask: Float[np.ndarray, "H W"], width: int) -> Float[np.ndarray, "
     return mask * depth / np.maximum(deepest, 1).astype(np.float32)
 
 
-def spread(
-    values: Float[np.ndarray, "H W C"], known: Bool[np.ndarray, "H W"], *, finest: int = 1
-) -> Float[np.ndarray, "H W C"]:
-    """Values of known pixels carried on smoothly over all: averages of ever closer known ones, down to `finest` pixels.
+def spread(values: Float[np.ndarray, "H W C"], known: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "H W C"]:
+    """Values of known pixels carried on smoothly over all: averages of ever closer known ones.
 
     At least one pixel must be known.
     """
     weights = known[..., None].astype(np.float32)
     result = np.broadcast_to(values[known].mean(axis=0), values.shape).astype(np.float32)
     radius = max(known.shape) // 2
-    while radius >= finest:
+    while radius >= 1:
         share = _averaged(weights, radius)
         nearby = _averaged(values * weights, radius) / np.maximum(share, 1e-6)
         result = result + np.minimum(4 * share, 1) * (nearby - result)
