@@ -25,7 +25,8 @@ class Inpainting:
     fill: what the region starts from where strength is below 1: the original, noise, the blurred surroundings, or
     constant latents (A1111's masked content: original, latent noise, fill, latent nothing).
     only_masked: crop the region with `padding` around it, draw that at height x width (default the model's own size)
-    and paste it back. match_colour: shift what is painted by the median difference in colour that the kept pixels show.
+    and paste it back. match_colour: shift what is painted by the median difference in colour that the kept pixels show;
+    off, since decoders err by contrast rather than by an offset, and white is clipped: it may tint what is painted.
     """
 
     mask_grow: int = 0
@@ -33,7 +34,7 @@ class Inpainting:
     fill: str = "original"
     only_masked: bool = False
     padding: int = 32
-    match_colour: bool = True
+    match_colour: bool = False
 
     def __post_init__(self) -> None:
         for name in ("mask_grow", "mask_blur", "padding"):
