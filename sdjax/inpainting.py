@@ -26,7 +26,7 @@ class Inpainting:
     constant latents (A1111's masked content: original, latent noise, fill, latent nothing).
     only_masked: crop the region with `padding` around it, draw that at height x width (default the model's own size)
     and paste it back. match_colour: shift what is painted by the median difference in colour that the kept pixels show;
-    off, since decoders err by contrast rather than by an offset, and white is clipped: it may tint what is painted.
+    off, since with the embedded model it tinted white more often than it hid a seam.
     """
 
     mask_grow: int = 0

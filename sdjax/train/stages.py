@@ -97,7 +97,7 @@ class Run(NamedTuple):
 
     config: RunConfig
     model: StableDiffusion
-    """Without weights: `pipeline.outline`."""
+    """Without weights: `loading.outline`."""
     fingerprint: str
     """Of the model's weights."""
     stages: tuple[StagePlan, ...]
