@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from micro import make_model, quick_compilation
+from micro import make_images, make_model, quick_compilation, settings
 
 import sdjax
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.embedding_file import save_embedding
 from sdjax.prompt import Tokenizer
 from sdjax.textual_inversion import decay_norm, initial_rows, templates, typical_norm
+from sdjax.train.made import NOTHING
+from sdjax.train.stages import plan_run, prepare
 
 KEY = jax.random.key(0)
 quick = pytest.fixture(scope="module", autouse=True)(quick_compilation)
@@ -277,3 +279,13 @@ def as_torch(array):
     import torch
 
     return torch.from_numpy(array)
+
+
+@pytest.mark.parametrize(("norm", "said"), [({}, False), ({"clip_ti_norm": 50.0}, True)])
+def test_a_norm_far_from_where_the_words_begin_is_said(tmp_path, caplog, norm, said):
+    stage = {"train": ["textual_inversion"], "placeholder_tokens": ["<w>"], "init_tokens": ["red"]}
+    stage |= {"clip_ti_decay": True, **norm}
+    folders = make_model(tmp_path / "model"), make_images(tmp_path / "images"), tmp_path / "run"
+    run = plan_run(settings(*folders, stages=[stage]))
+    prepare(run, run.stages[0], NOTHING)
+    assert ("clip_ti_decay draws them to 50, clip_ti_norm" in caplog.text) == said

@@ -1,6 +1,7 @@
 """What the stages of a run make: what a stage starts from, and what there is when it is done."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from sdjax.loading import load_weights
 from sdjax.pipeline import StableDiffusion
 from sdjax.text_encoding import TEXT_ENCODERS
 from sdjax.train.step import Recipe, State, evaluated, variables
+
+log = logging.getLogger(__name__)
 
 Rows = Mapping[str, Float[np.ndarray, "n D"]]
 """Text model -> vectors of one word."""
@@ -84,6 +87,13 @@ def first_rows(
             vectors.append(textual_inversion.initial_rows(own, table, tokenizer, init, count))
         rows[name] = np.concatenate(vectors)
         norms[name] = np.float32(stage.clip_ti_norm or textual_inversion.typical_norm(table))
+        start = np.median(np.linalg.norm(rows[name], axis=-1)) if len(rows[name]) else norms[name]
+        if stage.clip_ti_decay and start and not 0.5 <= norms[name] / start <= 2:
+            log.warning(
+                "stage %s: new words begin with norm %.2g in %s, and clip_ti_decay draws them to %.2g, %s",
+                *(stage.name, start, name, norms[name]),
+                "clip_ti_norm" if stage.clip_ti_norm else "the table's median: clip_ti_norm sets another",
+            )
     return rows, norms
 
 

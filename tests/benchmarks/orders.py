@@ -56,6 +56,7 @@ CONCEPT = {
     "schedule": "cosine",
     "weight_decay": 0.0,
     "clip_ti_decay": True,
+    "clip_ti_norm": 1.6,  # of the words the model knows
     "data": {"missing_caption": "empty", "batch_size": 8},
 }
 JOINT = {  # one stage of as many steps, on the pictures of both; a third of them show the concept
@@ -64,7 +65,7 @@ JOINT = {  # one stage of as many steps, on the pictures of both; a third of the
     "train": ["lora", "textual_inversion"],
     "steps": 600,
     "learning_rate": {"unet": 4e-4, "textual_inversion": 1e-2},
-    **{key: CONCEPT[key] for key in ("placeholder_tokens", "vectors_per_token", "clip_ti_decay")},
+    **{key: CONCEPT[key] for key in ("placeholder_tokens", "vectors_per_token", "clip_ti_decay", "clip_ti_norm")},
     "template": "caption",
     "weight_decay": 0.0,
     "lora_parts": ["unet"],
