@@ -356,7 +356,7 @@ def test_a_full_disk_is_one_line(settings, monkeypatch, tmp_path, capsys):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sdjax.train.loop.plan_run", full)
+    monkeypatch.setattr("sdjax.train.loop.plan_runs", full)
     file = tmp_path / "run.toml"
     file.write_text(config_file.to_toml(settings()))
     former = signal.getsignal(signal.SIGTERM)
