@@ -89,6 +89,12 @@ class Data:
     """Versions of each caption prepared when tags are shuffled or dropped."""
     mask_path: str = ""
     """Folder of masks for masked_loss: same names as the images, white is learned; empty: the images' alpha channel."""
+    inpaint_masks: Whole = 0
+    """Train inpainting with so many random masks of each image (of each crop), cached and drawn at random; 0: none."""
+    inpaint_full: Fraction = 0.25
+    """Share of the random masks that cover the whole image; the others are rectangles and brush strokes."""
+    inpaint_mask_path: str = ""
+    """Folder of own masks in place of random ones: same names as the images, white is painted."""
     validation_path: str = ""
     """Folder of images held out of training, instead of a share of path."""
     validation_count: Whole = 0
@@ -207,7 +213,7 @@ class Stage:
     masked_loss: bool = False
     """Learn only where the mask is white (data.mask_path, or the images' alpha channel)."""
     unmasked_weight: Fraction = 0.0
-    """Weight of the loss where the mask is black."""
+    """Weight of the loss where the mask is black, and, training a standard model for inpainting, where it is kept."""
     prior_prompt: str = ""
     """Prior preservation: what an ordinary picture of the class is called, such as a dog; empty: off."""
     prior_path: str = ""
@@ -481,6 +487,8 @@ def _check_data(data: Data, key: str) -> None:
     given = [n for n in ("validation_path", "validation_count", "validation_fraction") if getattr(data, n)]
     if len(given) > 1:
         raise ConfigError(f"{key}: {' and '.join(given)} both say what is held out: choose one")
+    if data.inpaint_masks and data.inpaint_mask_path:
+        raise ConfigError(f"{key}: inpaint_masks are random and inpaint_mask_path holds own masks: choose one")
 
 
 def wrong(key: str, value: Any, expected: str) -> ConfigError:

@@ -47,19 +47,19 @@ VAE = {
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def make_model(folder: Path, *, sdxl: bool = False) -> Path:
+def make_model(folder: Path, *, sdxl: bool = False, inpainting: bool = False) -> Path:
     """A model folder for 16 x 16 pictures: tiny's tokenizer and schedule, random weights."""
     tiny = loading.outline("tiny")
     text = {**tiny.folder.configs["text_encoder"], **TEXT}
     configs = {"unet": dict(UNET), "vae": dict(VAE), "text_encoder": text}
-    index = dict(tiny.folder.model_index)
+    configs["unet"] |= {"in_channels": 9} if inpainting else {}
+    index = {key: value for key, value in tiny.folder.model_index.items() if key != "_class_name"}
     tokenizers = {"tokenizer": tiny.folder.tokenizers["tokenizer"]}
     if sdxl:
         configs["unet"] |= XL
         configs["text_encoder_2"] = {**text, "architectures": ["CLIPTextModelWithProjection"], "projection_dim": 16}
         tokenizers["tokenizer_2"] = tokenizers["tokenizer"]
         index |= {
-            "_class_name": "StableDiffusionXLPipeline",
             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
             "tokenizer_2": index["tokenizer"],
             "force_zeros_for_empty_prompt": True,

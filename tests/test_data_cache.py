@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax.data.cache import Views, cache_images, cache_masks, cache_texts
+from sdjax.data.cache import Views, cache_holes, cache_images, cache_masks, cache_texts
+from sdjax.data.holes import random_hole
 from sdjax.data.images import Size
 from sdjax.data.records import Record, scan
 from sdjax.errors import DataError
@@ -208,6 +209,73 @@ def test_masks_are_an_entry_of_their_own(folder, tmp_path):
     with pytest.raises(DataError, match="no alpha channel"):
         cache_masks(cache_images(scan(folder), views, encode, **settings), views, 8, folder=tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def hidden(images, holes):
+    """Stands for the VAE: what is kept of the image, and the hole, at full size."""
+    return {"hole": holes[..., None].astype(np.float32), "kept": np.where(holes[..., None], 0, images)}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_images_and_holes_move_together(tmp_path, own):
+    """Each hole is cut out of its own crop, and mirrored with it; an image that is its own mask shows where."""
+    records = [wide(tmp_path / f"{i}.png")._replace(mask=None) for i in range(3)]
+    records = [record._replace(hole=record.path if own else None) for record in records]
+    count = 1 if own else 2
+    views = Views(Size(16, 16), flip=True, crops=3, seed=4, holes=count, full=0.2)
+    images = cache_images(records, views, None, folder=tmp_path / "cache", model="")
+    made = cache_holes(images, views, hidden, folder=tmp_path / "cache", model="m", batch_size=2)
+    assert made.arrays["pixels"] is images.arrays["pixels"]
+    hole, kept = made.arrays["hole"], made.arrays["kept"]
+    assert hole.shape == (3, 3 * count * 2, 16, 16, 1) and kept.shape == (3, 3 * count * 2, 16, 16, 3)
+    np.testing.assert_array_equal(hole[:, 1::2], hole[:, ::2, :, ::-1])
+    assert hole.any((1, 2, 3, 4)).all()
+    for i, record in enumerate(records):
+        for crop in range(3):
+            for k in range(count):
+                for mirrored in range(2):
+                    at = (crop * count + k) * 2 + mirrored
+                    pixels = images.arrays["pixels"][i, crop * 2 + mirrored]
+                    np.testing.assert_array_equal(kept[i, at], np.where(hole[i, at] == 1, 0, pixels))
+                if own:  # half a pixel, for images alone begin at whole ones
+                    edge = np.abs(pixels[..., :1].astype(int) - 127) <= 3
+                    np.testing.assert_array_equal((hole[i, at] == 1) | edge, (pixels[..., :1] > 127) | edge)
+                else:
+                    expected = random_hole(views.size, 0.2, seed=4, name=record.name, crop=crop, number=k)
+                    np.testing.assert_array_equal(hole[i, at - 1, ..., 0], expected)
+
+
+def test_holes_are_an_entry_of_their_own(folder, tmp_path):
+    """Cached under all they depend on, beside the latents, which stay as they are."""
+    views = Views(Size(8, 8), holes=2)
+    Image.new("L", (4, 4), 255).save(tmp_path / "white.png")
+    Image.new("L", (4, 4), 99).save(tmp_path / "grey.png")
+    images = cache_images(scan(folder), views, Encoder(), folder=tmp_path / "cache", model="m")
+    asked = []
+
+    def encode(images, holes):
+        asked.append(len(images))
+        return hidden(images, holes)
+
+    def made(records=images.records, model="m", **changes):
+        given = images._replace(records=records)
+        made = cache_holes(given, views._replace(**changes), encode, folder=tmp_path / "cache", model=model)
+        return made.arrays["hole"]
+
+    first = made()
+    assert asked == [4] * 4  # 7 images in full batches, twice
+    np.testing.assert_array_equal(made(), first)
+    assert asked == [4] * 4
+    own = [record._replace(hole=tmp_path / "white.png") for record in images.records]
+    assert made(own, holes=1).all()
+    for changes in ({"model": "n"}, {"seed": 1}, {"full": 1.0}, {"holes": 3}, {"flip": True}, {"background": "red"}):
+        before = len(asked)
+        changed = made(**changes)
+        assert len(asked) > before, changes
+        assert changed.all() == ("full" in changes)
+    with pytest.raises(DataError, match=r"grey.png: the mask is nowhere white"):
+        made([record._replace(hole=tmp_path / "grey.png") for record in images.records], holes=1)
+    assert len(list((tmp_path / "cache").glob("latents-*"))) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_said(folder):

@@ -83,6 +83,23 @@ def test_masks_and_pixels_are_gathered_and_texts_may_be_missing():
     np.testing.assert_array_equal(batch["pixels"], batch["mask"])
 
 
+def test_holes_are_those_of_their_crop():
+    """Every view of an example tells its number, its crop, its mask and whether it is mirrored."""
+    example, crop, hole, flip = np.meshgrid(*map(np.arange, (6, 2, 3, 2)), indexing="ij")
+    told = 1000 * example + 100 * crop + 10 * hole + flip
+    arrays = {"moments": told[:, :, 0], "hole": told, "kept": told}
+    arrays = {name: array.reshape(6, -1, 1, 1, 1) for name, array in arrays.items()}
+    images = Images(bucket((1, 1)).records, arrays, ())
+    data = Dataset((join(images, texts()),), {}, 0)
+    plan = Plan(data.repeats, 5, 1, flip=True, crops=2, holes=3)
+    for number in range(9):
+        batch, choice = make_batch(data, plan, number), choose(plan, number)
+        np.testing.assert_array_equal(batch["hole"], batch["kept"])
+        np.testing.assert_array_equal(batch["hole"][:, 0, 0, 0] - batch["moments"][:, 0, 0, 0], 10 * choice.hole)
+    with pytest.raises(ConfigError, match="wants 8 views of each image, but the cache holds 12"):
+        make_batch(data, plan._replace(holes=2), 0)
+
+
 def test_class_images_follow_with_their_weight():
     """The mean of weight times error is the mean over images plus 0.5 times that over class images."""
     shapes = (2, 4), (4, 2)

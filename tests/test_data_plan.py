@@ -19,8 +19,9 @@ PLANS = st.builds(
     caption_dropout=st.floats(0, 1),
     crops=st.integers(1, 3),
     versions=st.integers(1, 3),
+    holes=st.integers(1, 3),
 )
-FIELDS = ("example", "flip", "drop", "crop", "version")
+FIELDS = ("example", "flip", "drop", "crop", "version", "hole")
 
 
 def plain(size, batch_size, seed, **settings):
@@ -97,6 +98,7 @@ def test_flips_and_drops_only_when_asked(plan):
     choice = choose(plan, 0)
     assert (choice.crop < plan.crops).all()
     assert (choice.version < plan.versions).all()
+    assert (choice.hole < plan.holes).all()
     if not plan.flip:
         assert not choice.flip.any()
     if plan.caption_dropout == 0:
@@ -115,9 +117,10 @@ def test_crops_are_taken_in_turn():
         assert np.ptp(np.bincount(crop[example == image], minlength=4)) <= 1
 
 
-def test_versions_are_drawn_anew_each_time():
-    plan = plain(300, 300, 1, versions=3, caption_dropout=0.5)
-    versions = stream(plan, 6, "version")
+def test_versions_and_holes_are_drawn_anew_each_time():
+    plan = plain(300, 300, 1, versions=3, holes=3, caption_dropout=0.5)
+    versions, holes = stream(plan, 6, "version"), stream(plan, 6, "hole")
+    assert np.bincount(3 * versions + holes).min() > 150  # each with each
     assert np.bincount(versions).min() > 500
     assert (versions[:300] != versions[300:600]).any()
     assert np.bincount(versions[stream(plan, 6, "drop")]).min() > 230  # whether or not the caption is dropped
@@ -131,7 +134,7 @@ def test_buckets_do_not_share_their_order():
 
 
 def test_class_images_go_along_in_an_order_of_their_own():
-    plan = Plan(((1, 2), (1,)), 3, 7, flip=True, caption_dropout=1.0, crops=2, versions=4)
+    plan = Plan(((1, 2), (1,)), 3, 7, flip=True, caption_dropout=1.0, crops=2, versions=4, holes=5)
     order = beside(plan, 5)
     seen = stream(order, 5)
     np.testing.assert_array_equal(np.bincount(seen), [3] * 5)
@@ -139,6 +142,7 @@ def test_class_images_go_along_in_an_order_of_their_own():
     assert choice.bucket == 0
     assert not choice.drop.any()
     assert not (choice.crop.any() or choice.version.any())
+    assert set(stream(order, 20, "hole")) == set(range(5))
 
 
 def test_shares_are_as_asked():
@@ -162,10 +166,12 @@ def test_the_order_is_fixed_for_all_time():
     choice = choose(plan, 3)
     assert choice.example.tolist() == [9, 6, 8, 0, 1]
     assert choice.flip.tolist() == [False, False, True, False, False]
+    with_holes = choose(plan._replace(holes=4), 3)
+    assert [a.tolist() for a in with_holes[1:-1]] == [a.tolist() for a in choice[1:-1]]
 
 
 def test_another_process_draws_the_same():
-    plan = Plan(((1, 2, 1), (4,)), 8, 7, True, 0.5, 3, 3)
+    plan = Plan(((1, 2, 1), (4,)), 8, 7, True, 0.5, 3, 3, 3)
     code = f"from sdjax.data.plan import *; print([str(x) for n in range(9) for x in choose({plan!r}, n)])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str([str(x) for n in range(9) for x in choose(plan, n)])

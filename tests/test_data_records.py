@@ -158,6 +158,13 @@ def test_masks_have_the_names_of_their_images(tmp_path):
         with_masks(records, tmp_path / "masks")
     with pytest.raises(DataError, match=r"data.mask_path = .*nowhere' is not a folder"):
         with_masks(records, tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"data.inpaint_mask_path = .*nowhere' is not a folder"):
+        with_masks(records, tmp_path / "nowhere", "hole")
+    with pytest.raises(DataError, match=r"no mask for sub/b.png; a white image of that name paints all of it"):
+        with_masks(records, tmp_path / "masks", "hole")
+    (hole,) = with_masks(records[:1], tmp_path / "masks", "hole")
+    assert hole.hole == hole.mask == tmp_path / "masks" / "a.png"
+    assert len({fingerprint([r]) for r in (hole, records[0], hole._replace(mask=None))}) == 3
     image(tmp_path / "out.png")
     (tmp_path / "masks" / "sub" / "b.png").symlink_to(tmp_path / "out.png")
     with pytest.raises(DataError, match=r"'b.png' leads out of the folder"):

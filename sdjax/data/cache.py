@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Bool, Shaped, UInt8
 
+from sdjax.data.holes import make_holes
 from sdjax.data.images import Size, Window, random_windows, read_image, read_mask
 from sdjax.data.records import Record, file_digest
 from sdjax.errors import DataError
@@ -37,7 +38,12 @@ class Images(NamedTuple):
     arrays: Arrays
     """By name, each `[N, V, ...]`: N images, V views of each, which are its crops, each plain and then mirrored if
     flipping. `moments [N, V, h, w, 2C]` of the VAE's posterior or `pixels [N, V, H, W, 3]`, 8 bits, and
-    `mask [N, V, h, w, 1]`, 0 to 1."""
+    `mask [N, V, h, w, 1]`, 0 to 1.
+
+    For inpainting each crop has K masks, plain and mirrored with it: `hole [N, V*K, h, w, 1]`, 1 where a latent is
+    painted and else 0, and for models that see it `kept [N, V*K, h, w, C]`, the mean of the VAE's posterior (unscaled)
+    of the image with the hole in grey. Crop c with its mask k is view c * K + k, times 2 if flipping.
+    """
     skipped: tuple[str, ...]
     """One message for each unusable image."""
 
@@ -59,7 +65,11 @@ class Views(NamedTuple):
     crops: int = 0
     """Random crops of each image; 0: its middle."""
     seed: int = 0
-    """Of the crops."""
+    """Of the crops and the holes."""
+    holes: int = 0
+    """Masks of each crop, for inpainting."""
+    full: float = 0.0
+    """Share of the random ones that hide everything."""
 
     def windows(self, record: Record) -> tuple[Window, ...]:
         """The crops of an image."""
@@ -94,6 +104,7 @@ def cache_images(
     key = views.key(records, [file_digest(record.path) for record in records])
     key |= {"kind": "pixels" if encode is None else "latents", "background": views.background}
     key |= {} if encode is None else {"model": model}
+    encode_named = None if encode is None else lambda images: {"moments": encode(images)}
     kept: list[int] = []
     skipped: list[str] = []
 
@@ -114,12 +125,10 @@ def cache_images(
                     kept.append(i)
             if not images:
                 pass
-            elif encode is None:
+            elif encode_named is None:
                 yield {"pixels": np.stack(images)}
             else:
-                batch = np.stack(images + images[-1:] * (batch_size - len(images)), axis=1)
-                moments = np.stack([_storable(encode(view)) for view in batch], axis=1)
-                yield {"moments": moments[: len(images)]}
+                yield _encoded([(image,) for image in images], batch_size, encode_named)
             if progress:
                 progress(min(start + batch_size, len(records)), len(records))
 
@@ -146,6 +155,46 @@ def cache_masks(images: Images, views: Views, factor: int, *, folder: str | Path
         for record, path, own in zip(images.records, sources, alpha, strict=True):
             mask = read_mask(path, size, views.windows(record), alpha=own)
             yield {"mask": _with_mirrored(mask, views.flip)[None]}
+
+    arrays, _ = _entry(Path(folder), key, rows(), {})
+    return images._replace(arrays={**images.arrays, **arrays})
+
+
+def cache_holes(
+    images: Images,
+    views: Views,
+    encode: Callable[[UInt8[np.ndarray, "B H W 3"], Bool[np.ndarray, "B H W"]], Mapping[str, Any]],
+    *,
+    folder: str | Path,
+    model: str,
+    batch_size: int = 4,
+    progress: Callable[[int, int], object] | None = None,
+) -> Images:
+    """`images` with their masks for inpainting: the arrays that `encode` makes of an image and where it is hidden.
+
+    It works as that of `cache_images` does, and returns `hole` and perhaps `kept` by name, as `Images` says. Raises
+    DataError for an own mask that cannot be used.
+    """
+    records = images.records
+    key = views.key(records, [file_digest(record.path) for record in records])
+    key |= {"kind": "holes", "model": model, "background": views.background, "holes": views.holes, "full": views.full}
+    key |= {"seed": views.seed, "names": [record.name for record in records]}
+    key |= {"own": ["" if record.hole is None else file_digest(record.hole) for record in records]}
+
+    def shown(record: Record) -> list[np.ndarray]:
+        """Image and mask, view by view."""
+        windows = views.windows(record)
+        crops = read_image(record.path, views.size, views.background, windows)
+        holes = make_holes(record, views.size, windows, count=views.holes, full=views.full, seed=views.seed)
+        pairs = np.repeat(crops, views.holes, axis=0), holes.reshape(-1, *views.size)
+        return [_with_mirrored(array, views.flip) for array in pairs]
+
+    def rows() -> Iterator[Mapping[str, np.ndarray]]:
+        for start in range(0, len(records), batch_size):
+            batch = records[start : start + batch_size]
+            yield _encoded([shown(record) for record in batch], batch_size, encode)
+            if progress:
+                progress(start + len(batch), len(records))
 
     arrays, _ = _entry(Path(folder), key, rows(), {})
     return images._replace(arrays={**images.arrays, **arrays})
@@ -178,7 +227,20 @@ def cache_texts(
     return Texts({caption: row for row, caption in enumerate(unique)}, arrays)
 
 
-def _with_mirrored(crops: Shaped[np.ndarray, "V H W C"], flip: bool) -> Shaped[np.ndarray, "F H W C"]:
+def _encoded(
+    images: Sequence[Sequence[np.ndarray]], batch_size: int, encode: Callable[..., Mapping[str, Any]]
+) -> dict[str, Shaped[np.ndarray, "N V *S"]]:
+    """What `encode` makes of each view of N images, in batches of exactly `batch_size`: the last image fills them up.
+
+    images: of each image the arrays `[V, ...]` that `encode` gets.
+    """
+    full = [*images, *[images[-1]] * (batch_size - len(images))]
+    arguments = [np.stack(arrays, axis=1) for arrays in zip(*full, strict=True)]  # [V, B, ...] each
+    made = [encode(*view) for view in zip(*arguments, strict=True)]
+    return {name: np.stack([_storable(view[name]) for view in made], axis=1)[: len(images)] for name in made[0]}
+
+
+def _with_mirrored(crops: Shaped[np.ndarray, "V H W *C"], flip: bool) -> Shaped[np.ndarray, "F H W *C"]:
     """Each crop, followed by itself mirrored if `flip`."""
     return np.stack([crops, crops[:, :, ::-1]], axis=1).reshape(-1, *crops.shape[1:]) if flip else crops
 

@@ -10,6 +10,7 @@ from jaxtyping import Int64, Shaped
 
 from sdjax.data.cache import Arrays, Images, Texts
 from sdjax.data.plan import Choice, Plan, beside, choose
+from sdjax.data.records import Record
 from sdjax.errors import ConfigError
 
 T = TypeVar("T")
@@ -21,11 +22,15 @@ class Bucket(NamedTuple):
     """The images of one shape."""
 
     arrays: Arrays
-    """`moments` or `pixels`, perhaps `mask`: each `[N, V, ...]`, see `cache.Images`."""
+    """`moments` or `pixels`, perhaps `mask`, `hole` and `kept`: each `[N, V, ...]`, see `cache.Images`."""
     text_rows: Int64[np.ndarray, "N K"]
     """Row in the texts of each of the K versions of each image's caption."""
-    repeats: tuple[int, ...]
-    """Times an epoch shows each image."""
+    records: tuple[Record, ...]
+
+    @property
+    def repeats(self) -> tuple[int, ...]:
+        """Times an epoch shows each image."""
+        return tuple(record.repeats for record in self.records)
 
 
 class Prior(NamedTuple):
@@ -56,16 +61,17 @@ class Dataset(NamedTuple):
 def join(images: Images, texts: Texts) -> Bucket:
     """Images of one shape with the rows of their captions."""
     rows = [[texts.rows[caption] for caption in record.captions] for record in images.records]
-    return Bucket(images.arrays, np.array(rows, np.int64), tuple(record.repeats for record in images.records))
+    return Bucket(images.arrays, np.array(rows, np.int64), images.records)
 
 
 def make_batch(dataset: Dataset, plan: Plan, number: int) -> Batch:
     """Batch `number` of the plan, for an optimizer step; every array has B rows.
 
-    `moments [B, h, w, 2C]` or `pixels [B, H, W, 3]`, `mask [B, h, w, 1]` if the data set has masks, the texts, and
-    `index [B]` (int32: place in the batch), which an example's randomness is drawn from so that it does not depend on
-    the device it lands on. With class images B is twice the plan's: as many of them follow, and `weight [B]` makes the
-    mean over all of weight times error the mean over the images plus the prior's weight times that over class images.
+    `moments [B, h, w, 2C]` or `pixels [B, H, W, 3]`, `mask [B, h, w, 1]` if the data set has masks, for inpainting
+    `hole [B, h, w, 1]` and perhaps `kept [B, h, w, C]`, the texts, and `index [B]` (int32: place in the batch), which
+    an example's randomness is drawn from so that it does not depend on the device it lands on. With class images B is
+    twice the plan's: as many of them follow, and `weight [B]` makes the mean over all of weight times error the mean
+    over the images plus the prior's weight times that over class images.
     """
     choice = choose(plan, number)
     parts = [_gather(dataset, dataset.buckets[choice.bucket], plan, choice)]
@@ -80,12 +86,14 @@ def make_batch(dataset: Dataset, plan: Plan, number: int) -> Batch:
 
 
 def _gather(dataset: Dataset, bucket: Bucket, plan: Plan, choice: Choice) -> Batch:
-    views = plan.crops * (2 if plan.flip else 1)
-    view = choice.crop * (2 if plan.flip else 1) + choice.flip
+    flips = 2 if plan.flip else 1
     batch = {}
     for name, array in bucket.arrays.items():
+        holes, hole = (plan.holes, choice.hole) if name in ("hole", "kept") else (1, 0)
+        views = plan.crops * holes * flips
         if array.shape[1] != views:
             raise ConfigError(f"the plan wants {views} views of each image, but the cache holds {array.shape[1]}")
+        view = (choice.crop * holes + hole) * flips + choice.flip
         batch[name] = np.asarray(array[choice.example, view])
     if dataset.texts:
         rows = bucket.text_rows[choice.example, choice.version]

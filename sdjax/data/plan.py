@@ -31,6 +31,8 @@ class Plan(NamedTuple):
     crops: int = 1
     versions: int = 1
     """Of each caption."""
+    holes: int = 1
+    """Masks of each crop, in training for inpainting."""
 
     @property
     def size(self) -> int:
@@ -52,6 +54,8 @@ class Choice(NamedTuple):
     """In turn: an image's k-th showing takes crop k modulo their number."""
     version: Int64[np.ndarray, " B"]
     """Of the caption, drawn at random."""
+    hole: Int64[np.ndarray, " B"]
+    """Of the crop, drawn at random."""
 
 
 def choose(plan: Plan, number: int) -> Choice:
@@ -67,6 +71,7 @@ def choose(plan: Plan, number: int) -> Choice:
     flip = np.zeros(plan.batch_size, bool)
     drop = np.zeros(plan.batch_size, bool)
     version = np.zeros(plan.batch_size, np.int64)
+    hole = np.zeros(plan.batch_size, np.int64)
     for e in np.unique(epoch):
         here = epoch == e
         at = place[here]
@@ -78,14 +83,16 @@ def choose(plan: Plan, number: int) -> Choice:
             drop[here] = bits(purpose=2)[at] < plan.caption_dropout * 2.0**64
         if plan.versions > 1:
             version[here] = bits(purpose=3)[at] % np.uint64(plan.versions)
+        if plan.holes > 1:
+            hole[here] = bits(purpose=4)[at] % np.uint64(plan.holes)
     example = entries[entry]
     crop = (epoch * repeats[example] + showing[entry]) % plan.crops
-    return Choice(bucket, example, flip, drop, crop, version)
+    return Choice(bucket, example, flip, drop, crop, version, hole)
 
 
 def beside(plan: Plan, count: int) -> Plan:
     """The order in which `count` class images (in one bucket) go along with the plan's batches."""
-    return Plan(((1,) * count,), plan.batch_size, plan.seed + (1 << 128), plan.flip)
+    return Plan(((1,) * count,), plan.batch_size, plan.seed + (1 << 128), plan.flip, holes=plan.holes)
 
 
 def describe(plan: Plan, batches: int, names: Sequence[object] = ()) -> str:

@@ -27,6 +27,8 @@ class Record(NamedTuple):
     """Times it is shown in an epoch, 1 or more."""
     mask: Path | None = None
     """Image that is white where this one is learned."""
+    hole: Path | None = None
+    """Image that is white where this one is painted, in training for inpainting."""
     versions: tuple[str, ...] = ()
     """What the caption becomes in training, in one version or another; empty: the caption itself."""
 
@@ -89,14 +91,17 @@ def scan(
     return tuple(records)
 
 
-def with_masks(records: Iterable[Record], folder: str | Path) -> tuple[Record, ...]:
-    """The records, each with the image of the same name (whatever its suffix) below `folder` as its mask.
+def with_masks(
+    records: Iterable[Record], folder: str | Path, field: Literal["mask", "hole"] = "mask"
+) -> tuple[Record, ...]:
+    """The records, each with the image of the same name (whatever its suffix) below `folder` as its mask (or hole).
 
     Raises DataError: no folder, no mask for an image, a link that leaves the folder.
     """
+    setting, white = {"mask": ("mask_path", "learns"), "hole": ("inpaint_mask_path", "paints")}[field]
     root = Path(folder).resolve()
     if not root.is_dir():
-        raise DataError(f"data.mask_path = {str(folder)!r} is not a folder")
+        raise DataError(f"data.{setting} = {str(folder)!r} is not a folder")
     masks = {
         path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(images_below(root), reverse=True)
     }
@@ -104,9 +109,10 @@ def with_masks(records: Iterable[Record], folder: str | Path) -> tuple[Record, .
     stems = [Path(record.name).with_suffix("").as_posix() for record in records]
     missing = [record.name for record, stem in zip(records, stems, strict=True) if stem not in masks]
     if missing:
-        raise DataError(f"{root}: no mask for {_some(missing)}; a white image of that name learns all of it")
+        raise DataError(f"{root}: no mask for {_some(missing)}; a white image of that name {white} all of it")
     return tuple(
-        record._replace(mask=_inside(root, masks[stem], str(root))) for record, stem in zip(records, stems, strict=True)
+        record._replace(**{field: _inside(root, masks[stem], str(root))})
+        for record, stem in zip(records, stems, strict=True)
     )
 
 
@@ -135,6 +141,7 @@ def fingerprint(records: Iterable[Record]) -> str:
     total = hashlib.sha256()
     for record in records:
         masks = [] if record.mask is None else [file_digest(record.mask)]
+        masks += [] if record.hole is None else ["hole", file_digest(record.hole)]
         total.update(json.dumps([record.name, record.caption, file_digest(record.path), *masks]).encode())
     return total.hexdigest()
 

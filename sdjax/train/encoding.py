@@ -9,15 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree, UInt8
+from jaxtyping import Array, Bool, PyTree, UInt8
 
+from sdjax import drawing, inpainting
 from sdjax.data import cache
 from sdjax.data.dataset import Dataset, Prior, join
 from sdjax.data.images import Size, to_float
 from sdjax.data.records import Record, images_below, scan
 from sdjax.errors import DataError
 from sdjax.formats.safetensors_file import replacing
-from sdjax.models.vae import AutoencoderKL
+from sdjax.models import vae
 from sdjax.text_encoding import collections, encode_ids
 from sdjax.train.made import Made, base_weights
 from sdjax.train.stages import Run, StagePlan
@@ -36,7 +37,8 @@ def encode(run: Run, plan: StagePlan, earlier: Made) -> tuple[Dataset, Dataset |
     encode_images = _image_encoder(run, plan, earlier, folder)
     square = Size(data.resolution, data.resolution)
     middle = cache.Views(square, data.background)
-    views = middle._replace(flip=data.flip, crops=data.random_crops, seed=run.config.seed)
+    shown = middle._replace(flip=data.flip, holes=plan.holes, full=data.inpaint_full)
+    views = shown._replace(crops=data.random_crops, seed=run.config.seed)
     training = [
         encode_images("training", members, views._replace(size=size), masked=stage.masked_loss)
         for size, members in plan.buckets.items()
@@ -44,12 +46,13 @@ def encode(run: Run, plan: StagePlan, earlier: Made) -> tuple[Dataset, Dataset |
     _check_usable(training)
     sizes = [size for size, images in zip(plan.buckets, training, strict=True) if images.records]
     training = [images for images in training if images.records]
-    held_out = [encode_images("held-out", plan.held_out, middle)] if plan.held_out else []
+    # A mask each, which leaves something of the image in view: what that shows is how well it is continued.
+    held_out_views = middle._replace(holes=min(1, plan.holes))
+    held_out = [encode_images("held-out", plan.held_out, held_out_views)] if plan.held_out else []
     _check_usable(held_out)
     prior = []
     if stage.prior_prompt:
         members = class_images(run, plan, earlier)
-        shown = middle._replace(flip=data.flip)
         prior = [encode_images("class", members, shown._replace(size=size)) for size in sizes]
         _check_usable(prior)
         prior = [_learned_everywhere(images) for images in prior] if stage.masked_loss else prior
@@ -106,24 +109,43 @@ def class_images(run: Run, plan: StagePlan, earlier: Made) -> tuple[Record, ...]
 def _image_encoder(run: Run, plan: StagePlan, earlier: Made, folder: Path) -> Callable[..., cache.Images]:
     """`encode(kind, records, views, masked=False)`: images of one shape with their masks, cached or made now."""
     model = plan.recipe.model
+    factor, sees_kept = model.vae.config.factor, drawing.for_inpainting(model)
     weights = functools.cache(lambda: base_weights(model, "vae", earlier))
+    weights_digest = f"{run.fingerprint} {run.config.dtype} {earlier.digest('vae')}"
 
     def moments(images: UInt8[np.ndarray, "B H W 3"]) -> Array:
         return _moments(model.vae, weights(), to_float(images))
 
+    def holes(images: UInt8[np.ndarray, "B H W 3"], hidden: Bool[np.ndarray, "B H W"]) -> dict[str, Any]:
+        made: dict[str, Any] = {"hole": inpainting.cells(hidden.astype(np.float32), factor)}
+        if sees_kept:  # the same as in drawing: grey is 0
+            kept = np.where(hidden[..., None], np.float32(0), to_float(images))
+            made["kept"] = vae.posterior_mean(_moments(model.vae, weights(), kept))
+        return made
+
     def encode(kind: str, records: Sequence[Record], views: cache.Views, *, masked: bool = False) -> cache.Images:
+        # Like drawing, which decodes one picture at a time: large ones would fill the memory.
+        options: Any = {"folder": folder, "batch_size": 8 if plan.data.resolution <= 128 else 1}
         with _bar(f"{plan.stage.name}: encoding {kind} images", len(records)) as bar:
             images = cache.cache_images(
                 records,
                 views,
                 None if "vae" in plan.stage.parts else moments,
-                folder=folder,
-                model=f"{run.fingerprint} {run.config.dtype} {earlier.digest('vae')}",
+                model=weights_digest,
                 on_bad_image=plan.data.on_bad_image,
-                # Like drawing, which decodes one picture at a time: large ones would fill the memory.
-                batch_size=8 if plan.data.resolution <= 128 else 1,
                 progress=lambda done, _: bar.update(done - bar.n),
+                **options,
             )
+        if views.holes:
+            with _bar(f"{plan.stage.name}: masking {kind} images", len(images.records)) as bar:
+                images = cache.cache_holes(
+                    images,
+                    views,
+                    holes,
+                    model=weights_digest if sees_kept else f"factor {factor}",
+                    progress=lambda done, _: bar.update(done - bar.n),
+                    **options,
+                )
         return cache.cache_masks(images, views, model.vae.config.factor, folder=folder) if masked else images
 
     return encode
@@ -175,7 +197,7 @@ def _encode_texts(run: Run, plan: StagePlan, captions: Sequence[str], earlier: M
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _moments(module: AutoencoderKL, params: PyTree, images: Array) -> Array:
+def _moments(module: vae.AutoencoderKL, params: PyTree, images: Array) -> Array:
     return jnp.asarray(module.apply({"params": params}, images, method="encode"))
 
 

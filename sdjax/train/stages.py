@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
-from sdjax import diffusion, sampling, textual_inversion
+from sdjax import diffusion, drawing, sampling, textual_inversion
 from sdjax.config import Data, RunConfig, Stage
 from sdjax.config_file import flatten
 from sdjax.data import buckets, captions, plan, records
@@ -69,6 +69,11 @@ class StagePlan(NamedTuple):
         return tuple(record for members in self.buckets.values() for record in members)
 
     @property
+    def holes(self) -> int:
+        """Masks of each crop that inpainting is trained with; 0: it is not."""
+        return _holes(self.data, self.stage)
+
+    @property
     def examples(self) -> int:
         """Images an optimizer step takes, class images included."""
         return self.data.batch_size * self.data.accumulation * (2 if self.stage.prior_prompt else 1)
@@ -84,6 +89,7 @@ class StagePlan(NamedTuple):
             caption_dropout=data.caption_dropout,
             crops=max(1, data.random_crops),
             versions=len(self.records[0].captions),  # of all alike
+            holes=max(1, self.holes),
         )
 
     def keys(self, seed: int) -> tuple[PRNGKeyArray, PRNGKeyArray]:
@@ -197,6 +203,8 @@ def _find_images(data: Data, stage: Stage, key: str, seed: int) -> tuple[tuple[R
     """Training images, held-out images, and a fingerprint of both."""
     scan = functools.partial(records.scan, caption=data.caption, missing_caption=data.missing_caption)
     everything = scan(data.path, repeats=data.repeats)
+    if _holes(data, stage) and data.inpaint_mask_path:
+        everything = records.with_masks(everything, data.inpaint_mask_path, "hole")
     training, held_out = everything, ()
     if data.validation_path:
         if not Path(data.validation_path).is_dir():
@@ -208,6 +216,10 @@ def _find_images(data: Data, stage: Stage, key: str, seed: int) -> tuple[tuple[R
         training = records.with_masks(training, data.mask_path)
     shown = functools.partial(_with_versions, data=data, stage=stage, seed=seed)
     return shown(training), shown(held_out, vary=False), records.fingerprint((*training, *held_out))
+
+
+def _holes(data: Data, stage: Stage) -> int:
+    return 0 if "vae" in stage.parts else data.inpaint_masks or bool(data.inpaint_mask_path)
 
 
 def _with_versions(
@@ -233,12 +245,9 @@ def _with_versions(
 
 
 def _check_model(config: RunConfig, model: StableDiffusion) -> None:
-    if model.unet.config.in_channels != model.vae.config.latent_channels:
-        raise ConfigError(
-            f"{config.model} is an inpainting model, which cannot be trained yet; use its standard sister"
-        )
+    drawing.for_inpainting(model)  # or else a standard model: others are refused
     model.hidden_state(config.clip_skip)
-    if config.validation.prompts:
+    if config.validation.prompts or any(_holes(config.data_of(stage), stage) for stage in config.stages):
         sampling.plan(model.schedule, config.validation.sampler, config.validation.steps)
     for part in model.params:
         model.folder.tensors(part)  # a truncated or foreign file is refused by its header
@@ -270,6 +279,10 @@ def _plan_stage(
     if stage.vae_normalise and not (model.vae.config.use_quant_conv and model.vae.config.use_post_quant_conv):
         raise ConfigError(f"{key}.vae_normalise needs an autoencoder with quant_conv and post_quant_conv")
     _check_resolution(config, key, data, model)
+    if drawing.for_inpainting(model) and "vae" not in stage.parts and not _holes(data, stage):
+        raise ConfigError(
+            f"{key}: {config.model} is made for inpainting: give data.inpaint_masks (4, say) or data.inpaint_mask_path"
+        )
     earlier_words = before.words if before else {}
     new_words = _new_words(stage, key, earlier_words, model)
     words = earlier_words | {word: _vectors(given) for word, given in new_words.items()}

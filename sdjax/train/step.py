@@ -7,8 +7,9 @@ runs it under `jit` over a mesh or under `pmap`.
 
     batch    moments [B, h, w, 2C], index [B], and for the text either context [B, T, D] (and pooled [B, P]), or, when a
              text model is trained, the token ids by text model [B, n, T]; `empty` [B] where the model wants zeros in
-             place of an empty caption
-             place of an empty caption; `mask` [B, h, w, 1] for a masked loss; `weight` [B] of each example in the loss
+             place of an empty caption; `mask` [B, h, w, 1] for a masked loss; `weight` [B] of each example in the loss;
+             for inpainting `hole` [B, h, w, 1], 1 where to paint, and for a U-Net that sees it `kept` [B, h, w, C], the
+             unscaled latents of the image with the hole in grey
     frozen   params: model -> weights; scales: part -> the adapters' scales; rows: text model -> [K, D], the vectors of
              all new words (those being trained are put into their places); norms: text model -> what clip_ti_decay
              draws to
@@ -165,21 +166,29 @@ def distance(
 ) -> Float[Array, " B"]:
     """Each example's mean distance to what the model should answer, without its weight in the loss, float32.
 
-    models: as of `variables`. plain: squared, on the whole picture and on unperturbed input, whatever the stage says.
+    models: as of `variables`. plain: squared, without `mask` and on unperturbed input, whatever the stage says.
+    A U-Net made for inpainting sees hole and kept image and learns the whole picture. A standard one does not, and in
+    drawing all but the hole is overwritten after each step, so it learns the hole alone (but for `unmasked_weight`).
     """
     stage, schedule = recipe.stage, recipe.model.schedule
     noise = draws.noise
     if stage.input_perturbation and not plain:
         noise = noise + stage.input_perturbation * draws.perturbation
     noisy = diffusion.add_noise(schedule, draws.latents, noise, draws.timesteps)
+    inputs = noisy
+    if "kept" in batch:
+        kept = vae.scale_latents(recipe.model.vae.config, batch["kept"])
+        inputs = jnp.concatenate([noisy, batch["hole"], kept], axis=-1)
     context, added = _conditions(recipe, models, batch)
-    output = recipe.model.unet.apply(models["unet"], noisy, draws.timesteps.astype(jnp.float32), context, added)
+    output = recipe.model.unet.apply(models["unet"], inputs, draws.timesteps.astype(jnp.float32), context, added)
     target = diffusion.target(schedule, draws.latents, draws.noise, draws.timesteps)
     kind = "l2" if plain else stage.loss
     threshold = diffusion.huber_threshold(schedule, draws.timesteps, stage.huber_c, stage.huber_schedule)
     error = diffusion.distance(jnp.asarray(output, jnp.float32), target, kind, threshold)
-    if "mask" in batch and not plain:
-        error = error * (batch["mask"] + (1 - batch["mask"]) * stage.unmasked_weight)
+    regions = [batch["mask"]] if "mask" in batch and not plain else []
+    regions += [batch["hole"]] if "hole" in batch and "kept" not in batch else []
+    for region in regions:
+        error = error * (region + (1 - region) * stage.unmasked_weight)
     return jnp.mean(error, axis=(1, 2, 3))
 
 

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sdjax import lora
 from sdjax.config import Validation
-from sdjax.data.dataset import Dataset
+from sdjax.data.dataset import Bucket, Dataset
+from sdjax.data.images import Size, read_image
 from sdjax.formats.png_parameters import save_png
 from sdjax.loading import load_weights
 from sdjax.models import vae
@@ -30,7 +31,8 @@ HeldOutErrors = Callable[[PyTree, PyTree, Mapping[str, Array], Array | np.intege
 class Validator:
     """Validates one stage: metrics.jsonl gets the held-out loss, samples/ a grid of the pictures.
 
-    The pictures of an autoencoder are held-out ones, encoded and decoded; all others are drawn from the prompts.
+    The pictures of an autoencoder are held-out ones, encoded and decoded; all others are drawn from the prompts, and in
+    training for inpainting up to four held-out ones, inpainted by their captions.
     """
 
     def __init__(
@@ -51,6 +53,10 @@ class Validator:
         self._drawn: dict[int, list[Image.Image]] = {}
         self._captions: Sequence[str] = self._settings.prompts
         self._originals: list[Image.Image] = []
+        self._masked: list[tuple[str, Image.Image, Image.Image]] = []
+        if plan.holes and held_out is not None:
+            self._masked = _masked_pictures(held_out.buckets[0], plan, count=4)
+            self._captions = [*self._captions, *(caption for caption, _, _ in self._masked)]
         if "vae" in plan.stage.parts:
             pixels = held_out.buckets[0].arrays["pixels"][:, 0] if held_out is not None else ()
             shown = pixels[:: max(1, len(pixels) // 12)][:12]
@@ -84,30 +90,25 @@ class Validator:
         after = self._drawn[self._plan.stage.steps]
         name = self._plan.stage.name
         path = self._samples / f"{name}-before-after.png"
-        _save_comparison(path, {"original" if self._originals else "base": before, name: after}, self._captions)
+        columns = {"original" if self._originals else "base": before, name: after}
+        if self._masked:
+            blank = Image.new("RGB", before[0].size, "white")
+            hidden = [Image.composite(Image.new("RGB", mask.size, "grey"), own, mask) for _, own, mask in self._masked]
+            columns = {"given": [*[blank] * len(self._settings.prompts), *hidden], **columns}
+        _save_comparison(path, columns, self._captions)
         return path
 
     def _draw(self, sd: StableDiffusion) -> list[Image.Image]:
-        """A picture of each prompt, one at a time so that memory stays small; prompt i has seed + i."""
+        """The pictures, one at a time so that memory stays small; prompt i and mask i have seed + i."""
         if self._originals:
             pixels = np.asarray(sd.decode_latents(sd.encode_image(self._originals)))
             return [Image.fromarray(np.round(picture * 255).astype(np.uint8)) for picture in pixels]
-        settings = self._settings
-        return [
-            sd.text2image(
-                prompt,
-                settings.negative_prompt,
-                steps=settings.steps,
-                guidance=settings.guidance,
-                sampler=settings.sampler,
-                seed=settings.seed + i,
-                height=self._plan.data.resolution,
-                width=self._plan.data.resolution,
-                clip_skip=self._run.config.clip_skip,
-                progress=False,
-            )[0]
-            for i, prompt in enumerate(settings.prompts)
-        ]
+        settings, side = self._settings, self._plan.data.resolution
+        common: Any = {name: getattr(settings, name) for name in ("negative_prompt", "steps", "guidance", "sampler")}
+        common |= {"height": side, "width": side, "clip_skip": self._run.config.clip_skip, "progress": False}
+        drawn = [sd.text2image(text, seed=settings.seed + i, **common) for i, text in enumerate(settings.prompts)]
+        drawn += [sd.inpaint(*masked, seed=settings.seed + i, **common) for i, masked in enumerate(self._masked)]
+        return [picture for (picture,) in drawn]
 
     def _current(self, state: State) -> StableDiffusion:
         """The model as this state leaves it."""
@@ -128,6 +129,19 @@ class Validator:
         model = self._run.model
         params = {part: at_hand[part] if part in at_hand else load_weights(model, part) for part in model.params}
         return dataclasses.replace(model, params=params)
+
+
+def _masked_pictures(bucket: Bucket, plan: StagePlan, *, count: int) -> list[tuple[str, Image.Image, Image.Image]]:
+    """Some held-out images with their captions and their masks, which cover whole latents."""
+    size, factor = Size(plan.data.resolution, plan.data.resolution), plan.recipe.model.vae.config.factor
+    rows = range(0, len(bucket.records), -(-len(bucket.records) // count))
+    found = []
+    for row, record in ((row, bucket.records[row]) for row in rows):
+        (pixels,) = read_image(record.path, size, plan.data.background)
+        hole = np.asarray(bucket.arrays["hole"][row, 0, ..., 0]).astype(bool)
+        mask = np.kron(hole, np.ones((factor, factor), bool))
+        found.append((record.captions[0], Image.fromarray(pixels), Image.fromarray(mask).convert("L")))
+    return found
 
 
 def make_held_out_reconstruction(
@@ -181,7 +195,7 @@ def make_held_out_errors(recipe: Recipe, settings: Validation) -> HeldOutErrors:
 def make_held_out_loss(
     recipe: Recipe, dataset: Dataset, settings: Validation, batch_size: int, errors: HeldOutErrors
 ) -> HeldOutLoss:
-    """`loss(trainable, frozen) -> float`: the plain mean squared error over held-out images.
+    """`loss(trainable, frozen) -> float`: the plain mean squared error over held-out images, as of `distance`.
 
     Each image is tried at `held_out_timesteps` time steps, evenly spread over the stage's range, with noise that
     depends on the seed, the image and the time step alone, and at its posterior's mean: only the weights tell two
@@ -191,8 +205,7 @@ def make_held_out_loss(
     levels = settings.held_out_timesteps
     timesteps = [low + int((level + 0.5) * (high - low) / levels) for level in range(levels)]
     (images,) = dataset.buckets
-    moments = images.arrays["moments"]
-    count = min(settings.held_out_images or len(moments), len(moments))
+    count = min(settings.held_out_images or len(images.records), len(images.records))
     size = min(batch_size, count)
 
     def loss(trainable: Mapping[str, PyTree], frozen: PyTree) -> float:
@@ -201,8 +214,8 @@ def make_held_out_loss(
             rows = np.minimum(np.arange(start, start + size), count - 1)  # the last batch repeats its last image
             texts = images.text_rows[rows, 0]
             batch = {
-                "moments": np.asarray(moments[rows, 0]),
                 "index": rows.astype(np.int32),
+                **{name: np.asarray(array[rows, 0]) for name, array in images.arrays.items()},
                 **{name: np.asarray(array[texts]) for name, array in dataset.texts.items()},
             }
             for timestep in timesteps:

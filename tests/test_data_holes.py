@@ -1,0 +1,58 @@
+"""Random masks: never empty, fixed for all time, and as often whole as asked."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sdjax.data.holes import make_holes, random_hole
+from sdjax.data.images import Size, random_windows
+from sdjax.data.records import Record
+
+SIZES = st.builds(Size, st.integers(8, 96), st.integers(8, 96))
+
+
+SIZE = Size(32, 48)
+
+
+def hole(number, size=SIZE, full=0.0, **changes):
+    return random_hole(size, full, **{"seed": 1, "name": "a.png", "crop": 0, "number": number, **changes})
+
+
+@given(SIZES, st.integers(0, 2**32 - 1), st.text(max_size=8), st.integers(0, 9))
+@settings(max_examples=300, deadline=None)
+def test_something_is_always_hidden_and_always_the_same(size, seed, name, number):
+    made = [hole(number, size, seed=seed, name=name) for _ in range(2)]
+    assert made[0].shape == size and made[0].dtype == bool and made[0].any()
+    np.testing.assert_array_equal(*made)
+
+
+def test_full_ones_are_as_frequent_as_asked_and_the_others_differ():
+    shares = np.array([hole(n, full=0.25).mean() for n in range(1000)])
+    assert 0.22 < np.mean(shares == 1) < 0.28
+    assert all(hole(n, full=1.0).all() for n in range(20))
+    shares = np.array([hole(n).mean() for n in range(1000)])
+    assert (shares < 1).all() and 0.2 < shares.mean() < 0.5 and np.std(shares) > 0.1
+
+
+def test_image_crop_number_and_seed_each_matter():
+    changes = [{}, {"crop": 1}, {"seed": 2}, {"name": "b.png"}]
+    made = {hole(n, **change).tobytes() for n in (0, 1) for change in changes}
+    assert len(made) == 8
+
+
+def test_they_are_fixed_for_all_time():
+    """The strokes themselves are as round as Pillow draws them."""
+    assert [n for n in range(16) if hole(n, full=0.25).all()] == [0, 5, 6, 7, 8, 10]
+    for number, box in ((3, (1, 16, 14, 22)), (7, (16, 13, 37, 26))):
+        made = hole(number)
+        assert Image.fromarray(made).getbbox() == box
+        assert made.sum() == (box[2] - box[0]) * (box[3] - box[1])
+
+
+def test_every_crop_has_masks_of_its_own():
+    record = Record("a.png", None, "")
+    windows = random_windows(3, seed=1, name=record.name)
+    made = make_holes(record, Size(16, 24), windows, count=2, full=0.0, seed=1)
+    assert made.shape == (3, 2, 16, 24)
+    np.testing.assert_array_equal(made[2, 1], hole(1, Size(16, 24), crop=2))
