@@ -5,6 +5,7 @@ A layer looks for its adapter in the Flax collection `lora`, at its own path bes
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -203,7 +204,8 @@ ACTIVATIONS = {
     "swish": nn.silu,
     "relu": nn.relu,
     "mish": lambda x: x * jnp.tanh(jax.nn.softplus(x)),
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+    # By erf, as PyTorch: JAX's own goes by erfc, which takes the CPU twice as long.
+    "gelu": lambda x: x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
