@@ -4,18 +4,24 @@ A leaf: nothing imports it. JAX is imported only once the command line has been 
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdjax import command
 from sdjax.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from sdjax.pipeline import StableDiffusion
 
 _DTYPES = ("float32", "float16", "bfloat16")
 _TARGETS = ("attention", "attention+ff", "transformer", "linear", "conv")
 _EPILOG = """forms:
   diffusers    a model folder                               from a folder, a single file or a hub id
-  single_file  a model as .safetensors, as A1111 keeps it   from the same
+  single_file  a model as .safetensors, as A1111 keeps it   from the same; with --for-inpainting a standard model gets
+                                                            a U-Net that sees the mask, to be trained for inpainting
   kohya        a LoRA for A1111, ComfyUI and diffusers      from a LoRA (--model says of what), or with --base from a
   peft         a LoRA for diffusers and PEFT                tuned model: the best LoRA of --rank for the difference
   embedding    new words, a file each                       from an embedding, or a LoRA file with words bundled in it
@@ -54,6 +60,7 @@ def _parser() -> command.Parser:
     add("--token", metavar="WORD", help="embedding: another name for the word, where SRC holds one")
     add("--tokenizer", metavar="DIR", help="folder of the tokenizer, for models of a single file (the hub's)")
     add("--prediction-type", metavar="NAME", default="", help="epsilon or v_prediction, where the model's own is wrong")
+    add("--for-inpainting", action="store_true", help="diffusers, single_file: of a standard model, to be trained")
     add("--debug", action="store_true", help="show tracebacks of errors")
     return parser
 
@@ -76,6 +83,7 @@ def _check(args: argparse.Namespace) -> None:
         "--token": ("embedding",),
         "--tokenizer": ("diffusers", "single_file", "kohya", "peft"),
         "--prediction-type": ("diffusers", "single_file"),
+        "--for-inpainting": ("diffusers", "single_file"),
     }
     for flag, forms in belongs.items():
         if vars(args)[flag[2:].replace("-", "_")] and args.to not in forms:
@@ -94,15 +102,36 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _model(args: argparse.Namespace) -> list[Path]:
+    from sdjax.drawing import for_inpainting
     from sdjax.loading import outline, with_weights
 
     tokenizer = args.tokenizer if Path(args.src).is_file() else None
     sd = outline(args.src, tokenizer=tokenizer, prediction_type=args.prediction_type)
+    if args.for_inpainting and for_inpainting(sd):
+        raise ConfigError(f"--for-inpainting: {args.src} is made for inpainting already")
     own = str(next(iter(sd.folder.tensors("unet").values())).dtype)
     dtype = args.dtype or (own if own in _DTYPES else "float32")
     args.dst.parent.mkdir(parents=True, exist_ok=True)
-    with_weights(sd, dtype=dtype).save(args.dst, dtype=dtype)
+    sd = with_weights(sd, dtype=dtype)
+    (_widened(sd) if args.for_inpainting else sd).save(args.dst, dtype=dtype)
     return [args.dst]
+
+
+def _widened(sd: "StableDiffusion") -> "StableDiffusion":
+    """With a U-Net that takes the mask and the masked latents too, and as yet makes nothing of them.
+
+    So began Stable Diffusion's own inpainting models: the weights of the further channels are 0.
+    """
+    import jax.numpy as jnp
+
+    channels = 2 * sd.vae.config.latent_channels + 1
+    first = sd.params["unet"]["conv_in"]
+    more = [(0, channels - sd.unet.config.in_channels) if axis == 2 else (0, 0) for axis in range(4)]
+    unet = {**sd.params["unet"], "conv_in": {**first, "kernel": jnp.pad(first["kernel"], more)}}
+    configs = {**sd.folder.configs, "unet": {**sd.folder.configs["unet"], "in_channels": channels}}
+    index = {key: value for key, value in sd.folder.model_index.items() if key != "_class_name"}
+    folder = dataclasses.replace(sd.folder, configs=configs, model_index=index)
+    return dataclasses.replace(sd, params={**sd.params, "unet": unet}, folder=folder)
 
 
 def _lora(args: argparse.Namespace) -> list[Path]:

@@ -1,5 +1,7 @@
 """Conversions on the command line: there and back without loss, and mistakes told before anything is read."""
 
+import json
+
 import jax
 import micro
 import numpy as np
@@ -54,6 +56,21 @@ def test_a_folder_to_a_file_and_back(model, tmp_path, capsys):
     assert one.metadata == two.metadata and one.metadata["modelspec.prediction_type"] == "v"
     assert {str(tensor.dtype) for tensor in two.tensors.values()} == {"float16"}
     same(dict(one.tensors), dict(two.tensors))
+
+
+def test_a_standard_model_is_widened_for_inpainting(model, tmp_path, capsys):
+    folder, file = tmp_path / "nine", tmp_path / "nine.safetensors"
+    for target in (folder, file):
+        form = "single_file" if target.suffix else "diffusers"
+        assert run(model.folder.path, target, "--to", form, "--for-inpainting") == 0
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
+    wide = sdjax.load(folder)
+    same(sdjax.load(file, tokenizer=folder).params, wide.params)
+    assert wide.unet.config.in_channels == 9
+    latents, context = np.ones((1, 8, 8, 9), np.float32), np.ones((1, 8, 16), np.float32)
+    same(wide.predict(latents, 500, context), model.predict(latents[..., :4], 500, context), atol=1e-5)
+    assert run(folder, tmp_path / "again", "--to", "diffusers", "--for-inpainting") == 2
+    assert "is made for inpainting already" in capsys.readouterr().err
 
 
 def test_a_lora_to_either_style_and_back(model, tmp_path):
@@ -128,6 +145,7 @@ def test_embeddings(model, tmp_path, capsys):
         (("a", "b.safetensors", "--to", "peft", "--base", "m", "--targets", "x"), "--targets x: choices are"),
         (("a", "b", "--to", "diffusers", "--token", "x"), "--token has no meaning for --to diffusers"),
         (("a", "b", "--to", "embedding", "--model", "x"), "--model has no meaning"),
+        (("a", "b", "--to", "embedding", "--for-inpainting"), "--for-inpainting has no meaning"),
         (("a", "b", "--to", "diffusers", "--x"), "`sdjax convert --help`"),
     ],
 )
