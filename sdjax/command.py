@@ -15,23 +15,20 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; `{self.prog} --help` lists the flags")
 
 
-def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
-    """Runs a command and returns its exit code: 0, 2 usage, 3 data or weights, 4 no memory, 130 Ctrl-C.
+def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
+    """Runs a command and returns its exit code: its own or 0, 2 usage, 3 data or weights, 4 stopped itself, 130 Ctrl-C.
 
     argv: default the process's own; with --debug in it, errors keep their traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        command(argv)
+        return command(argv) or 0
     except (SdjaxError, OSError) as error:  # OSError: a full disk, a folder that may not be written to
         if "--debug" in argv:
             raise
-        if isinstance(error, SdjaxError):
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
-        print(f"error: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
-        return DataError.exit_code
+        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"error: {told}", file=sys.stderr)
+        return error.exit_code if isinstance(error, SdjaxError) else DataError.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    return 0

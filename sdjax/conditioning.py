@@ -80,7 +80,7 @@ def _read(sd: "StableDiffusion", request: Request, prompt: str, negative: str) -
             names = ", ".join(tag.name for tag in tags)
             warnings.warn(f"LoRAs named in a prompt are left out here; add them yourself: {names}", stacklevel=2)
         parts = prompt_syntax.subprompts(text)
-        at_each_step = lambda text: tuple(prompt_syntax.at_each_step(text, _steps(request)))
+        at_each_step = lambda text: tuple(prompt_syntax.at_each_step(text, *_steps(request)))
     if fixed and len(parts) > 1:
         raise ConfigError(f"{sd.name} is drawn without guidance, so AND cannot join prompts: {prompt!r}")
     guided = not fixed and (request.guidance != 1.0 or len(parts) > 1)
@@ -90,9 +90,14 @@ def _read(sd: "StableDiffusion", request: Request, prompt: str, negative: str) -
     return Texts(by_step, windows, guided, tuple(weight for _, weight in parts))
 
 
-def _steps(request: Request) -> int:
-    """The steps that prompts count: evaluations of the whole run, as in A1111, where heun has two a step."""
-    return request.steps * (2 if request.sampler == "heun" else 1)
+def _steps(request: Request) -> tuple[int, int]:
+    """The steps that prompts count, and those of the pass before: evaluations, as in A1111, where heun has two a step.
+
+    An image's are those of the whole run, as in A1111; a second pass's those it runs, which there are all.
+    """
+    evaluations = 2 if request.sampler == "heun" else 1
+    steps = int(request.steps * request.strength) if request.earlier_steps else request.steps
+    return steps * evaluations, request.earlier_steps * evaluations
 
 
 def _tokenized(request: Request, text: str) -> str | Sections:

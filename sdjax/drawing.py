@@ -1,6 +1,5 @@
 """Drawing: from a request and where it starts to final latents, one compiled program a shape, and pictures of them."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +16,7 @@ from sdjax.errors import ConfigError
 from sdjax.formats.png_parameters import parameters_text
 from sdjax.inpainting import Frame
 from sdjax.models import unet
-from sdjax.request import Request, size_multiple
+from sdjax.request import Request
 
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusion
@@ -39,32 +38,33 @@ class Given(NamedTuple):
 NOTHING_GIVEN = Given()
 
 
+def check(sd: "StableDiffusion", request: Request) -> None:
+    """Raises ConfigError for what a model cannot be drawn with; an outline of it will do."""
+    for each in (request, request.second_pass(sd)):
+        if each is not None:
+            each.plan(sd)
+            conditioning.groups(sd, each)
+
+
 def text2image(sd: "StableDiffusion", request: Request) -> list[Image.Image]:
     """Pictures from noise, with a second pass over them enlarged where the request has one."""
-    plan = request.plan(sd)
-    hires = request.hires
-    if hires is None or hires.scale == 1:
-        return pictures(sd, request, draw(sd, request, plan, sampling.initial(plan, request.noise(sd))))
-    multiple = size_multiple(sd)
-    height, width = (round(side * hires.scale / multiple) * multiple for side in (request.height, request.width))
-    larger = dataclasses.replace(
-        request, height=height, width=width, steps=hires.steps or request.steps, strength=hires.strength, latents=None
-    )
-    second = larger.plan(sd)
-    small = draw(sd, request, plan, sampling.initial(plan, request.noise(sd)))
+    plan, larger = request.plan(sd), request.second_pass(sd)
+    second = larger and larger.plan(sd)  # which may be refused, so before the first pass is drawn
+    latents = draw(sd, request, plan, sampling.initial(plan, request.noise(sd)))
+    if larger is None or second is None or request.hires is None:
+        return pictures(sd, request, latents)
     noise = larger.noise(sd)
-    if hires.upscaler == "latent":
-        start = jax.image.resize(jnp.asarray(small), noise.shape, "bilinear")
+    if request.hires.upscaler == "latent":
+        start = jax.image.resize(jnp.asarray(latents), noise.shape, "bilinear")
     else:
-        decoded = (_as_picture(0, values) for values in np.asarray(sd.decode_latents(small)))
-        start = sd.encode_image(np.stack([pixels(picture, width, height) for picture in decoded]))
+        decoded = (_as_picture(0, values) for values in np.asarray(sd.decode_latents(latents)))
+        start = sd.encode_image(np.stack([pixels(picture, larger.width, larger.height) for picture in decoded]))
     return pictures(sd, request, draw(sd, larger, second, sampling.initial_from_image(second, start, noise)))
 
 
 def img2img(sd: "StableDiffusion", request: Request, images: Sequence[Image.Image]) -> list[Image.Image]:
     """Pictures from images noised to the request's strength; one image, or one each."""
     plan = request.plan(sd)
-    _check_count("images", images, request)
     noise = request.noise(sd)
     start = sd.encode_image(np.stack([pixels(image, request.width, request.height) for image in images]))
     state = sampling.initial_from_image(plan, jnp.broadcast_to(start, noise.shape), noise)
@@ -74,7 +74,6 @@ def img2img(sd: "StableDiffusion", request: Request, images: Sequence[Image.Imag
 def inpaint(sd: "StableDiffusion", request: Request, frames: Sequence[Frame]) -> list[Image.Image]:
     """Masked regions painted anew, at strength 1 from noise alone; one frame, or one each."""
     plan = request.plan(sd)
-    _check_count("images", frames, request)
     noise = request.noise(sd)
     everyone = lambda array: jnp.broadcast_to(jnp.asarray(array, jnp.float32), (len(noise), *array.shape[1:]))
     images, masks = (np.stack(arrays) for arrays in zip(*(frame.canvas() for frame in frames), strict=True))
@@ -105,11 +104,6 @@ def for_inpainting(sd: "StableDiffusion") -> bool:
         choices = f"{latent} or, for inpainting, {2 * latent + 1}"
         raise ConfigError(f"{sd.name}: a U-Net of {own} input channels; drawn with are {choices}")
     return own != latent
-
-
-def _check_count(what: str, given: Sequence[object], request: Request) -> None:
-    if len(given) not in (1, len(request.prompts)):
-        raise ConfigError(f"{len(given)} {what} for {len(request.prompts)} pictures: give one, or one each")
 
 
 def _mask_channels(

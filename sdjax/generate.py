@@ -13,19 +13,18 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
-from sdjax import command, grids, jobs, prompt_syntax
+from sdjax import command, grids, prompt_syntax
 from sdjax.errors import ConfigError, DataError, TrainingStopped
 from sdjax.formats.png_parameters import SAMPLER_NAMES, save_png
 
 if TYPE_CHECKING:
-    pass
+    from sdjax.jobs import Job
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _LONGEST_NAME = 80  # bytes of a prompt kept in a file name; file systems allow 255 in all
@@ -58,42 +57,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     axes = [grids.parse_axis(text) for text in (args.grid_x, args.grid_y) if text is not None]
-    wanted = _jobs(args, axes)
+    prompts = _prompts(args.prompt, args.prompts_file, needed=args.jobs is None)
+    _check_values(args, len(prompts))
     loras = [_lora(text) for text in args.lora]
     embeddings = [_embedding(text) for text in args.embedding]
-    texts_of, tags_of = _without_tags([job.prompt for job in wanted], args)
-    kinds = list(dict.fromkeys(job.shared for job in wanted))
-    for job in kinds:
-        job.check()
-    out = _writable_folder(args.out)
 
-    from sdjax import compilation_cache, host_memory, loading, sampling
+    from sdjax import compilation_cache, host_memory, jobs, loading
     from sdjax.formats.lora_file import load_lora
+
+    wanted = _jobs(args, prompts, axes)
+    jobs.check_alone(wanted)
+    lora_files = _loras_below(args.lora_dir)
+    for job in wanted:
+        with jobs.blaming(job):
+            _check_tags(job.words[1], args.lora_dir, lora_files)
+    out = _writable_folder(args.out)
+    compilation_cache.enable()
+    host_memory.keep()
 
     sd = loading.outline(
         args.model, args.dtype, variant=args.variant, tokenizer=args.tokenizer, prediction_type=args.prediction_type
     )
-    for job in kinds:
-        sampling.plan(sd.schedule, job.sampler, job.steps, karras=job.karras, strength=job.full_strength)
-        sd.hidden_state(job.clip_skip)
-    adapters = [load_lora(lora.path, sd.params) for lora in loras]
-    tagged = {tag.name for tags in tags_of.values() for tag in tags}
-    by_name = {name: load_lora(path, sd.params) for name, path in _find_loras(args.lora_dir, tagged).items()}
     for embedding in embeddings:
         sd = sd.with_embedding(embedding.path, embedding.token)
+    bare = [dataclasses.replace(job, prompt=job.words[0]) for job in wanted]
+    jobs.check(sd, bare)
+    adapters = [load_lora(lora.path, sd.params) for lora in loras]
+    tagged = {tag.name for job in wanted for tag in job.words[1]}
+    by_name = {name: load_lora(lora_files[name], sd.params) for name in tagged}
     if args.tiled_vae is not None:
         sd = sd.with_tiled_vae(args.tiled_vae, args.tiled_vae // 8)
-
-    compilation_cache.enable()
-    host_memory.keep()
     sd = loading.with_weights(sd)
     for lora, adapter in zip(loras, adapters, strict=True):
         sd = sd.with_lora(adapter, lora.weight)
 
     pictures: dict[int, Image.Image] = {}
     first, number = 0, _next_number(out)
-    for tags, run in itertools.groupby(wanted, lambda job: tags_of[job.prompt]):
-        own, texts = sd, [dataclasses.replace(job, prompt=texts_of[job.prompt]) for job in run]
+    for tags, run in itertools.groupby(zip(wanted, bare, strict=True), lambda pair: pair[0].words[1]):
+        own, texts = sd, [job for _, job in run]
         for tag in tags:
             for part, tree in by_name[tag.name].items():
                 own = own.with_lora({part: tree}, tag.unet_weight if part == "unet" else tag.text_weight)
@@ -111,12 +112,10 @@ def _run(argv: Sequence[str]) -> None:
         _save(sheet, out / name)
 
 
-def _jobs(args: argparse.Namespace, axes: Sequence[grids.Axis]) -> list[jobs.Job]:
+def _jobs(args: argparse.Namespace, prompts: Sequence[str], axes: Sequence[grids.Axis]) -> list["Job"]:
     """What is to be drawn: a job a prompt and number, those of --jobs, and each over the axes' values, x the faster."""
-    prompts = _prompts(args.prompt, args.prompts_file, needed=args.jobs is None)
-    _check_values(args, len(prompts))
-    if args.image is None and args.strength is not None:
-        raise ConfigError("--strength says how far to redraw an --image, and none is given")
+    from sdjax import jobs
+
     settings = {name: value for name in jobs.SETTINGS if (value := getattr(args, name, None)) is not None}
     settings["outpaint"] = None if args.outpaint is None else _sides(args.outpaint)
     drawn = []
@@ -165,16 +164,16 @@ def _parser() -> command.Parser:
     add("--negative-prompt", default="", metavar="TEXT", help="what not to draw")
     add("--num-images", type=int, default=1, metavar="N", help="pictures of each prompt (1)")
     add("--seed", type=int, default=0, help="of the first picture; the next ones count up from it (0)")
-    add("--steps", type=int, default=20, help="sampler steps, 1 to 1000 (20)")
-    add("--guidance", type=float, default=7.5, help="classifier-free guidance scale; 1 = off (7.5; tiny likes 2 to 4)")
-    add("--guidance-rescale", type=float, default=0.0, metavar="PHI", help="0 to 1, against overexposure (0)")
+    add("--steps", type=int, help="sampler steps, 1 to 1000 (20)")
+    add("--guidance", type=float, help="classifier-free guidance scale; 1 = off (7.5; tiny likes 2 to 4)")
+    add("--guidance-rescale", type=float, metavar="PHI", help="0 to 1, against overexposure (0)")
     add("--height", type=int, metavar="PIXELS", help="multiple of 8 (the model's, or the image's)")
     add("--width", type=int, metavar="PIXELS", help="multiple of 8 (the model's, or the image's)")
-    add("--sampler", default="dpmpp_2m", metavar="NAME", help=f"one of {', '.join(SAMPLER_NAMES)} (dpmpp_2m)")
+    add("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLER_NAMES)} (dpmpp_2m)")
     add("--karras", action="store_true", help="noise levels spaced as in Karras et al. 2022")
     add("--clip-skip", type=int, metavar="N", help="text model layer from the end: 1 last, 2 penultimate (the model's)")
     add("--variation-seed", type=int, default=0, metavar="N", help="another seed, to vary --seed's pictures by (0)")
-    add("--variation-strength", type=float, default=0.0, metavar="S", help="how far to go towards it, 0 to 1 (0)")
+    add("--variation-strength", type=float, metavar="S", help="how far to go towards it, 0 to 1 (0)")
     add("--hires-scale", type=float, metavar="X", help="draw, enlarge so much and draw again, 1 to 8 (1: off)")
     add("--hires-steps", type=int, metavar="N", help="sampler steps of the second pass (as --steps)")
     add("--hires-strength", type=float, metavar="S", help="how far the second pass redraws the first (0.5)")
@@ -203,8 +202,8 @@ def _parser() -> command.Parser:
         "Inversion; TOKEN: the word to use, in place of the file's own; may be repeated",
     )
     syntaxes, emphases = ", ".join(prompt_syntax.SYNTAXES), ", ".join(prompt_syntax.EMPHASES)
-    add("--prompt-syntax", default="a1111", metavar="NAME", help=f"how prompts are read: {syntaxes} (a1111)")
-    add("--emphasis", default="original", metavar="NAME", help=f"whether weights keep the mean: {emphases} (original)")
+    add("--prompt-syntax", metavar="NAME", help=f"how prompts are read: {syntaxes} (a1111)")
+    add("--emphasis", metavar="NAME", help=f"whether weights keep the mean: {emphases} (original)")
     add("--dtype", default="float32", metavar="TYPE", help=f"one of {', '.join(_DTYPES)} (float32)")
     add("--variant", metavar="NAME", help="of the weight files, such as fp16")
     add("--tokenizer", metavar="DIR", help="folder of the tokenizer, for a model of a single file (the hub's)")
@@ -247,27 +246,18 @@ def _lora(text: str) -> Lora:
     return Lora(path, weight)
 
 
-def _without_tags(
-    prompts: Sequence[str], args: argparse.Namespace
-) -> tuple[dict[str, str], dict[str, list[prompt_syntax.LoraTag]]]:
-    """Each prompt's text and LoRAs. Raises ConfigError for LoRAs without a folder of them."""
-    if args.prompt_syntax == "plain":
-        return {prompt: prompt for prompt in prompts}, {prompt: [] for prompt in prompts}
-    read = {prompt: prompt_syntax.without_loras(prompt) for prompt in prompts}
-    named = [tag.name for _, tags in read.values() for tag in tags]
-    if named and args.lora_dir is None:
-        raise ConfigError(f"the prompt names the LoRA {named[0]!r}: give --lora-dir DIR, the folder it lies in")
-    return {prompt: text for prompt, (text, _) in read.items()}, {prompt: tags for prompt, (_, tags) in read.items()}
+def _loras_below(folder: Path | None) -> dict[str, Path]:
+    """The files of LoRAs anywhere under a folder, by name."""
+    files = sorted(folder.rglob("*")) if folder is not None else []
+    return {path.stem: path for path in files if path.suffix in (".safetensors", ".pt", ".ckpt")}
 
 
-def _find_loras(folder: Path | None, names: AbstractSet[str]) -> dict[str, Path]:
-    """The files of these names anywhere under the folder. DataError for one that is not there."""
-    if not names or folder is None:
-        return {}
-    there = {path.stem: path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".pt", ".ckpt")}
-    if missing := sorted(names - there.keys()):
-        raise DataError(f"--lora-dir {folder}: no LoRA {missing[0]!r} in it; there are {', '.join(there) or 'none'}")
-    return {name: there[name] for name in names}
+def _check_tags(tags: Sequence[prompt_syntax.LoraTag], folder: Path | None, files: Mapping[str, Path]) -> None:
+    for tag in tags:
+        if folder is None:
+            raise ConfigError(f"the prompt names the LoRA {tag.name!r}: give --lora-dir DIR, the folder it lies in")
+        if tag.name not in files:
+            raise DataError(f"--lora-dir {folder}: no LoRA {tag.name!r} in it; there are {', '.join(files) or 'none'}")
 
 
 def _embedding(text: str) -> Embedding:
@@ -289,7 +279,7 @@ def _check_values(args: argparse.Namespace, prompts: int) -> None:
         ("--prompt-syntax", args.prompt_syntax, prompt_syntax.SYNTAXES),
         ("--emphasis", args.emphasis, prompt_syntax.EMPHASES),
     ):
-        if value not in choices:
+        if value is not None and value not in choices:
             raise ConfigError(f"{flag} {value}: choices are {', '.join(choices)}")
     for flag, value, low, high in (
         ("--steps", args.steps, 1, 1000),

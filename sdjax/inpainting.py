@@ -25,8 +25,7 @@ class Inpainting:
     fill: what the region starts from where strength is below 1: the original, noise, the blurred surroundings, or
     constant latents (A1111's masked content: original, latent noise, fill, latent nothing).
     only_masked: crop the region with `padding` around it, draw that at height x width (default the model's own size)
-    and paste it back. match_colour: shift what is painted by the median difference in colour that the kept pixels show;
-    off, since with the embedded model it tinted white more often than it hid a seam.
+    and paste it back.
     """
 
     mask_grow: int = 0
@@ -34,7 +33,6 @@ class Inpainting:
     fill: str = "original"
     only_masked: bool = False
     padding: int = 32
-    match_colour: bool = False
 
     def __post_init__(self) -> None:
         for name in ("mask_grow", "mask_blur", "padding"):
@@ -93,9 +91,6 @@ class Frame(NamedTuple):
             values = painted[:height, :width] * np.float32(255)
         weight = soft_edge(mask, self.options.mask_blur)[..., None]
         kept = mask == 0
-        if self.options.match_colour and kept.any():
-            # The median: beside the seam the decoder mixes what is kept with what is painted.
-            values = values + np.median((original - values)[kept], axis=0)
         blended = np.clip(np.round(original + weight * (values - original)), 0, 255).astype(np.uint8)
         whole = self.original.copy()
         whole[self.box.slices] = np.where(kept[..., None], original, blended)

@@ -20,11 +20,10 @@ from sdjax.formats.diffusers_folder import ModelFolder, save_folder
 from sdjax.formats.embedding_file import load_embedding
 from sdjax.formats.lora_file import load_lora
 from sdjax.formats.single_file import save_single_file
-from sdjax.inpainting import Inpainting, make_frames
 from sdjax.models import clip, unet, vae
 from sdjax.prompt import Tokenizer
 from sdjax.prompt_syntax import Sections
-from sdjax.request import Hires, HiresSettings, InpaintSettings, Settings, make_request, size_multiple
+from sdjax.request import HiresSettings, InpaintSettings, Settings, for_img2img, for_inpaint, for_text2image
 from sdjax.text_encoding import TEXT_ENCODERS, HiddenState, collections, encode_ids, with_rows
 from sdjax.tiling import Tiling, tiled
 
@@ -65,17 +64,7 @@ class StableDiffusion:
         Each picture carries its settings in `info["parameters"]`.
         Raises ConfigError for a setting out of range, before anything is computed.
         """
-        size = (self.unet.config.sample_size,) * 2
-        if (latents := settings.get("latents")) is not None:
-            size = latents.shape[1:3]
-            settings = settings | {"height": None, "width": None}
-        height, width = (side * self.vae.config.factor for side in size)
-        own: dict[str, Any] = {
-            field: settings.pop(name) for field in Hires.__dataclass_fields__ if (name := f"hires_{field}") in settings
-        }
-        hires = Hires(**own)
-        request = make_request(self, prompt, negative_prompt, settings, size=(height, width), hires=hires)
-        return drawing.text2image(self, request)
+        return drawing.text2image(self, for_text2image(self, prompt, negative_prompt, settings))
 
     def img2img(
         self,
@@ -91,10 +80,7 @@ class StableDiffusion:
         strength: in (0, 1]; steps * strength steps run (Meng et al. 2022, SDEdit). settings: as of `text2image`; height
         and width are by default the image's, down to multiples of 8; the image is resized to them.
         """
-        images = [image] if isinstance(image, Image.Image) else list(image)
-        height, width = (max(8, side // 8 * 8) for side in (images[0].height, images[0].width))
-        request = make_request(self, prompt, negative_prompt, settings, size=(height, width), strength=strength)
-        return drawing.img2img(self, request, images)
+        return drawing.img2img(self, *for_img2img(self, prompt, negative_prompt, image, settings, strength=strength))
 
     def inpaint(
         self,
@@ -114,24 +100,8 @@ class StableDiffusion:
         mask is 0; with height and width the image is resized to them first (or, with only_masked, drawn at them).
         Several images need one size or only_masked. Raises ConfigError for a mask that leaves nothing to paint.
         """
-        images = [image] if isinstance(image, Image.Image) else list(image)
-        masks: list[Any] = list(mask) if isinstance(mask, list | tuple) else [mask]
-        if len(masks) not in (1, len(images)):
-            raise ConfigError(f"{len(masks)} masks for {len(images)} images: give one, or one each")
-        own: dict[str, Any] = {name: settings.pop(name) for name in Inpainting.__dataclass_fields__ if name in settings}
-        options = Inpainting(**own)
-        frames = make_frames(
-            images,
-            masks,
-            options,
-            size=(settings.get("height"), settings.get("width")),
-            native=self.unet.config.sample_size * self.vae.config.factor,
-            multiple=size_multiple(self),
-        )
-        request = make_request(
-            self, prompt, negative_prompt, settings, size=frames[0].drawn, strength=strength, inpainting=options
-        )
-        return drawing.inpaint(self, request, frames)
+        given = for_inpaint(self, prompt, negative_prompt, image, mask, settings, strength=strength)
+        return drawing.inpaint(self, *given)
 
     # ------------------------------------------------------------------------------------------------ the parts
 

@@ -5,7 +5,6 @@ tags of LoRAs are taken out, the prompt is divided at AND, then the text of each
 """
 
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from sdjax.errors import ConfigError
@@ -118,8 +117,11 @@ _PIECE = re.compile(r"[()\[\]:|]|(?:[^\\()\[\]:|]|\\.)+")
 _NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
 
 
-def at_each_step(prompt: str, steps: int) -> list[str]:
+def at_each_step(prompt: str, steps: int, earlier: int = 0) -> list[str]:
     """The text of a prompt at steps 1 to `steps`.
+
+    earlier: steps of a first pass that this one follows. Numbers then count from that pass's beginning, so 1.5 is half
+    of this one.
 
     `[a:b:12]` is a up to step 12 and b after it, `[a:b:0.5]` changes after half of the steps: a number with a point is
     a fraction, one without it a step. `[b:12]` and `[:b:12]` add b, `[a::12]` takes a out. `[a|b|c]` goes to the next
@@ -129,7 +131,7 @@ def at_each_step(prompt: str, steps: int) -> list[str]:
     text = _parsed(prompt)
     if text is None or all(isinstance(piece, str) for piece in text):
         return [prompt] * steps
-    return [_at_step(text, step, steps) for step in range(1, steps + 1)]
+    return [_at_step(text, step, steps, earlier) for step in range(1, steps + 1)]
 
 
 def _parsed(prompt: str) -> _Text | None:
@@ -196,17 +198,19 @@ def _closed(group: _Group, bracket: str) -> _Text | None:
     return None
 
 
-def _at_step(text: Sequence[str | _Edit | _Turns], step: int, steps: int) -> str:
+def _at_step(text: _Text, step: int, steps: int, earlier: int) -> str:
     words = []
     for piece in text:
         if isinstance(piece, _Edit):
-            value = float(piece.when) * (steps if "." in piece.when else 1)
-            last = int(min(max(value, 0), steps))
-            words.append(_at_step(piece.before if step <= last else piece.after, step, steps))
+            value = float(piece.when)
+            value = (value - (earlier > 0)) * steps if "." in piece.when else value - earlier
+            chosen = piece.before if step <= int(min(max(value, 0), steps)) else piece.after
         elif isinstance(piece, _Turns):
-            words.append(_at_step(piece.options[(step - 1) % len(piece.options)], step, steps))
+            chosen = piece.options[(step - 1) % len(piece.options)]
         else:
             words.append(piece)
+            continue
+        words.append(_at_step(chosen, step, steps, earlier))
     return "".join(words)
 
 

@@ -1,16 +1,17 @@
 """What one call to draw asks for: its settings, checked against the model before anything is computed."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from PIL import Image
 
 from sdjax import sampling
 from sdjax.errors import ConfigError
-from sdjax.inpainting import Inpainting
+from sdjax.inpainting import Frame, Inpainting, make_frames
 from sdjax.prompt_syntax import EMPHASES, SYNTAXES
 
 if TYPE_CHECKING:
@@ -68,10 +69,38 @@ class InpaintSettings(Settings, total=False):
     fill: str
     only_masked: bool
     padding: int
-    match_colour: bool
 
 
 UPSCALERS = ("latent", "lanczos")
+_RANGES = {
+    "steps": (1, 1000),
+    "guidance": (0, 1000),
+    "guidance_rescale": (0, 1),
+    "variation_strength": (0, 1),
+    "seed": (0, 2**32 - 1),
+    "variation_seed": (0, 2**32 - 1),
+    "clip_skip": (1, 1000),
+    "hires_scale": (1, 8),
+    "hires_steps": (1, 1000),
+}
+_CHOICES = {
+    "sampler": tuple(sampling.SAMPLERS),
+    "prompt_syntax": SYNTAXES,
+    "emphasis": EMPHASES,
+    "hires_upscaler": UPSCALERS,
+}
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """ConfigError for a setting, by its name, that no model could be drawn with."""
+    for name, value in values.items():
+        if name in _RANGES and value is not None and not _RANGES[name][0] <= value <= _RANGES[name][1]:
+            low, high = _RANGES[name]
+            raise ConfigError(f"{name} = {value}: must lie in {low}..{high}")
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise ConfigError(f"{name} = {value!r}: choices are {', '.join(_CHOICES[name])}")
+        if name in ("strength", "hires_strength") and value is not None and not 0 < value <= 1:
+            raise ConfigError(f"{name} = {value}: must lie above 0 and at most at 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +108,9 @@ class Hires:
     """A second pass over the enlarged picture, as of `img2img`. ConfigError for a bad value.
 
     scale: of height and width, 1 = no second pass. steps: default those of the first; steps * strength run.
-    upscaler: "latent", bilinear on the latents, or "lanczos", on the decoded picture.
+    upscaler: "latent", bilinear on the latents, or "lanczos", on the decoded picture. Prompts count their steps on, as
+    in A1111: with 20 steps in the first pass, `[a:b:21]` changes after one of the second, `[a:b:1.5]` after half of
+    those it runs.
     """
 
     scale: float = 1.0
@@ -88,15 +119,15 @@ class Hires:
     upscaler: str = "latent"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.scale <= 8:
-            raise ConfigError(f"hires_scale = {self.scale}: must lie in 1..8")
-        if self.upscaler not in UPSCALERS:
-            raise ConfigError(f"hires_upscaler = {self.upscaler!r}: choices are {', '.join(UPSCALERS)}")
+        check_values({f"hires_{name}": value for name, value in vars(self).items()})
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One call to draw: a prompt a picture, and the settings they share."""
+    """One call to draw: a prompt a picture, and the settings they share. ConfigError for one out of range.
+
+    earlier_steps: of the pass before, from which prompts count on.
+    """
 
     prompts: tuple[str, ...]
     negatives: tuple[str, ...]
@@ -118,6 +149,13 @@ class Request:
     hires: Hires | None = None
     latents: Float[Array, "B h w 4"] | None = None
     progress: bool = True
+    earlier_steps: int = 0
+
+    def __post_init__(self) -> None:
+        check_values(vars(self))
+        for name, seeds in (("seed", self.seeds), ("variation_seed", self.variation_seeds)):
+            for seed in seeds:
+                check_values({name: seed})
 
     @property
     def keys(self) -> Array:
@@ -141,22 +179,30 @@ class Request:
             raise ConfigError(f"latents have shape {latents.shape}; this call needs {shape}")
         return latents
 
+    def second_pass(self, sd: "StableDiffusion") -> "Request | None":
+        """The request of the pass over the enlarged picture."""
+        if self.hires is None or self.hires.scale == 1:
+            return None
+        multiple = size_multiple(sd)
+        height, width = (round(side * self.hires.scale / multiple) * multiple for side in (self.height, self.width))
+        return dataclasses.replace(
+            self,
+            height=height,
+            width=width,
+            steps=self.hires.steps or self.steps,
+            strength=self.hires.strength,
+            hires=None,
+            latents=None,
+            earlier_steps=self.steps,
+        )
+
     def fresh_noise(self, sd: "StableDiffusion") -> Float[Array, "B h w 4"]:
         """More unit noise from the same seeds."""
         keys = jax.vmap(lambda key: jax.random.fold_in(key, _FRESH))(self.keys)
         return _normal(keys, self.latent_shape(sd)[1:])
 
     def plan(self, sd: "StableDiffusion") -> sampling.Plan:
-        """The sampling run. Raises ConfigError for a setting that is out of range."""
-        if not 0.0 <= self.guidance_rescale <= 1.0:
-            raise ConfigError(f"guidance_rescale = {self.guidance_rescale}: must lie in 0..1")
-        if not 0.0 <= self.guidance <= 1000.0:
-            raise ConfigError(f"guidance = {self.guidance}: must lie in 0..1000")
-        for name, choices in (("prompt_syntax", SYNTAXES), ("emphasis", EMPHASES)):
-            if (value := getattr(self, name)) not in choices:
-                raise ConfigError(f"{name} = {value!r}: choices are {', '.join(choices)}")
-        if not 0.0 <= self.variation_strength <= 1.0:
-            raise ConfigError(f"variation_strength = {self.variation_strength}: must lie in 0..1")
+        """The sampling run. Raises ConfigError for what this model cannot be drawn with."""
         sd.hidden_state(self.clip_skip)
         return sampling.plan(sd.schedule, self.sampler, self.steps, karras=self.karras, strength=self.strength)
 
@@ -181,23 +227,85 @@ def _normal(keys: Array, shape: tuple[int, ...]) -> Float[Array, "B ..."]:
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
-def make_request(
+def for_text2image(
+    sd: "StableDiffusion", prompt: str | Sequence[str], negative_prompt: str | Sequence[str], settings: HiresSettings
+) -> Request:
+    """As of `StableDiffusion.text2image`, like the two below."""
+    size = (sd.unet.config.sample_size,) * 2
+    own: dict[str, Any] = dict(settings)
+    if (latents := settings.get("latents")) is not None:
+        size = latents.shape[1:3]
+        own |= {"height": None, "width": None}
+    height, width = (side * sd.vae.config.factor for side in size)
+    hires = {field.name: f"hires_{field.name}" for field in dataclasses.fields(Hires)}
+    own["hires"] = Hires(**{field: own.pop(name) for field, name in hires.items() if name in own})
+    return _request(sd, prompt, negative_prompt, own, size=(height, width))
+
+
+def for_img2img(
     sd: "StableDiffusion",
     prompt: str | Sequence[str],
     negative_prompt: str | Sequence[str],
+    image: Image.Image | Sequence[Image.Image],
     settings: Settings,
     *,
+    strength: float,
+) -> tuple[Request, list[Image.Image]]:
+    images = [image] if isinstance(image, Image.Image) else list(image)
+    size = (max(8, images[0].height // 8 * 8), max(8, images[0].width // 8 * 8))
+    request = _request(sd, prompt, negative_prompt, settings | {"strength": strength}, size=size)
+    _check_count(images, request)
+    return request, images
+
+
+def for_inpaint(
+    sd: "StableDiffusion",
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str],
+    image: Image.Image | Sequence[Image.Image],
+    mask: Image.Image | Sequence[Image.Image] | None,
+    settings: InpaintSettings,
+    *,
+    strength: float,
+) -> tuple[Request, list[Frame]]:
+    images = [image] if isinstance(image, Image.Image) else list(image)
+    masks: list[Any] = list(mask) if isinstance(mask, list | tuple) else [mask]
+    if len(masks) not in (1, len(images)):
+        raise ConfigError(f"{len(masks)} masks for {len(images)} images: give one, or one each")
+    own: dict[str, Any] = {**settings, "strength": strength}
+    names = [field.name for field in dataclasses.fields(Inpainting)]
+    own["inpainting"] = options = Inpainting(**{name: own.pop(name) for name in names if name in own})
+    frames = make_frames(
+        images,
+        masks,
+        options,
+        size=(settings.get("height"), settings.get("width")),
+        native=sd.unet.config.sample_size * sd.vae.config.factor,
+        multiple=size_multiple(sd),
+    )
+    request = _request(sd, prompt, negative_prompt, own, size=frames[0].drawn)
+    _check_count(frames, request)
+    return request, frames
+
+
+def _check_count(images: Sequence[object], request: Request) -> None:
+    if len(images) not in (1, len(request.prompts)):
+        raise ConfigError(f"{len(images)} images for {len(request.prompts)} pictures: give one, or one each")
+
+
+def _request(
+    sd: "StableDiffusion",
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str],
+    settings: Mapping[str, Any],
+    *,
     size: tuple[int, int],
-    strength: float = 1.0,
-    inpainting: Inpainting | None = None,
-    hires: Hires | None = None,
 ) -> Request:
-    """size: height and width where the settings give none. Raises ConfigError for what does not fit together."""
+    """settings: fields of `Request`, seed and num_images. size: height and width where they give none."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-    own: dict[str, Any] = dict(settings)
-    count = settings.get("num_images", 1)
-    own.pop("num_images", None)
+    own = dict(settings)
+    count = own.pop("num_images", 1)
     if not prompts or count < 1:
         raise ConfigError(f"{len(prompts)} prompts times num_images = {count}: at least one picture is needed")
     if len(negatives) != len(prompts):
@@ -214,7 +322,7 @@ def make_request(
     # Variations are of one picture, as in A1111: there the second seed counts up.
     own["seeds"] = _seeds("seed", own.pop("seed", 0), total, counting=not own.get("variation_strength"))
     own["variation_seeds"] = _seeds("variation_seed", own.pop("variation_seed", 0), total, counting=True)
-    return Request(repeat(prompts), repeat(negatives), strength=strength, inpainting=inpainting, hires=hires, **own)
+    return Request(repeat(prompts), repeat(negatives), **own)
 
 
 def _seeds(name: str, given: int | Sequence[int], count: int, *, counting: bool) -> tuple[int, ...]:

@@ -156,8 +156,8 @@ def test_an_image_is_redrawn_at_its_size_down_to_multiples_of_8(tmp_path):
         (["--prompt", "<lora:mine:x>", "--lora-dir", "nowhere"], 2, "the weights of a LoRA must be numbers"),
         (["--dtype", "float64"], 2, "--dtype float64: choices are float32"),
         (["--strength", "0.5"], 2, "--strength says how far to redraw an --image"),
-        (["--image", "IMAGE", "--strength", "0"], 2, "--strength 0: must lie above 0"),
-        (["--image", "IMAGE", "--strength", "1.5"], 2, "--strength 1.5: must lie above 0"),
+        (["--image", "IMAGE", "--strength", "0"], 2, "strength = 0.0: must lie above 0"),
+        (["--image", "IMAGE", "--strength", "1.5"], 2, "strength = 1.5: must lie above 0"),
         (["--image", "IMAGE", "--strength", "0.01"], 2, "leaves none to run"),
         (["--image", "missing.png"], 3, "--image missing.png: no such file"),
         (["--image", "TEXT"], 3, "cannot be read as an image"),
@@ -329,13 +329,59 @@ def test_masks_grids_and_jobs_of_a_file(tmp_path, capsys):
         (["--image", "IN", "--mask", "IN", "--fill", "magic"], 2, "fill = 'magic': choices are"),
         (["--grid-x", "colour=1,2"], 2, "give NAME=VALUE,VALUE with a name of prompt"),
         (["--grid-y", "steps=1,many"], 2, "steps takes int values"),
-        (["--jobs", "BAD"], 2, "line 1: no setting 'stepz'"),
+        (["--hires-scale", "9"], 2, "hires_scale = 9.0: must lie in 1..8"),
+        (["--hires-scale", "2", "--hires-steps", "1"], 2, "strength 0.5 of 1 steps leaves none to run"),
+        (["--hires-scale", "2", "--hires-upscaler", "magic"], 2, "hires_upscaler = 'magic': choices are latent"),
+        (["--hires-scale", "2", "--image", "IN"], 2, "--hires-scale enlarges what is drawn without an --image"),
         (["--variation-strength", "2"], 2, "--variation-strength 2.0: must be 0 to 1"),
     ],
 )
 def test_bad_paintings_grids_and_jobs_are_told(flags, code, expected, tmp_path, capsys, no_weights):
     Image.new("RGB", (64, 64)).save(tmp_path / "in.png")
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "stepz": 1}')
-    stand_ins = {"IN": str(tmp_path / "in.png"), "BAD": str(tmp_path / "bad.jsonl")}
-    assert run("--prompt", "red heart", "--out", tmp_path, *(stand_ins.get(flag, flag) for flag in flags)) == code
+    flags = [str(tmp_path / "in.png") if flag == "IN" else flag for flag in flags]
+    assert run("--prompt", "red heart", "--out", tmp_path, *flags) == code
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("table", "code", "expected"),
+    [
+        ("{", 3, "not JSON"),
+        ('["a"]', 3, "give a table with a prompt"),
+        ({"prompt": None}, 3, "give a table with a prompt"),
+        ({"stepz": 1}, 2, "no setting 'stepz'; there are prompt"),
+        ({"steps": 2.5}, 2, "steps = 2.5 is no int"),
+        ({"karras": 1}, 2, "karras = 1 is no bool"),
+        ({"outpaint": [1, 2, 3], "image": "IN"}, 2, "outpaint = [1, 2, 3]: give [left, top, right, bottom]"),
+        ({"steps": 0}, 2, "steps = 0: must lie in 1..1000"),
+        ({"seed": -1}, 2, "seed = -1: must lie in 0..4294967295"),
+        ({"guidance": float("nan")}, 2, "guidance = nan: must lie in 0..1000"),
+        ({"width": 60}, 2, "width = 60: must be a positive multiple of 8"),
+        ({"sampler": "magic"}, 2, "sampler = 'magic': choices are ddim"),
+        ({"sampler": "ddim", "karras": True}, 2, "sampler 'ddim' has no Karras sigmas"),
+        ({"clip_skip": 9}, 2, "clip_skip = 9: must lie in 1 (last layer)"),
+        ({"prompt_syntax": "comfy"}, 2, "prompt_syntax = 'comfy': choices are a1111, plain"),
+        ({"hires_scale": 0.5}, 2, "hires_scale = 0.5: must lie in 1..8"),
+        ({"hires_scale": 2, "hires_steps": 1}, 2, "strength 0.5 of 1 steps leaves none to run"),
+        ({"prompt": "<lora:mine:x>"}, 2, "the weights of a LoRA must be numbers"),
+        ({"prompt": "<lora:mine>"}, 2, "the prompt names the LoRA 'mine': give --lora-dir"),
+        ({"strength": 0.5}, 2, "--strength says how far to redraw an --image"),
+        ({"image": "none.png"}, 3, "--image none.png: no such file"),
+        ({"image": "IN", "mask": "BLACK"}, 2, "the mask is black all over"),
+        ({"image": "IN", "mask": "IN", "mask_blur": -1}, 2, "mask_blur = -1: must lie in 0..1024"),
+    ],
+)
+def test_a_bad_line_of_jobs_is_told_before_weights(table, code, expected, tmp_path, capsys, no_weights):
+    """By file and line, whatever is wrong with it."""
+    for name, colour in (("IN", "white"), ("BLACK", "black")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+        if isinstance(table, dict):
+            table = {key: str(tmp_path / f"{name}.png") if value == name else value for key, value in table.items()}
+    if isinstance(table, dict):
+        table = json.dumps({"prompt": "a"} | table)
+    file = tmp_path / "jobs.jsonl"
+    file.write_text('{"prompt": "a", "steps": 3}\n\n' + table + "\n")
+    assert run("--jobs", file, "--out", tmp_path / "out") == code
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --jobs {file}, line 3: ") and error.count("\n") == 1
+    assert expected in error

@@ -1,5 +1,7 @@
 """Tiled autoencoders, second passes over enlarged pictures, variations of a seed's noise."""
 
+import functools
+
 import numpy as np
 import pytest
 from pictures import compilations, pixels_of
@@ -78,13 +80,32 @@ def test_a_second_pass_enlarges_the_first(tiny, upscaler):
     assert compilations(lambda: tiny.text2image("red heart", **change)) == 0
 
 
+def test_prompts_count_on_in_the_second_pass(tiny):
+    """As in A1111: steps go on from the first pass's, and 1.5 is half of the second."""
+    how = {"guidance": 3.0, "progress": False}
+    draw = functools.partial(
+        tiny.text2image, steps=6, hires_scale=1.25, hires_strength=0.5, hires_steps=8, hires_upscaler="lanczos", **how
+    )
+    first = tiny.text2image("red heart", steps=6, **how)
+    for prompt, of_an_image in (
+        ("red heart", "red heart"),
+        ("[red heart:taco:6]", "taco"),
+        ("[red heart:taco:1.0]", "taco"),
+        ("[red heart:taco:8]", "[red heart:taco:2]"),
+        ("[red heart:taco:1.5]", "[red heart:taco:2]"),  # 8 * 0.5 steps run
+    ):
+        wanted = tiny.img2img(of_an_image, first, steps=8, strength=0.5, height=80, width=80, **how)
+        np.testing.assert_array_equal(pixels_of(draw(prompt)), pixels_of(wanted), err_msg=prompt)
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
         ({"hires_scale": 0.5}, "hires_scale = 0.5: must lie in 1..8"),
         ({"hires_scale": 2.0, "hires_upscaler": "magic"}, "hires_upscaler = 'magic': choices are latent, lanczos"),
-        ({"hires_scale": 2.0, "hires_strength": 0.0}, "strength 0.0 must lie above 0"),
-        ({"hires_scale": 2.0, "hires_steps": 5000}, "steps 5000 must lie between"),
+        ({"hires_scale": 2.0, "hires_strength": 0.0}, "hires_strength = 0.0: must lie above 0"),
+        ({"hires_scale": 2.0, "hires_steps": 5000}, "hires_steps = 5000: must lie in 1..1000"),
+        ({"hires_scale": 2.0, "hires_steps": 1}, "strength 0.5 of 1 steps leaves none to run"),
         ({"variation_strength": 2.0}, "variation_strength = 2.0: must lie in 0..1"),
         ({"seed": [1, 2]}, "seed: 2 for 1 pictures"),
     ],

@@ -52,11 +52,27 @@ def test_a_break_begins_a_section():
     assert texts("(a BREAK b:2)") == [[("a", 2)], [("b", 2)]]  # where A1111 reads the word itself
 
 
-def changes(prompt, steps):
+def changes(prompt, steps, earlier=0):
     """[last step, text] wherever the text changes."""
-    texts = at_each_step(prompt, steps)
+    texts = at_each_step(prompt, steps, earlier)
     assert len(texts) == steps
     return [[i, a] for i, (a, b) in enumerate(zip(texts, [*texts[1:], None], strict=True), 1) if a != b]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first", "second"),
+    [
+        ("a [b:.5] c", [[5, "a  c"], [10, "a b c"]], [[10, "a b c"]]),
+        ("a [b:1.5] c", [[10, "a  c"]], [[5, "a  c"], [10, "a b c"]]),
+        ("[a:b:1.0]", [[10, "a"]], [[10, "b"]]),
+        ("[a:b:13]", [[10, "a"]], [[3, "a"], [10, "b"]]),
+        ("[a:b:3]", [[3, "a"], [10, "b"]], [[10, "b"]]),
+    ],
+)
+def test_a_second_pass_counts_on(prompt, first, second):
+    """The first two are A1111's own examples."""
+    assert changes(prompt, 10) == first
+    assert changes(prompt, 10, 10) == second
 
 
 @pytest.mark.parametrize(

@@ -10,36 +10,30 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
+from sdjax import command
 from sdjax.config_file import parse_args
-from sdjax.errors import DataError, SdjaxError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; errors are one or two lines on stderr, or a traceback with --debug."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Runs the command and returns its exit code, as of `command.run`."""
     signal.signal(signal.SIGTERM, _leave)  # until training itself listens, so that what is half done is cleaned up
-    try:
-        arguments = parse_args(argv)
-        # JAX is imported only now, so that --help and a mistyped flag answer at once.
-        from tqdm.contrib.logging import logging_redirect_tqdm
+    return command.run(_run, argv)
 
-        from sdjax import compilation_cache, host_memory
-        from sdjax.train.loop import train
 
-        logging.basicConfig(format="%(message)s", stream=sys.stderr)
-        logging.getLogger("sdjax").setLevel(logging.INFO)
-        compilation_cache.enable()
-        host_memory.keep()
-        with logging_redirect_tqdm():
-            return train(arguments.config, resume=arguments.resume, resume_step=arguments.resume_step)
-    except (SdjaxError, OSError) as error:  # OSError: a full disk, a drive that went away
-        if "--debug" in argv:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, SdjaxError) else DataError.exit_code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
+def _run(argv: Sequence[str]) -> int:
+    arguments = parse_args(argv)
+    # JAX is imported only now, so that --help and a mistyped flag answer at once.
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from sdjax import compilation_cache, host_memory
+    from sdjax.train.loop import train
+
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("sdjax").setLevel(logging.INFO)
+    compilation_cache.enable()
+    host_memory.keep()
+    with logging_redirect_tqdm():
+        return train(arguments.config, resume=arguments.resume, resume_step=arguments.resume_step)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
