@@ -1,10 +1,11 @@
-"""What README.md says exists: commands, flags, settings, files."""
+"""What README.md and docs/ say exists: commands, flags, settings, files; what they show runs."""
 
 import re
 import shlex
 import tomllib
 from pathlib import Path
 
+import micro
 import pytest
 
 from sdjax import config, config_file, generate
@@ -13,8 +14,19 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def assert_settings_exist(names: list[str]) -> None:
+    run = config.RunConfig("MODEL", "OUTPUT", config.Data("FOLDER"), (config.Stage("NAME", ("lora",), 1, 1e-4),))
+    for name in names:
+        record = run
+        for part in name.replace("stages.N", "stages.0").split("."):
+            record = record[int(part)] if part.isdigit() else getattr(record, part)
 
 
 def test_the_second_paragraph_holds_two_commands():
@@ -26,9 +38,11 @@ def test_the_second_paragraph_holds_two_commands():
     ]
 
 
-def test_links_and_pictures_exist():
-    targets = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert targets and not [target for target in targets if not (ROOT / target).exists()]
+@pytest.mark.parametrize("name", ["../README.md", *DOCS])
+def test_links_and_pictures_exist(name):
+    page = ROOT / "docs" / name
+    targets = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    assert not [target for target in targets if not (page.parent / target).exists()]
 
 
 def test_files_named_exist():
@@ -49,14 +63,20 @@ def test_recipes_are_valid_and_open_with_their_command(path):
 
 
 def test_settings_in_the_table_exist():
-    run = config.RunConfig("MODEL", "OUTPUT", config.Data("FOLDER"), (config.Stage("NAME", ("lora",), 1, 1e-4),))
     table = README.split("The settings used most")[1].split("\n\n")[1]
     names = [name for row in table.splitlines()[2:] for name in re.findall(r"`([\w.]+)`", row.split("|")[1])]
     assert len(names) > 20
-    for name in names:
-        record = run
-        for part in name.replace("stages.N", "stages.0").split("."):
-            record = record[int(part)] if part.isdigit() else getattr(record, part)
+    assert_settings_exist(names)
+
+
+def test_what_other_programs_flags_are_called_here_exists():
+    training, drawing = DOCS["coming_from.md"].split("## A1111")
+    rows = [line.split("|")[2] for line in training.splitlines() if line.startswith("| `")]
+    names = [name for row in rows for name in re.findall(r"`([\w.]+)`", row)]
+    assert len(names) > 70
+    assert_settings_exist(names)
+    flags = re.findall(r"`(--[\w-]+)`", drawing)
+    assert len(flags) > 25 and set(flags) <= set(generate._parser()._option_string_actions)
 
 
 @pytest.mark.parametrize("line", [line for line in README.splitlines() if line.startswith("sdjax generate")])
@@ -69,6 +89,15 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "2.png"]
+
+
+def test_the_library_page_runs(tmp_path, monkeypatch):
+    micro.make_images(tmp_path / "pictures", 3)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for example in blocks("python", DOCS["library.md"]):
+        exec(compile(example, "library.md", "exec"), names)
+    assert names["restored"].shape == (2, 64, 64, 3) and (tmp_path / "runs/mine/export/style/lora.safetensors").exists()
 
 
 def test_version_is_the_changelogs():
