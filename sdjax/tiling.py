@@ -37,7 +37,7 @@ def tiled(
     the other way round. All tiles have one shape, so `compute` is compiled once.
     """
     into, out = (factor, 1) if encode else (1, factor)
-    rows, columns = (_windows(size // into, tiling, factor) for size in values.shape[1:3])
+    rows, columns = (windows(size // into, tiling, factor) for size in values.shape[1:3])
     height, width = (size // into * out for size in values.shape[1:3])
     total, weights = np.zeros((1, height, width, channels), np.float32), np.zeros((height, width, 1), np.float32)
     for top, tall in rows:
@@ -52,7 +52,7 @@ def tiled(
     return total / weights
 
 
-def _windows(length: int, tiling: Tiling, factor: int) -> list[tuple[int, int]]:
+def windows(length: int, tiling: Tiling, factor: int) -> list[tuple[int, int]]:
     """(start, length) of each tile along one side of a picture of `length` latents, evenly spread."""
     tile, overlap = min(tiling.tile // factor, length), tiling.overlap // factor
     count = 1 if tile == length else math.ceil((length - overlap) / (tile - overlap))

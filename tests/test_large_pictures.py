@@ -137,3 +137,22 @@ def test_variations_are_of_one_seed(tiny):
     assert np.abs(pixels_of(other) - pixels_of(draw(seed=9))).max() <= 1
     mixed = draw(seed=[9, 4], num_images=2)
     assert np.abs(pixels_of(mixed[:1]) - pixels_of(draw(seed=9))).max() <= 1
+
+
+def test_nothing_is_compiled_within_a_shape(tiny):
+    """Seeds, variations, settings of both passes and prompts that change by step are numbers, not programs."""
+    parts = tiny.with_tiled_vae(tile=32, overlap=8)
+    draw = lambda **how: parts.text2image(**({"prompt": "red heart"} | quickly | how))
+    twice = {"hires_scale": 1.25}
+    begin = [{"variation_strength": 0.2}, twice, twice | {"hires_upscaler": "lanczos", "variation_strength": 0.2}]
+    for how in begin:
+        draw(**how)
+    for how in (
+        {"seed": 9},
+        {"variation_strength": 0.7, "seed": 3, "variation_seed": 8},
+        {"sampler": "heun", "karras": True, "guidance": 2.0, "guidance_rescale": 0.5},
+        {"prompt": "[taco|(heart:1.2)|dog]", "negative_prompt": "[cat:2]"},
+        twice | {"hires_strength": 0.8, "hires_steps": 5, "seed": 6, "sampler": "euler_a"},
+        twice | {"prompt": "[red heart:(taco:1.3):1.5]", "variation_strength": 0.4, "hires_upscaler": "lanczos"},
+    ):
+        assert compilations(lambda how=how: draw(**how)) == 0, how

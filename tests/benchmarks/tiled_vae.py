@@ -1,0 +1,124 @@
+"""The autoencoder in tiles beside the whole: how far apart their pictures are, memory and time; JSON lines.
+
+    python tests/benchmarks/tiled_vae.py --pictures noto64
+
+pictures: a folder of square pictures; a mosaic of them is encoded with the embedded model's VAE and decoded both ways.
+`apart` lines: steps of 0..255 between the two, `seam` where tiles overlap and `elsewhere`; `excess` is by how much the
+mean step across a line of the picture, from row to row or column to column, is larger than in the whole, at the worst.
+`cost` lines, each a process of its own: seconds of one decoding (compiling apart), of the processor's too (with it),
+and peak memory, which was `loaded_gb` before. SD1.5's VAE has random weights there, which cost what others would.
+"""
+
+import argparse
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from unet_step import random_params
+
+import sdjax
+from sdjax import grids, host_memory
+from sdjax.inpainting import on_white
+from sdjax.models import vae
+from sdjax.tiling import Tiling, windows
+
+COMPILING = "/jax/core/compile/backend_compile_duration"
+
+
+def mosaic(folder, size):
+    files = sorted(folder.glob("*.png"))
+    side = Image.open(files[0]).width
+    picked = [files[i % len(files)] for i in np.random.default_rng(0).permutation((size // side) ** 2)]
+    return grids.sheet([on_white(Image.open(file)) for file in picked])
+
+
+def apart(args):
+    """How far the tiled picture is from the whole one."""
+    sd = sdjax.load("tiny")
+    parts = sd.with_tiled_vae(args.tile, args.overlap)
+    pixels = np.asarray(mosaic(args.pictures, args.size), np.float32)[None] / 255
+    latents = sd.encode_image(pixels)
+    coded = np.abs(np.asarray(parts.encode_image(pixels)) - np.asarray(latents))
+    whole, tiled = (255 * np.asarray(each.decode_latents(latents)[0]) for each in (sd, parts))
+    difference = np.abs(whole - tiled).mean(axis=-1)
+    factor = sd.vae.config.factor
+    places = windows(args.size // factor, Tiling(args.tile, args.overlap), factor)
+    covered = np.zeros(args.size, int)
+    for start, length in places:
+        covered[factor * start : factor * (start + length)] += 1
+    seam = (covered[:, None] > 1) | (covered > 1)
+    steps = lambda picture: [np.abs(np.diff(picture, axis=axis)).mean(axis=(1 - axis, 2)) for axis in (0, 1)]
+    excess = np.subtract(steps(tiled), steps(whole))
+    print(json.dumps({
+        "what": "apart", "size": args.size, "tile": args.tile, "overlap": args.overlap, "tiles": len(places) ** 2,
+        "mean": difference.mean(), "p99": np.quantile(difference, 0.99), "max": difference.max(),
+        "seam": difference[seam].mean(), "elsewhere": difference[~seam].mean(), "excess": excess.max(),
+        "encoded": coded.mean() / np.asarray(latents).std(),
+    }, default=float))  # fmt: skip
+
+
+def cost(args):
+    """Time and memory of one decoding."""
+    spent = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: spent.append(duration) if event == COMPILING else None
+    )
+    host_memory.keep()  # as the commands do
+    sd = sdjax.load("tiny")
+    if args.model == "sd15":
+        config = vae.VAEConfig()
+        params = {"vae": random_params(vae.abstract_params(config), jax.random.key(0))}
+        sd = dataclasses.replace(sd, vae=vae.AutoencoderKL(config), params=params)
+    if args.tile:
+        sd = sd.with_tiled_vae(args.tile, args.overlap)
+    side = args.size // sd.vae.config.factor
+    latents = sd.vae.config.scaling_factor * jax.random.normal(jax.random.key(1), (1, side, side, 4), jnp.float32)
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    loaded = peak()
+    spent.clear()
+    start, cpu = time.perf_counter(), time.process_time()
+    jax.block_until_ready(sd.decode_latents(latents))
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    line = {"what": "cost", "model": args.model, "size": args.size, "tile": args.tile, "overlap": args.overlap}
+    line |= {"seconds": seconds - sum(spent), "cpu_s": cpu, "compile_s": sum(spent)}
+    line |= {"peak_gb": peak(), "loaded_gb": loaded}
+    print(json.dumps(line))
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pictures", type=Path, help="for the `apart` lines")
+    parser.add_argument("--tile", type=int, default=Tiling().tile)
+    parser.add_argument("--overlap", type=int, default=Tiling().overlap)
+    parser.add_argument("--size", type=int, default=2048)
+    parser.add_argument("--model", choices=["tiny", "sd15"], default="tiny")
+    parser.add_argument("--most", type=int, default=1024, help="largest picture decoded whole by SD1.5's VAE")
+    parser.add_argument("--what", choices=["apart", "cost"], help="one line, in this process; --tile 0: the whole")
+    args = parser.parse_args()
+    if args.what:
+        {"apart": apart, "cost": cost}[args.what](args)
+        return
+
+    def child(**how):
+        flags = [f"--{name}={value}" for name, value in how.items() if value is not None]
+        subprocess.run([sys.executable, __file__, *flags], check=True)
+
+    for size, tile, overlap in ((512, 256, 32), (512, 256, 64), (2048, 512, 32), (2048, 512, 64), (2048, 512, 128)):
+        child(what="apart", pictures=args.pictures, size=size, tile=tile, overlap=overlap)
+    for model, sizes in (("tiny", (512, 2048)), ("sd15", (512, args.most, 2048))):
+        for size in sizes:
+            if model == "tiny" or size <= args.most:
+                child(what="cost", model=model, size=size, tile=0)
+            child(what="cost", model=model, size=size, tile=args.tile, overlap=args.overlap)
+
+
+if __name__ == "__main__":
+    main()
