@@ -29,7 +29,10 @@ def test_tiles_of_a_pointwise_function_give_the_whole():
 
 
 def test_tiles_are_nearly_the_whole_and_show_no_seam(tiny):
-    """The norms' statistics are each tile's own; the seams' steps are no larger than the picture's."""
+    """The norms' statistics are each tile's own; the seams' steps are no larger than the picture's.
+
+    Bounds: 1.4 times what was measured, or nearly.
+    """
     image = tiny.text2image("red heart", guidance=3.0, height=128, width=128, steps=8, progress=False)[0]
     parts = tiny.with_tiled_vae(tile=64, overlap=24)
     latents = np.asarray(tiny.encode_image([image]))
@@ -41,9 +44,9 @@ def test_tiles_are_nearly_the_whole_and_show_no_seam(tiny):
         f"latents within {error.mean():.3f} of {latents.std():.2f} (mean); pixels {difference.mean():.2f} / 255 (mean)"
     )
     print(f"largest excess step between columns: {np.max(steps[1] - steps[0]):.2f} / 255")
-    assert error.mean() < 0.15 * latents.std()
-    assert difference.mean() < 6
-    assert np.max(steps[1] - steps[0]) < 2
+    assert error.mean() < 0.12 * latents.std()
+    assert difference.mean() < 4
+    assert np.max(steps[1] - steps[0]) < 1.2
 
 
 def test_tiles_share_one_program_whatever_the_picture(tiny):
