@@ -82,15 +82,21 @@ class Validator:
             _save_grid(self._samples / f"{self._plan.stage.name}-{step}.png", self._drawn[step], self._captions)
 
     def before_and_after(self) -> Path | None:
-        """The pictures of the base model beside those of the finished stage; None without prompts."""
+        """The pictures of the base model, of the stage before and of the finished one; None without prompts.
+
+        The stage before is left out of a run that was resumed within this one. The base model gets a new word's init
+        words in its place.
+        """
         if not self._captions:
             return None
+        number, name = self._plan.number, self._plan.stage.name
         is_base = self._earlier == NOTHING and 0 in self._drawn and not self._plan.words
-        before = self._originals or (self._drawn[0] if is_base else self._draw(self._base()))
-        after = self._drawn[self._plan.stage.steps]
-        name = self._plan.stage.name
+        before = self._originals or (self._drawn[0] if is_base else self._draw(self._base(), self._without_words()))
+        columns = {"original" if self._originals else "base": before}
+        if number and 0 in self._drawn and not self._originals:
+            columns[self._run.config.stages[number - 1].name] = self._drawn[0]
+        columns[name] = self._drawn[self._plan.stage.steps]
         path = self._samples / f"{name}-before-after.png"
-        columns = {"original" if self._originals else "base": before, name: after}
         if self._masked:
             blank = Image.new("RGB", before[0].size, "white")
             hidden = [Image.composite(Image.new("RGB", mask.size, "grey"), own, mask) for _, own, mask in self._masked]
@@ -98,7 +104,16 @@ class Validator:
         _save_comparison(path, columns, self._captions)
         return path
 
-    def _draw(self, sd: StableDiffusion) -> list[Image.Image]:
+    def _without_words(self) -> list[str]:
+        """The prompts with init words in place of new ones."""
+        prompts = list(self._settings.prompts)
+        for stage in self._run.config.stages[: self._plan.number + 1]:
+            for word, init in zip(stage.placeholder_tokens, stage.init_tokens, strict=False):
+                if init and not init.startswith("<") and not Path(init).suffix:
+                    prompts = [prompt.replace(word, init) for prompt in prompts]
+        return prompts
+
+    def _draw(self, sd: StableDiffusion, prompts: Sequence[str] | None = None) -> list[Image.Image]:
         """The pictures, one at a time so that memory stays small; prompt i and mask i have seed + i."""
         if self._originals:
             pixels = np.asarray(sd.decode_latents(sd.encode_image(self._originals)))
@@ -106,7 +121,8 @@ class Validator:
         settings, side = self._settings, self._plan.data.resolution
         common: Any = {name: getattr(settings, name) for name in ("negative_prompt", "steps", "guidance", "sampler")}
         common |= {"height": side, "width": side, "clip_skip": self._run.config.clip_skip, "progress": False}
-        drawn = [sd.text2image(text, seed=settings.seed + i, **common) for i, text in enumerate(settings.prompts)]
+        texts = settings.prompts if prompts is None else prompts
+        drawn = [sd.text2image(text, seed=settings.seed + i, **common) for i, text in enumerate(texts)]
         drawn += [sd.inpaint(*masked, seed=settings.seed + i, **common) for i, masked in enumerate(self._masked)]
         return [picture for (picture,) in drawn]
 
