@@ -117,7 +117,7 @@ def blaming(job: Job) -> Iterator[None]:
 
 
 def read_jobs(path: Path, base: Mapping[str, Any]) -> list[Job]:
-    """A job a line of a JSON-lines file, each a table of `Job`'s fields over those of `base`; errors name the line."""
+    """A job a line of a JSON-lines file, each a table of `Job`'s fields over `base`; errors name the line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -126,19 +126,19 @@ def read_jobs(path: Path, base: Mapping[str, Any]) -> list[Job]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             origin = f"--jobs {path}, line {number}"
-            jobs.append(Job(**{**base, **_table(line, origin, base), "origin": origin}))
+            jobs.append(Job(**{**base, **_table(line, origin), "origin": origin}))
     if not jobs:
         raise DataError(f"--jobs {path}: holds no job")
     return jobs
 
 
-def _table(line: str, origin: str, base: Mapping[str, Any]) -> dict[str, Any]:
+def _table(line: str, origin: str) -> dict[str, Any]:
     """The settings of a line, of the right types; null is as if it were not there."""
     try:
         table = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{origin}: not JSON: {error.msg}") from None
-    if not isinstance(table, dict) or not isinstance(table.get("prompt", base.get("prompt")), str):
+    if not isinstance(table, dict) or not isinstance(table.get("prompt"), str):
         raise DataError(f"{origin}: give a table with a prompt")
     table = {name: value for name, value in table.items() if value is not None}
     for name, value in table.items():

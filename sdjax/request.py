@@ -13,6 +13,7 @@ from sdjax import sampling
 from sdjax.errors import ConfigError
 from sdjax.inpainting import Frame, Inpainting, make_frames
 from sdjax.prompt_syntax import EMPHASES, SYNTAXES
+from sdjax.solvers import SAMPLERS
 
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusion
@@ -29,7 +30,7 @@ class Settings(TypedDict, total=False):
     seed: image i of the call uses seed + i, whatever the batch; or one each.
     variation_strength: above 0 every image has seed's noise, moved by so much (0..1, along the sphere) towards that of
     variation_seed + i; or seeds one each.
-    height, width: pixels, multiples of 8. sampler: one of `sampling.SAMPLERS`. karras: noise levels of Karras et al.
+    height, width: pixels, multiples of 8. sampler: one of `solvers.SAMPLERS`. karras: noise levels of Karras et al.
     2022. clip_skip: 1 = last layer of the text model, 2 = penultimate, None = the model's own. num_images: pictures of
     each prompt. latents: unit noise in place of the seeds'. progress: show a bar.
     """
@@ -84,7 +85,7 @@ _RANGES = {
     "hires_steps": (1, 1000),
 }
 _CHOICES = {
-    "sampler": tuple(sampling.SAMPLERS),
+    "sampler": tuple(SAMPLERS),
     "prompt_syntax": SYNTAXES,
     "emphasis": EMPHASES,
     "hires_upscaler": UPSCALERS,

@@ -1,18 +1,14 @@
 """Samplers: from noise to latents, giving what diffusers' schedulers of the same config give.
 
 Each sampler is linear in what it has seen: the latents, the denoised latents, a few remembered arrays and fresh
-noise. So a sampler here is its published recurrence, run once on the host in float64 on row vectors that stand for
+noise. So a sampler is its published recurrence, run once on the host (`solvers`) on row vectors that stand for
 those arrays, and what comes out is one small matrix an evaluation: the `Plan`. The device does only `denoise` and that
 linear combination, the same for every sampler, so that another sampler, step count, strength or spacing changes
 numbers and compiles nothing.
-
-Latents are kept in the variance-preserving scaling `x = alpha x0 + sigma eps`; a sampler written for the
-variance-exploding one, `x / alpha = x0 + ve eps` with `ve = sigma / alpha`, converts in its coefficients. This keeps
-float32 safe up to zero terminal SNR.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -21,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from sdjax.errors import ConfigError
+from sdjax.solvers import HISTORY, ONLY, SAMPLERS, Task
 
 
 class Level(NamedTuple):
@@ -33,8 +30,6 @@ class Level(NamedTuple):
 
 # (x, level) -> x0: the U-Net with guidance, its output turned into denoised latents. x is alpha x0 + sigma eps.
 Denoise = Callable[[Float[Array, "B ..."], Level], Float[Array, "B ..."]]
-
-HISTORY = 5  # arrays remembered from one evaluation to the next; pndm needs the most
 
 
 class Plan(NamedTuple):
@@ -109,7 +104,7 @@ def plan(
     if (kept := int(steps * strength)) < 1:
         raise ConfigError(f"strength {strength} of {steps} steps leaves none to run; use at least {1 / steps:.3g}")
     if spaces_karras:
-        for option, supported in _ONLY.items():
+        for option, supported in ONLY.items():
             if (value := schedule.config.get(option)) not in (None, supported):
                 raise ConfigError(f"scheduler option {option} = {value!r} is not supported; only {supported!r} is")
     options = {
@@ -121,7 +116,7 @@ def plan(
         alphas_cumprod = schedule.alphas_cumprod
     else:
         alphas_cumprod = np.cumprod(1 - schedule.betas, dtype=np.float64).astype(np.float32)
-    task = _Task(alphas_cumprod.astype(np.float64), schedule.prediction_type, options, steps, steps - kept)
+    task = Task(alphas_cumprod.astype(np.float64), schedule.prediction_type, options, steps, steps - kept)
     with np.errstate(divide="ignore", invalid="ignore"):  # a last sigma of 0 is infinitely far in log(alpha / sigma)
         entries = list(method.entries(task))
 
@@ -196,441 +191,3 @@ def _limited(denoised: Float[Array, "B ..."], plan: Plan) -> Float[Array, "B ...
     bound = jnp.quantile(jnp.abs(denoised).reshape(denoised.shape[0], -1), quantile, axis=1)
     bound = jnp.clip(bound, 1.0, largest).reshape((-1,) + (1,) * (denoised.ndim - 1))
     return jnp.clip(denoised, -bound, bound) / bound
-
-
-# From here on everything runs on the host, in float64, on rows: `_X / 2` reads "half the latents".
-
-Row = np.ndarray  # [4 + HISTORY], a linear combination of what an evaluation has at hand
-Entry = tuple[tuple[float, float, float], list[Row]]  # the level; then the new latents and the new history
-
-_X, *_H, _RAW, _X0, _NOISE = np.eye(4 + HISTORY)  # latents, history, denoised as it is, denoised and limited, noise
-
-
-class _Task(NamedTuple):
-    """What a sampler is asked to plan; alphas_cumprod [T] is float64 and may end in 0."""
-
-    alphas_cumprod: np.ndarray
-    prediction_type: str
-    options: Mapping[str, Any]
-    steps: int
-    first: int  # the step to begin with; above 0 when strength is below 1
-
-    @property
-    def stride(self) -> int:
-        return len(self.alphas_cumprod) // self.steps
-
-    def at(self, timestep: float) -> tuple[float, float]:
-        """alpha and sigma of a training timestep; a negative one means the end of sampling."""
-        if timestep >= 0:
-            value = self.alphas_cumprod[min(int(timestep), len(self.alphas_cumprod) - 1)]
-        else:
-            value = 1.0 if self.options["set_alpha_to_one"] else self.alphas_cumprod[0]
-        return np.sqrt(value), np.sqrt(1 - value)
-
-
-def _spaced(task: _Task, points: int, last: int) -> np.ndarray:
-    """The largest `steps` of `points` timesteps over 0..last-1, largest first, unrounded (Lin et al. 2023, table 2)."""
-    spacing = task.options["timestep_spacing"]
-    if spacing == "linspace":
-        timesteps = np.linspace(0, last - 1, points)[::-1]
-    elif spacing == "leading":
-        timesteps = (np.arange(points) * (last // points))[::-1] + task.options["steps_offset"]
-    elif spacing == "trailing":
-        timesteps = np.arange(last, 0, -len(task.alphas_cumprod) / task.steps).round() - 1
-    else:
-        raise ConfigError(f"timestep_spacing {spacing!r} is not one of linspace, leading, trailing")
-    return timesteps[: task.steps]  # arange may give one too many
-
-
-def _ve_table(task: _Task) -> np.ndarray:
-    """ve of every training timestep, with 2^-24 for an alphas_cumprod of 0, as in diffusers."""
-    alphas_cumprod = np.where(task.alphas_cumprod == 0, 2.0**-24, task.alphas_cumprod)
-    return np.sqrt((1 - alphas_cumprod) / alphas_cumprod).astype(np.float32).astype(np.float64)
-
-
-def _karras(low: float, high: float, steps: int) -> np.ndarray:
-    """Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", equation 5, rho = 7."""
-    return np.linspace(high ** (1 / 7), low ** (1 / 7), steps) ** 7
-
-
-def _timestep_of(ve: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The fractional timestep of a ve, linear in its logarithm (float32 as in diffusers: some samplers round it)."""
-    return np.interp(np.log(ve), np.log(table.astype(np.float32)), np.arange(len(table)))
-
-
-def _with_last(ve: np.ndarray, last: float, task: _Task) -> np.ndarray:
-    kind = task.options.get("final_sigmas_type", "zero")
-    if kind not in ("zero", "sigma_min"):
-        raise ConfigError(f"final_sigmas_type {kind!r} is not one of zero, sigma_min")
-    if (np.diff(ve) >= 0).any():
-        raise ConfigError(f"{task.steps} steps put two noise levels in one place; use fewer")
-    return np.append(ve, last if kind == "sigma_min" else 0).astype(np.float32).astype(np.float64)
-
-
-def _scales(ve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """alpha and sigma from ve = sigma / alpha."""
-    alpha = 1 / np.sqrt(1 + ve**2)
-    return alpha, ve * alpha
-
-
-def _k_diffusion_grid(task: _Task) -> tuple[np.ndarray, np.ndarray]:
-    """Timesteps [steps] and ve, one more (the landing), of the samplers that interpolate ve at fractional timesteps."""
-    table = _ve_table(task)
-    timesteps = _spaced(task, task.steps, len(table))
-    kind = task.options.get("interpolation_type", "linear")
-    if kind == "linear":
-        ve = np.interp(timesteps, np.arange(len(table)), table)
-    elif kind == "log_linear":
-        ve = np.exp(np.linspace(np.log(table[-1]), np.log(table[0]), task.steps + 1))
-    else:
-        raise ConfigError(f"interpolation_type {kind!r} is not one of linear, log_linear")
-    if task.options["use_karras_sigmas"]:
-        ve = _karras(ve[-1], ve[0], task.steps)
-        timesteps = _timestep_of(ve, table)
-    return timesteps, _with_last(ve, table[0], task)
-
-
-def _ddim(task: _Task) -> Iterator[Entry]:
-    """Song et al. 2021, "Denoising Diffusion Implicit Models", equation 12 with no noise.
-
-    The noise direction is that of the denoised latents before they are limited.
-    """
-    for t in _spaced(task, task.steps, len(task.alphas_cumprod)).round()[task.first :]:
-        alpha, sigma = task.at(t)
-        alpha_next, sigma_next = task.at(t - task.stride)
-        eps = (_X - alpha * _RAW) / sigma
-        yield (t, alpha, sigma), [alpha_next * _X0 + sigma_next * eps]
-
-
-def _pndm(task: _Task) -> Iterator[Entry]:
-    """Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models on Manifolds", algorithm 2.
-
-    The multistep part remembers the model's raw outputs (eps or v). It is started by twelve Runge-Kutta evaluations or,
-    with skip_prk_steps and below four steps, by repeating the second timestep. As in diffusers, strength only leaves
-    out timesteps: the Runge-Kutta stages then still count from the first one.
-    """
-    timesteps = _spaced(task, task.steps, len(task.alphas_cumprod)).round()
-    half = task.stride // 2
-    runge_kutta = np.array([])
-    if task.options["skip_prk_steps"] or task.steps < 4:
-        timesteps = np.concatenate([timesteps[:2], timesteps[1:]])
-    else:
-        runge_kutta = np.add.outer(timesteps[:4], [half, 0]).ravel()[1:].repeat(2)[1:-1]
-        timesteps = np.concatenate([runge_kutta, timesteps[3:]])
-
-    of_v = task.prediction_type == "v_prediction"
-    for k, t in enumerate(timesteps[task.first :]):
-        alpha, sigma = task.at(t)
-        output = ((alpha * _X - _X0) if of_v else (_X - alpha * _X0)) / sigma
-        outputs, anchor, total = [output, *_H[:3]], _X, 0 * _X
-        if k < len(runge_kutta):
-            origin, target = runge_kutta[k // 4 * 4], t - (half if k % 2 == 0 else 0)
-            if k % 4 == 0:
-                total = output / 6
-            else:
-                outputs, anchor, total = _H[:3], _H[3], _H[4] + output / 3
-            slope = _H[4] + output / 6 if k % 4 == 3 else output
-        elif k == 1:
-            origin, target = t + task.stride, t
-            outputs, anchor = _H[:3], _H[3]
-            slope = (output + _H[0]) / 2
-        else:
-            origin, target = t, t - task.stride
-            known = 4 if len(runge_kutta) else max(1, min(k, 4))
-            slope = np.dot(_ADAMS_BASHFORTH[known], outputs[:known])
-        moved = _transfer(anchor, slope, task.at(origin), task.at(target), of_v)
-        yield (t, alpha, sigma), [moved, *outputs[:3], anchor, total]
-
-
-def _transfer(latents: Row, output: Row, origin: tuple[float, float], target: tuple[float, float], of_v: bool) -> Row:
-    """Latents from one (alpha, sigma) to another along a model output, eps or v (PNDM, equation 11)."""
-    alpha, sigma = origin
-    alpha_next, sigma_next = target
-    eps = alpha * output + sigma * latents if of_v else output
-    return alpha_next / alpha * latents + (sigma_next - alpha_next * sigma / alpha) * eps
-
-
-_ADAMS_BASHFORTH = {
-    1: np.array([1]),
-    2: np.array([3, -1]) / 2,
-    3: np.array([23, -16, 5]) / 12,
-    4: np.array([55, -59, 37, -9]) / 24,
-}
-
-
-def _euler(task: _Task) -> Iterator[Entry]:
-    """Karras et al. 2022, algorithm 1 without its correction."""
-    timesteps, ve = _k_diffusion_grid(task)
-    alpha, sigma = _scales(ve)
-    for i in range(task.first, task.steps):
-        eps = (_X - alpha[i] * _X0) / sigma[i]
-        landing = alpha[i + 1] if i + 1 < task.steps else 1  # the last step ends in the variance-exploding scaling
-        yield (timesteps[i], alpha[i], sigma[i]), [landing * (_X0 + ve[i + 1] * eps)]
-
-
-def _euler_ancestral(task: _Task) -> Iterator[Entry]:
-    """Euler to a lower level, then noise back up: ancestral sampling as in k-diffusion's `sample_euler_ancestral`."""
-    timesteps, ve = _k_diffusion_grid(task)
-    alpha, sigma = _scales(ve)
-    for i in range(task.first, task.steps):
-        up = ve[i + 1] * np.sqrt(1 - (ve[i + 1] / ve[i]) ** 2)
-        down = ve[i + 1] ** 2 / ve[i]
-        eps = (_X - alpha[i] * _X0) / sigma[i]
-        yield (timesteps[i], alpha[i], sigma[i]), [alpha[i + 1] * (_X0 + down * eps + up * _NOISE)]
-
-
-def _heun(task: _Task) -> Iterator[Entry]:
-    """Karras et al. 2022, algorithm 1: an Euler step, then again with the mean of both ends' slopes."""
-    timesteps, ve = _k_diffusion_grid(task)
-    alpha, sigma = _scales(ve)
-    for i in range(task.first, task.steps):
-        width = ve[i + 1] - ve[i]
-        begin, eps = _X / alpha[i], (_X - alpha[i] * _X0) / sigma[i]
-        yield (timesteps[i], alpha[i], sigma[i]), [alpha[i + 1] * (begin + width * eps), begin, eps]
-        if (end := i + 1) < task.steps:
-            begin, eps = _H[0], (_H[1] + (_X - alpha[end] * _X0) / sigma[end]) / 2
-            yield (timesteps[end], alpha[end], sigma[end]), [alpha[end] * (begin + width * eps)]
-
-
-def _lms(task: _Task) -> Iterator[Entry]:
-    """Linear multistep of order 4 in ve: Lagrange polynomials through the last slopes (k-diffusion's `sample_lms`).
-
-    With a strength below 1 the first steps use full-order weights on the slopes there are, as diffusers does.
-    """
-    timesteps, ve = _k_diffusion_grid(task)
-    alpha, sigma = _scales(ve)
-    nodes, node_weights = np.polynomial.legendre.leggauss(2)  # exact for the cubics at hand
-    for i in range(task.first, task.steps):
-        eps = [(_X - alpha[i] * _X0) / sigma[i], *_H[:3]]
-        width, past = ve[i + 1] - ve[i], ve[max(i - 3, 0) : i + 1][::-1]
-        points = ve[i] + width * (nodes + 1) / 2
-        moved = _X / alpha[i]
-        for k, known in enumerate(past):
-            others = np.delete(past, k)
-            basis = np.prod((points[:, None] - others) / (known - others), axis=1)
-            moved = moved + width / 2 * np.dot(node_weights, basis) * eps[k]
-        yield (timesteps[i], alpha[i], sigma[i]), [alpha[i + 1] * moved, *eps[:3]]
-
-
-class _SolverGrid(NamedTuple):
-    timesteps: np.ndarray  # [steps]
-    alpha: np.ndarray  # [steps + 1], and the two below
-    sigma: np.ndarray
-    half_log_snr: np.ndarray
-
-
-def _solver_grid(
-    task: _Task, *, lowest: float = -np.inf, floor: bool = False, karras_last: bool = False
-) -> _SolverGrid:
-    """The grid of the exponential solvers, which end one point before the last training timestep.
-
-    lowest: leave out timesteps of a smaller log(alpha / sigma). floor: cut off Karras timesteps instead of rounding.
-    karras_last: final_sigmas_type sigma_min means the smallest Karras sigma, not the smallest of training.
-    """
-    for option, choices in (("solver_order", (1, 2, 3)), ("solver_type", ("midpoint", "heun", "bh1", "bh2", "logrho"))):
-        if (value := task.options[option]) not in choices:
-            raise ConfigError(f"{option} {value!r} is not one of {', '.join(map(str, choices))}")
-    table = _ve_table(task)
-    last = len(table) - int(np.searchsorted(-np.log(table)[::-1], lowest))
-    timesteps = _spaced(task, task.steps + 1, last).round()
-    ve, lowest_ve = np.interp(timesteps, np.arange(len(table)), table), table[0]
-    if task.options["use_karras_sigmas"]:
-        ve = _karras(table[0], table[-1], task.steps)
-        timesteps = _timestep_of(ve, table)
-        timesteps = np.floor(timesteps) if floor else timesteps.round()
-        lowest_ve = ve[-1] if karras_last else lowest_ve
-    alpha, sigma = _scales(_with_last(ve, lowest_ve, task))
-    return _SolverGrid(timesteps, alpha, sigma, np.log(alpha) - np.log(sigma))
-
-
-def _dpmpp(task: _Task, *, stochastic: bool) -> Iterator[Entry]:
-    """Lu et al. 2022, "DPM-Solver++", algorithm 2 (multistep, in x0), of order 1 to 3; stochastic: its SDE form.
-
-    Any solver_type but heun means midpoint.
-    """
-    options = task.options
-    squared_cosine = options["beta_schedule"] == "squaredcos_cap_v2"
-    grid = _solver_grid(task, lowest=float(options["lambda_min_clipped"]), floor=squared_cosine)
-    alpha, sigma, lam = grid.alpha, grid.sigma, grid.half_log_snr
-    steps = len(grid.timesteps)  # fewer than asked for, with trailing timesteps and lambda_min_clipped
-    few = options["lower_order_final"] and steps < 15
-    for i in range(task.first, steps):
-        order = min(options["solver_order"], i - task.first + 1)
-        if i == steps - 1 and (options["euler_at_final"] or few or options["final_sigmas_type"] == "zero"):
-            order = 1
-        elif i == steps - 2 and few:
-            order = min(order, 2)
-        h = lam[i + 1] - lam[i]
-        reach = 2 * h if stochastic else h
-        shrink = np.exp(-h) if stochastic else 1
-        moved = sigma[i + 1] / sigma[i] * shrink * _X - alpha[i + 1] * np.expm1(-reach) * _X0
-        if stochastic:
-            moved = moved + sigma[i + 1] * np.sqrt(-np.expm1(-2 * h)) * _NOISE
-        if order > 1:
-            r0 = (lam[i] - lam[i - 1]) / h
-            slope = (_X0 - _H[0]) / r0
-            linear = alpha[i + 1] * (np.expm1(-reach) / reach + 1)
-            if order == 3:
-                r1 = (lam[i - 1] - lam[i - 2]) / h
-                bend = (slope - (_H[0] - _H[1]) / r1) / (r0 + r1)
-                half = -0.5 if stochastic else 0.5  # diffusers' sign, for either form
-                square = alpha[i + 1] * (half - (np.expm1(-reach) + reach) / reach**2)
-                moved = moved + linear * (slope + r0 * bend) + square * bend
-            elif options["solver_type"] == "heun":
-                moved = moved + linear * slope
-            else:
-                moved = moved - alpha[i + 1] * np.expm1(-reach) / 2 * slope
-        yield (grid.timesteps[i], alpha[i], sigma[i]), [moved, _X0, _H[0]]
-
-
-def _dpmpp_2m(task: _Task) -> Iterator[Entry]:
-    return _dpmpp(task, stochastic=False)
-
-
-def _dpmpp_2m_sde(task: _Task) -> Iterator[Entry]:
-    return _dpmpp(task, stochastic=True)
-
-
-def _unipc(task: _Task) -> Iterator[Entry]:
-    """Zhao et al. 2023, "UniPC", algorithms 1 and 2 in x0: an evaluation first corrects the latents it was made at.
-
-    Any solver_type but bh1 means bh2.
-    """
-    options = task.options
-    grid = _solver_grid(task, karras_last=True)
-    order = 0
-    for i in range(task.first, task.steps):
-        latents = _X
-        if i > task.first and i - 1 not in options["disable_corrector"]:
-            latents = _unipc_update(grid, i - 1, order, options["solver_type"], _H[3], _H[:3], arrived=_X0)
-        order = min(options["solver_order"], i - task.first + 1)
-        if options["lower_order_final"]:
-            order = min(order, task.steps - i)
-        if grid.sigma[i + 1] == 0:
-            order = 1
-        seen = [_X0, *_H[:2]]
-        moved = _unipc_update(grid, i, order, options["solver_type"], latents, seen)
-        yield (grid.timesteps[i], grid.alpha[i], grid.sigma[i]), [moved, *seen, latents]
-
-
-def _unipc_update(
-    grid: _SolverGrid, i: int, order: int, kind: str, latents: Row, seen: list[Row], arrived: Row | None = None
-) -> Row:
-    """From level i to i + 1 (UniPC, section 3) with the denoised latents seen at i, i - 1, ...
-
-    arrived: those at i + 1, to correct with; without them this is the predictor.
-    """
-    lam = grid.half_log_snr
-    h = lam[i + 1] - lam[i]
-    ratios = [(lam[i - k] - lam[i]) / h for k in range(1, order)]
-    slopes = [(seen[k] - seen[0]) / ratio for k, ratio in enumerate(ratios, 1)]
-    if arrived is not None:
-        ratios, slopes = [*ratios, 1.0], [*slopes, arrived - seen[0]]
-    scale = -h if kind == "bh1" else np.expm1(-h)
-    if len(ratios) == 1:
-        weights = [0.5]  # the paper's closed form for a single slope, rather than the system's solution
-    else:
-        phi, factorial, sides = np.expm1(-h) / -h - 1, 1, []
-        for k in range(1, len(ratios) + 1):
-            sides.append(phi * factorial / scale)
-            factorial *= k + 1
-            phi = phi / -h - 1 / factorial
-        weights = np.linalg.solve(np.vander(ratios, increasing=True).T, sides) if ratios else []
-    moved = grid.sigma[i + 1] / grid.sigma[i] * latents - grid.alpha[i + 1] * np.expm1(-h) * seen[0]
-    for weight, slope in zip(weights, slopes, strict=True):
-        moved = moved - grid.alpha[i + 1] * scale * weight * slope
-    return moved
-
-
-def _lcm(task: _Task) -> Iterator[Entry]:
-    """Luo et al. 2023, "Latent Consistency Models", multistep sampling with the boundary scalings."""
-    original, count = task.options["original_inference_steps"], len(task.alphas_cumprod)
-    if task.steps > original:
-        raise ConfigError(f"steps {task.steps} must be at most {original} (original_inference_steps) for 'lcm'")
-    trained = (np.arange(1, original + 1) * (count // original) - 1)[::-1]
-    timesteps = trained[np.linspace(0, original, task.steps, endpoint=False).astype(int)]
-    for i in range(task.first, task.steps):
-        alpha, sigma = task.at(timesteps[i])
-        time = timesteps[i] * task.options["timestep_scaling"]
-        skip, out = 0.25 / (time**2 + 0.25), time / np.sqrt(time**2 + 0.25)
-        moved = out * _X0 + skip * _X
-        if i + 1 < task.steps:
-            alpha_next, sigma_next = task.at(timesteps[i + 1])
-            moved = alpha_next * moved + sigma_next * _NOISE
-        yield (timesteps[i], alpha, sigma), [moved]
-
-
-class Sampler(NamedTuple):
-    """How one sampler plans, and the options of its diffusers scheduler class with that class's defaults.
-
-    scaled_start: the first level's sigma scales the initial noise, unless timesteps are spaced "leading".
-    """
-
-    entries: Callable[[_Task], Iterator[Entry]]
-    options: Mapping[str, Any]
-    scaled_start: bool = False
-
-
-# Options that no sampler here supports otherwise; only classes with Karras sigmas have them.
-_ONLY = {
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_lu_lambdas": False,
-    "use_flow_sigmas": False,
-    "timestep_type": "discrete",
-    "predict_x0": True,
-    "sigma_min": None,
-    "sigma_max": None,
-    "variance_type": None,
-}
-_LEADING = {"timestep_spacing": "leading", "steps_offset": 0}
-_LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 0}
-_KARRAS = {"use_karras_sigmas": False}
-_ZERO_SNR = {"rescale_betas_zero_snr": False}
-_THRESHOLD = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
-_SOLVER = {"solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero"}
-_DPMPP = {
-    **(_LINSPACE | _KARRAS | _ZERO_SNR | _THRESHOLD | _SOLVER),
-    "solver_type": "midpoint",
-    "euler_at_final": False,
-    "lambda_min_clipped": -np.inf,
-    "beta_schedule": "linear",
-}
-
-SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(
-        _ddim,
-        {
-            **(_LEADING | _ZERO_SNR | _THRESHOLD),
-            "set_alpha_to_one": True,
-            "clip_sample": True,
-            "clip_sample_range": 1.0,
-        },
-    ),
-    "pndm": Sampler(_pndm, {**_LEADING, "skip_prk_steps": False, "set_alpha_to_one": False}),
-    "lms": Sampler(_lms, {**_LINSPACE, **_KARRAS}, scaled_start=True),
-    "heun": Sampler(_heun, {**_LINSPACE, **_KARRAS, "clip_sample": False, "clip_sample_range": 1.0}, scaled_start=True),
-    "euler": Sampler(
-        _euler,
-        {**(_LINSPACE | _KARRAS | _ZERO_SNR), "interpolation_type": "linear", "final_sigmas_type": "zero"},
-        scaled_start=True,
-    ),
-    "euler_a": Sampler(_euler_ancestral, {**_LINSPACE, **_ZERO_SNR}, scaled_start=True),
-    "dpmpp_2m": Sampler(_dpmpp_2m, _DPMPP),
-    "dpmpp_2m_sde": Sampler(_dpmpp_2m_sde, _DPMPP),
-    "unipc": Sampler(
-        _unipc,
-        {**(_LINSPACE | _KARRAS | _ZERO_SNR | _THRESHOLD | _SOLVER), "solver_type": "bh2", "disable_corrector": []},
-    ),
-    "lcm": Sampler(
-        _lcm,
-        {
-            **(_ZERO_SNR | _THRESHOLD),
-            "clip_sample": False,
-            "clip_sample_range": 1.0,
-            "set_alpha_to_one": True,
-            "original_inference_steps": 50,
-            "timestep_scaling": 10.0,
-        },
-    ),
-}
