@@ -30,6 +30,7 @@ from sdjax.inpainting import on_white
 from sdjax.models import vae
 from sdjax.tiling import Tiling, windows
 
+WHOLE = {"tiny": 704, "sd15": 1024}  # the largest sizes decoded whole here; far larger ones take all memory
 COMPILING = "/jax/core/compile/backend_compile_duration"
 
 
@@ -100,7 +101,6 @@ def main():
     parser.add_argument("--overlap", type=int, default=Tiling().overlap)
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--model", choices=["tiny", "sd15"], default="tiny")
-    parser.add_argument("--most", type=int, default=1024, help="largest picture decoded whole by SD1.5's VAE")
     parser.add_argument("--what", choices=["apart", "cost"], help="one line, in this process; --tile 0: the whole")
     args = parser.parse_args()
     if args.what:
@@ -111,12 +111,11 @@ def main():
         flags = [f"--{name}={value}" for name, value in how.items() if value is not None]
         subprocess.run([sys.executable, __file__, *flags], check=True)
 
-    for size, tile, overlap in ((512, 256, 32), (512, 256, 64), (2048, 512, 32), (2048, 512, 64), (2048, 512, 128)):
-        child(what="apart", pictures=args.pictures, size=size, tile=tile, overlap=overlap)
-    for model, sizes in (("tiny", (512, 2048)), ("sd15", (512, args.most, 2048))):
-        for size in sizes:
-            if model == "tiny" or size <= args.most:
-                child(what="cost", model=model, size=size, tile=0)
+    for tile, overlap in ((256, 0), (256, 32), (256, 64), (256, 128), (64, 16)):
+        child(what="apart", pictures=args.pictures, size=512, tile=tile, overlap=overlap)
+    for model, largest in WHOLE.items():
+        for size in (512, 2048):
+            child(what="cost", model=model, size=min(size, largest), tile=0)
             child(what="cost", model=model, size=size, tile=args.tile, overlap=args.overlap)
 
 
