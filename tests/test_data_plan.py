@@ -179,7 +179,8 @@ def test_another_process_draws_the_same():
 
 def test_what_a_run_sees_is_said():
     assert describe(plain(64, 4, 0), 300) == "64 images, 4 a batch: 18.75 epochs"
-    assert describe(plain(3, 4, 0), 10).endswith("fewer images than a batch holds, so each batch repeats some")
+    for names in ([], ["64x64"]):
+        assert describe(plain(3, 4, 0), 10, names).endswith("than a batch holds, so each batch repeats some")
     plan = Plan(((1,) * 6, (1, 2)), 4, 0)
     assert describe(plan, 18, ["512x512", "448x576"]) == (
         "8 images (9 with repeats), 4 a batch: 8 epochs; 2 shapes: 6 at 512x512, 2 at 448x576; "

@@ -105,7 +105,7 @@ def describe(plan: Plan, batches: int, names: Sequence[object] = ()) -> str:
         text += f"; {len(names)} shapes: {counts}"
     small = [str(name) for name, own in zip(names or [""], plan.repeats, strict=True) if sum(own) < plan.batch_size]
     if small:
-        text += f"; fewer images than a batch holds{' at ' if len(names) > 1 else ''}{', '.join(small)}"
+        text += "; fewer images than a batch holds" + (f" at {', '.join(small)}" if len(names) > 1 else "")
         text += ", so each such batch repeats some" if len(names) > 1 else ", so each batch repeats some"
     return text
 
