@@ -134,7 +134,7 @@ def test_bad_settings_are_named_before_anything_is_computed(tiny, how, message):
     ("how", "message"),
     [
         ({"strength": 0.0}, "strength = 0.0: must lie above 0"),
-        ({"strength": 1.5}, "strength 1.5"),
+        ({"strength": 1.5}, "strength = 1.5: must lie above 0"),
         ({"strength": 0.05, "steps": 10}, "leaves none to run"),
         ({"latents": np.zeros((1, 8, 8, 4), np.float32)}, "latents have shape"),
     ],
