@@ -68,6 +68,11 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     return dict(walk("", to_table(config)))
 
 
+def flat_defaults(stages: int) -> dict[str, Any]:
+    """`flatten` of a configuration of so many stages that says only what it must."""
+    return flatten(RunConfig("", "", Data(""), (Stage("", (), 0, 0.0),) * stages))
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_table(value)

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 
+from sdjax.config_file import flat_defaults, flatten, from_table
 from sdjax.errors import ConfigError, DataError
 from sdjax.train.checkpoint import MAY_CHANGE, StopSignal, compare_runs, locked, restore, save, steps
 
@@ -278,20 +279,31 @@ def test_a_disk_that_fills_up_keeps_the_last_good_one(tmp_path):
 
 def test_the_same_run_compares_equal_through_json():
     run = {"stages.0.betas": [0.9, 0.999], "seed": 0, "model_fingerprint": "ab"}
-    compare_runs(run, {**run, "stages.0.betas": (0.9, 0.999)})
+    compare_runs(run, {**run, "stages.0.betas": (0.9, 0.999)}, {})
 
 
 def test_another_run_is_refused_with_the_list(caplog):
     saved = {"model_fingerprint": "ab", "stages.0.lora_rank": 4, "stages.0.learning_rate": 1e-4, "output": "a"}
     current = {"model_fingerprint": "cd", "stages.0.lora_rank": 8, "stages.0.learning_rate": 1e-3, "output": "b"}
     with pytest.raises(DataError) as error:
-        compare_runs(saved, current)
+        compare_runs(saved, current, {})
     assert 'model_fingerprint was "ab", is "cd"' in str(error.value)
     assert "stages.0.lora_rank was 4, is 8" in str(error.value)
     assert "learning_rate" not in str(error.value)
     assert "another stages.0.learning_rate: was 0.0001, is 0.001" in caplog.text
     with pytest.raises(DataError, match=r"stages.1.name was null, is \"more\""):
-        compare_runs(saved, {**saved, "stages.1.name": "more"})
+        compare_runs(saved, {**saved, "stages.1.name": "more"}, {})
+
+
+def test_a_run_saved_before_a_setting_existed_had_it_at_its_default():
+    def settings(**data):
+        stage = {"name": "a", "train": ["vae"], "steps": 1, "learning_rate": 1.0, "vae_loss": {"l1": 2.0}}
+        return flatten(from_table({"model": "m", "output": "o", "data": {"path": "p", **data}, "stages": [stage]}))
+
+    saved = {key: value for key, value in settings().items() if key not in ("copies", "data.inpaint_full")}
+    compare_runs(saved, settings(), flat_defaults(1))
+    with pytest.raises(DataError, match=r"changed: data.inpaint_full was 0.25, is 0.5$"):
+        compare_runs(saved, settings(inpaint_full=0.5), flat_defaults(1))
 
 
 def test_every_policy_names_a_key_there_is():

@@ -245,14 +245,16 @@ Where files lie is ignored because what is in them has a fingerprint of its own.
 """
 
 
-def compare_runs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def compare_runs(saved: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Refuse to resume another run: two flat records (`config_file.flatten` plus fingerprints) are compared key by key.
 
-    Changes that MAY_CHANGE allows are logged; DataError lists the others. Values are compared as JSON keeps them.
+    Changes that MAY_CHANGE allows are logged; DataError lists the others. Values are compared as JSON keeps them. A
+    setting that is younger than the saved run was at its default then.
     """
     refused = []
     for key in sorted(saved.keys() | current.keys()):
-        before, now = (json.dumps(run.get(key), sort_keys=True) for run in (saved, current))
+        was = saved[key] if key in saved else defaults.get(key) if key in current else None
+        before, now = (json.dumps(value, sort_keys=True) for value in (was, current.get(key)))
         if before == now:
             continue
         policy = next((p for pattern, p in MAY_CHANGE.items() if re.fullmatch(pattern, key)), "refuse")

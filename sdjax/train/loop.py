@@ -105,7 +105,7 @@ def _find_position(run: Run, resume: bool, step: int | None) -> Position:
                 {key: value for key, value in record.items() if not key.startswith("fingerprint.data.")}
                 for record in (saved, current)
             )
-        checkpoint.compare_runs(saved, current)
+        checkpoint.compare_runs(saved, current, config_file.flat_defaults(len(run.stages)))
         number = metadata["stage"]
         return {"earlier": run.stages[number - 1].result if number else NOTHING, "state": run.stages[number].state}
 
