@@ -3,8 +3,9 @@
     python tests/benchmarks/unet_step.py --size sd15 --latent 64 --batch 1 --mode lora --runs 3 --peer peer_torch.py
 
 mode: infer | lora | ti | full, as in the peer: U-Net only, eps loss, AdamW; ti back-propagates to the context.
-Run it on an otherwise idle machine and compare only figures of one sitting. Times in seconds, memory in GB (peak of
-the whole process, compiling included).
+Run it on an otherwise idle machine and compare only figures of one sitting: with --peer the two take turns, step by
+step, so that a host that is busy elsewhere slows both alike. Times in seconds, memory in GB (peak of the whole process,
+compiling included).
 """
 
 import argparse
@@ -95,6 +96,39 @@ def build(args):
     return step, (trained, optimizer.init(trained)), params
 
 
+TURN = """
+import importlib.util, sys, time
+from types import SimpleNamespace
+
+def perf_counter(calls=iter(range(1 << 30))):
+    before = next(calls) % 2 == 0
+    if before:
+        sys.stdin.readline()
+    else:
+        print(flush=True)
+    return time.perf_counter()
+
+sys.argv = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("script", sys.argv[0])
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+script.time = SimpleNamespace(perf_counter=perf_counter, monotonic=time.monotonic)
+script.main()
+"""
+
+
+def in_turns(scripts, flags, steps):
+    """The JSON line of each script, all of which time every step by two calls of time.perf_counter."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen([sys.executable, "-c", TURN, script, *flags], **pipes) for script in scripts]
+    for _ in range(steps):
+        for child in children:
+            child.stdin.write("go\n")
+            child.stdin.flush()
+            child.stdout.readline()
+    return [json.loads(child.stdout.read().splitlines()[-1]) for child in children]
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", default="sd15", choices=CONFIGS)
@@ -109,15 +143,11 @@ def main():
     args = parser.parse_args()
     if args.peer:
         flags = [f"--{n}={v}" for n, v in vars(args).items() if n not in ("peer", "bf16", "cache") and v is not None]
-        flags += ["--bf16"] if args.bf16 else []
-        theirs, ours = (
-            json.loads(subprocess.run([sys.executable, script, *flags], check=True, stdout=subprocess.PIPE).stdout)
-            for script in (args.peer, __file__)
-        )
+        theirs, ours = in_turns([args.peer, __file__], [*flags, *(["--bf16"] if args.bf16 else [])], args.runs + 1)
         for line in (theirs, ours):
             print(json.dumps(line))
-        ratios = {"speed": theirs["median_s"] / ours["median_s"], "memory": ours["peak_gb"] / theirs["peak_gb"]}
-        print(json.dumps(dict(ratios=ratios)))
+        ratios = {f"speed, {n}": theirs[f"{n}_s"] / ours[f"{n}_s"] for n in ("median", "min")}
+        print(json.dumps(dict(ratios=ratios | {"memory": ours["peak_gb"] / theirs["peak_gb"]})))
         return
     if args.cache:
         jax.config.update("jax_compilation_cache_dir", args.cache)
@@ -125,11 +155,11 @@ def main():
 
     host_memory.keep()  # as the commands do
     step, state, params = build(args)
-    start = time.perf_counter()
+    start = time.monotonic()  # perf_counter is for the steps alone, as of `in_turns`
     lowered = step.lower(state, params)
-    lower_s = time.perf_counter() - start
+    lower_s = time.monotonic() - start
     compiled = lowered.compile()
-    compile_s = time.perf_counter() - start
+    compile_s = time.monotonic() - start
     times = []
     for _ in range(args.runs + 1):
         start = time.perf_counter()
