@@ -1,5 +1,6 @@
 """What README.md and docs/ say exists: commands, flags, settings, files; what they show runs."""
 
+import pydoc
 import re
 import shlex
 import tomllib
@@ -46,8 +47,16 @@ def test_links_and_pictures_exist(name):
 
 
 def test_files_named_exist():
-    named = set(re.findall(r"`((?:sdjax|configs|tests|docs|\.ci)/[\w./]*)`", README))
+    named = set(re.findall(r"`((?:sdjax|configs|tests|docs|\.ci)/[\w./]*)`", README + DOCS["architecture.md"]))
     assert named and not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_what_the_architecture_page_names_exists():
+    names = re.findall(r"`([a-z_]+(?:\.\w+)+)`", DOCS["architecture.md"])
+    names = [name for name in names if not name.startswith("sdjax.") and not name.endswith(".py")]
+    assert len(names) > 15
+    for name in names:
+        assert pydoc.locate(f"sdjax.{name}") is not None, name
 
 
 @pytest.mark.parametrize("text", blocks("toml"))
