@@ -283,7 +283,7 @@ class Mesh:
     data: Annotated[int, Rule(-1)] = -1
     """Copies of the model, each with its part of the batch; -1: all devices."""
     fsdp: Annotated[int, Rule(-1)] = 1
-    """Devices over which the frozen weights are split."""
+    """Devices over which the weights and what is trained are split."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ answer at once.
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import math
 import os
 import re
@@ -31,15 +30,16 @@ _LONGEST_NAME = 80  # bytes of a prompt kept in a file name; file systems allow 
 
 
 class Lora(NamedTuple):
-    """One `--lora FILE[:WEIGHT]`."""
+    """A LoRA to merge in: a `--lora FILE[:WEIGHT]`, a job's own, or one that a prompt names."""
 
     path: Path
-    weight: float
+    unet_weight: float
+    text_weight: float
 
     @property
     def tag(self) -> str:
         """As A1111 writes it in a prompt."""
-        return f"<lora:{self.path.stem}:{self.weight:g}>"
+        return f"<lora:{self.path.stem}:{self.unet_weight:g}>"
 
 
 class Embedding(NamedTuple):
@@ -57,9 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     axes = [grids.parse_axis(text) for text in (args.grid_x, args.grid_y) if text is not None]
-    prompts = _prompts(args.prompt, args.prompts_file, needed=args.jobs is None)
+    on_axis = any(axis.name == "prompt" for axis in axes)
+    prompts = _prompts(args.prompt, args.prompts_file, needed=args.jobs is None and not on_axis)
+    if on_axis and args.jobs is None:
+        prompts = prompts or [""]  # each picture gets its own from the axis
     _check_values(args, len(prompts))
-    loras = [_lora(text) for text in args.lora]
     embeddings = [_embedding(text) for text in args.embedding]
 
     from sdjax import compilation_cache, host_memory, jobs, loading
@@ -67,10 +69,12 @@ def _run(argv: Sequence[str]) -> None:
 
     wanted = _jobs(args, prompts, axes)
     jobs.check_alone(wanted)
-    lora_files = _loras_below(args.lora_dir)
+    named = _loras_below(args.lora_dir)
+    loras: list[tuple[Lora, ...]] = []  # of each job
     for job in wanted:
         with jobs.blaming(job):
-            _check_tags(job.words[1], args.lora_dir, lora_files)
+            given = [_lora(text) for text in job.lora if text != "none"]
+            loras.append((*given, *(_tagged(tag, args.lora_dir, named) for tag in job.words[1])))
     out = _writable_folder(args.out)
     compilation_cache.enable()
     host_memory.keep()
@@ -82,31 +86,25 @@ def _run(argv: Sequence[str]) -> None:
         sd = sd.with_embedding(embedding.path, embedding.token)
     bare = [dataclasses.replace(job, prompt=job.words[0]) for job in wanted]
     jobs.check(sd, bare)
-    adapters = [load_lora(lora.path, sd.params) for lora in loras]
-    tagged = {tag.name for job in wanted for tag in job.words[1]}
-    by_name = {name: load_lora(lora_files[name], sd.params) for name in tagged}
+    adapters = {path: load_lora(path, sd.params) for path in {lora.path for own in loras for lora in own}}
     if args.tiled_vae is not None:
         sd = sd.with_tiled_vae(args.tiled_vae, args.tiled_vae // 8)
     sd = loading.with_weights(sd)
-    for lora, adapter in zip(loras, adapters, strict=True):
-        sd = sd.with_lora(adapter, lora.weight)
 
     pictures: dict[int, Image.Image] = {}
-    first, number = 0, _next_number(out)
-    for tags, run in itertools.groupby(zip(wanted, bare, strict=True), lambda pair: pair[0].words[1]):
-        own, texts = sd, [job for _, job in run]
-        for tag in tags:
-            for part, tree in by_name[tag.name].items():
-                own = own.with_lora({part: tree}, tag.unet_weight if part == "unet" else tag.text_weight)
-        for places, batch in jobs.batches(texts, args.batch_size):
+    number = _next_number(out)
+    for own, places in _by_loras(loras).items():
+        adapted = sd
+        for lora in own:
+            for part, tree in adapters[lora.path].items():
+                adapted = adapted.with_lora({part: tree}, lora.unet_weight if part == "unet" else lora.text_weight)
+        for chosen, batch in jobs.batches([bare[i] for i in places], args.batch_size):
             with _memory_advice():
-                drawn = jobs.draw(own, batch)
-            for place, picture in zip(places, drawn, strict=False):
-                i, job = first + place, texts[place]
-                _mention(picture, job.prompt, wanted[i].prompt, loras)
-                _save(picture, out / f"{number + i:05d}-{job.seed}-{safe_name(job.prompt)}.png")
+                drawn = jobs.draw(adapted, batch)
+            for i, picture in zip((places[n] for n in chosen), drawn, strict=False):
+                _mention(picture, bare[i].prompt, wanted[i].prompt, own[: len(own) - len(wanted[i].words[1])])
+                _save(picture, out / f"{number + i:05d}-{wanted[i].seed}-{safe_name(bare[i].prompt)}.png")
                 pictures[i] = picture
-        first += len(texts)
     in_order = [pictures[i] for i in range(len(pictures))]
     for name, sheet in _sheets(in_order, axes, args.num_images):
         _save(sheet, out / name)
@@ -117,6 +115,7 @@ def _jobs(args: argparse.Namespace, prompts: Sequence[str], axes: Sequence[grids
     from sdjax import jobs
 
     settings = {name: value for name in jobs.SETTINGS if (value := getattr(args, name, None)) is not None}
+    settings["lora"] = tuple(args.lora)
     settings["outpaint"] = None if args.outpaint is None else _sides(args.outpaint)
     drawn = []
     for i, prompt in enumerate(prompt for prompt in prompts for _ in range(args.num_images)):
@@ -125,7 +124,8 @@ def _jobs(args: argparse.Namespace, prompts: Sequence[str], axes: Sequence[grids
     if args.jobs is not None:
         drawn += jobs.read_jobs(args.jobs, settings)
     for axis in reversed(axes):  # y outside, x inside
-        drawn = [dataclasses.replace(job, **{axis.name: value}) for job in drawn for value in axis.values]
+        values = [(value,) for value in axis.values] if axis.name == "lora" else axis.values
+        drawn = [dataclasses.replace(job, **{axis.name: value}) for job in drawn for value in values]
     return drawn
 
 
@@ -243,7 +243,7 @@ def _lora(text: str) -> Lora:
             raise ConfigError(f"--lora {text}: the weight must be a finite number")
     if not path.exists():
         raise DataError(f"--lora {path}: no such file")
-    return Lora(path, weight)
+    return Lora(path, weight, weight)
 
 
 def _loras_below(folder: Path | None) -> dict[str, Path]:
@@ -252,12 +252,21 @@ def _loras_below(folder: Path | None) -> dict[str, Path]:
     return {path.stem: path for path in files if path.suffix in (".safetensors", ".pt", ".ckpt")}
 
 
-def _check_tags(tags: Sequence[prompt_syntax.LoraTag], folder: Path | None, files: Mapping[str, Path]) -> None:
-    for tag in tags:
-        if folder is None:
-            raise ConfigError(f"the prompt names the LoRA {tag.name!r}: give --lora-dir DIR, the folder it lies in")
-        if tag.name not in files:
-            raise DataError(f"--lora-dir {folder}: no LoRA {tag.name!r} in it; there are {', '.join(files) or 'none'}")
+def _tagged(tag: prompt_syntax.LoraTag, folder: Path | None, files: Mapping[str, Path]) -> Lora:
+    """The file that a prompt's `<lora:NAME:WEIGHT>` means."""
+    if folder is None:
+        raise ConfigError(f"the prompt names the LoRA {tag.name!r}: give --lora-dir DIR, the folder it lies in")
+    if tag.name not in files:
+        raise DataError(f"--lora-dir {folder}: no LoRA {tag.name!r} in it; there are {', '.join(files) or 'none'}")
+    return Lora(files[tag.name], tag.unet_weight, tag.text_weight)
+
+
+def _by_loras(loras: Sequence[tuple[Lora, ...]]) -> dict[tuple[Lora, ...], list[int]]:
+    """The numbers of the jobs that are drawn with the same LoRAs."""
+    groups: dict[tuple[Lora, ...], list[int]] = {}
+    for i, own in enumerate(loras):
+        groups.setdefault(own, []).append(i)
+    return groups
 
 
 def _embedding(text: str) -> Embedding:

@@ -12,7 +12,7 @@ GRIDDED: dict[str, type] = {
     "prompt": str, "negative_prompt": str, "seed": int, "variation_seed": int, "variation_strength": float,
     "steps": int, "guidance": float, "guidance_rescale": float, "sampler": str, "clip_skip": int, "strength": float,
     "mask_grow": int, "mask_blur": int, "fill": str, "padding": int, "hires_steps": int, "hires_strength": float,
-    "hires_upscaler": str,
+    "hires_upscaler": str, "lora": str,
 }  # fmt: skip
 """Settings a grid may vary, which all leave the pictures' size."""
 
@@ -25,7 +25,21 @@ class Axis(NamedTuple):
 
     @property
     def labels(self) -> list[str]:
-        return [f"{self.name}: {value}" for value in self.values]
+        values = _told_apart([str(file) for file in self.values]) if self.name == "lora" else self.values
+        return [f"{self.name}: {value}" for value in values]
+
+
+def _told_apart(files: Sequence[str]) -> list[str]:
+    """Files without the folders that all of them begin and end with: a, b of runs/a/lora.safetensors and runs/b/..."""
+    parts = [file.split("/") for file in files if file != "none"]
+    shortest = min(map(len, parts), default=0)
+
+    def shared(places: Sequence[int]) -> int:
+        return next((n for n, place in enumerate(places) if len({p[place] for p in parts}) > 1), len(places))
+
+    head = shared(range(shortest - 1))
+    tail = shared([-1 - n for n in range(shortest - 1 - head)])
+    return [file if file == "none" else "/".join(file.split("/")[head:][: -tail or None]) for file in files]
 
 
 def parse_axis(text: str) -> Axis:

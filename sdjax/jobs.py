@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 class Job:
     """One picture: its words and seeds, and the settings it may share with others (files as paths).
 
+    lora: FILE or FILE:WEIGHT each, or "none"; a line of a file of jobs gives one.
     origin: what to begin an error about it with.
     """
 
@@ -56,6 +57,7 @@ class Job:
     hires_steps: int | None = Hires.steps
     hires_strength: float = Hires.strength
     hires_upscaler: str = Hires.upscaler
+    lora: tuple[str, ...] = ()
     origin: str = dataclasses.field(default="", compare=False)
 
     @property
@@ -153,6 +155,8 @@ def _table(line: str, origin: str) -> dict[str, Any]:
             table[name] = tuple(value)
         elif type(value) is not kind:
             raise ConfigError(f"{origin}: {name} = {value!r} is no {kind.__name__}")
+        elif name == "lora":
+            table[name] = (value,)
     return table
 
 
@@ -213,7 +217,7 @@ def _request(sd: "StableDiffusion", batch: Sequence[Job]) -> tuple[Request, list
     """The request of a batch, and its image or frame."""
     first = batch[0]
     prompts, negatives, seeds, variations = ([getattr(job, name) for job in batch] for name in OWN)
-    taken = [name for name in SETTINGS if name not in OWN + FILES + MASKING + HIRES]
+    taken = [name for name in SETTINGS if name not in OWN + FILES + MASKING + HIRES + ("lora",)]
     settings: Any = {name: getattr(first, name) for name in taken} | {"seed": seeds, "variation_seed": variations}
     masking, hires = ({name: getattr(first, name) for name in names} for names in (MASKING, HIRES))
     if first.image is None:

@@ -100,6 +100,19 @@ def test_lora_is_merged_with_its_weight_and_recorded(tmp_path, tiny):
     assert np.abs(drawn - np.asarray(expected).astype(int)).max() <= 1
     assert np.abs(drawn - np.asarray(plain).astype(int)).max() > 20
     assert recorded(tmp_path / "out" / name).startswith("red heart <lora:my style:0.5> <lora:my style:1>\nSteps: 2, ")
+    axis = f"lora=none,{tmp_path / 'my style.safetensors'}:1.5"
+    assert run("--prompt", "red heart", *flags, *STEPS, *ONE, "--grid-x", axis, "--out", tmp_path / "grid") == 0
+    without, with_lora, _ = sorted((tmp_path / "grid").iterdir())
+    for file, picture in ((without, plain), (with_lora, expected)):
+        assert np.abs(pixels(file).astype(int) - np.asarray(picture).astype(int)).max() <= 1
+    assert recorded(without).startswith("red heart\n")
+    assert recorded(with_lora).startswith("red heart <lora:my style:1.5>\n")
+
+
+def test_files_on_an_axis_are_labelled_by_what_tells_them_apart():
+    files = "none,runs/rank1/export/style/lora.safetensors,runs/rank16/export/style/lora.safetensors"
+    assert grids.parse_axis(f"lora={files}").labels == ["lora: none", "lora: rank1", "lora: rank16"]
+    assert grids.parse_axis("lora=a/b.pt:0.5,a/b.pt:1").labels == ["lora: b.pt:0.5", "lora: b.pt:1"]
 
 
 def test_loras_that_prompts_name_are_found_in_their_folder(tmp_path, tiny):
@@ -308,7 +321,7 @@ def test_masks_grids_and_jobs_of_a_file(tmp_path, capsys):
         {"prompt": "red heart", "seed": 3, "steps": 2, "variation_strength": 0.2, "variation_seed": 4},
         {"prompt": "pizza", "seed": 9, "steps": 2},
         {"prompt": "red heart", "seed": 4, "steps": 2},
-        {"prompt": "pizza", "image": str(tmp_path / "in.png"), "outpaint": [0, 0, 10, 0], "steps": 2},
+        {"prompt": "pizza", "lora": "none", "image": str(tmp_path / "in.png"), "outpaint": [0, 0, 10, 0], "steps": 2},
     ]
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert run("--jobs", tmp_path / "jobs.jsonl", "--out", tmp_path / "jobs") == 0

@@ -117,12 +117,17 @@ def test_reduced_bytes_reads_every_form():
     assert reduced_bytes(program) == 16 * 2 * 4 + 3 * 4 + 4 * 5 * 2 + 4
 
 
-def test_frozen_weights_are_split_over_fsdp():
-    _, frozen, _ = problem()
+def test_weights_and_state_are_split_over_fsdp_and_stay_so():
+    state, frozen, batches = problem()
     parallel = parallelize(train_step, batch_size=BATCH, data=2, fsdp=4)
     placed = parallel.place_frozen({**frozen, "odd": np.zeros((3, 5), np.float32)})
     shapes = {name: leaf.addressable_shards[0].data.shape for name, leaf in placed.items()}
     assert shapes == {"kernel": (IN // 4, OUT), "bias": (OUT // 4,), "odd": (3, 5)}
+    state = parallel.place_state(state)
+    for batch in batches[:2]:
+        adapters = [state["adapter"], state["optimizer"][0].trace]
+        assert [a["down"].addressable_shards[0].data.shape for a in adapters] == [(IN // 4, 2)] * 2
+        state, _ = parallel.step(state, parallel.place_frozen(frozen), parallel.place_batch(batch), jax.random.key(0))
 
 
 @pytest.mark.parametrize("settings", [{}, {"data": 1}, {"mode": "pmap"}], ids=str)

@@ -10,12 +10,18 @@ import micro
 import pytest
 
 from sdjax import config, config_file, generate
+from sdjax.train.loop import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    yield from micro.quick_compilation()
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -107,6 +113,26 @@ def test_the_library_page_runs(tmp_path, monkeypatch):
     for example in blocks("python", DOCS["library.md"]):
         exec(compile(example, "library.md", "exec"), names)
     assert names["restored"].shape == (2, 64, 64, 3) and (tmp_path / "runs/mine/export/style/lora.safetensors").exists()
+
+
+def test_the_guides_commands_run(tmp_path, monkeypatch):
+    """In their order, as each builds on those before; with two steps of training and one of drawing."""
+    for name in ("configs", "sdjax"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    pictures = re.findall(r"\(guide/(\w+)\.png\)", DOCS["guide.md"])
+    for command in "".join(blocks("sh", DOCS["guide.md"])).splitlines():
+        words = shlex.split(command)
+        if words[0] == "sdjax":
+            assert words[-2:] == ["--out", f"outputs/{pictures.pop(0)}"]
+            steps = [] if "steps" in command else ["--steps", "1"]
+            assert generate.main([*words[2:], *steps]) == 0
+            assert Path(words[-1], "grid.png").exists()
+        else:
+            assert words[:3] == ["python", "-m", "sdjax.train"]
+            arguments = config_file.parse_args([*words[3:], "--stages.0.steps", "2", "--validation.steps", "1"])
+            assert train(arguments.config) == 0
+    assert not pictures
 
 
 def test_version_is_the_changelogs():

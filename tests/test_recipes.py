@@ -1,4 +1,4 @@
-"""Every recipe in configs/ runs: two steps of each stage, with its own kinds, losses, optimizers and targets."""
+"""Recipes in configs/ run on the embedded model: two steps of each stage, with its own losses, optimizers and targets."""
 
 import dataclasses
 from pathlib import Path
@@ -10,6 +10,11 @@ from sdjax import config_file
 from sdjax.train.loop import train
 
 ROOT = Path(__file__).parent.parent
+RECIPES = [
+    path
+    for path in sorted((ROOT / "configs").glob("*.toml"))
+    if not path.stem.startswith(("sd21", "sdxl")) or path.stem == "sdxl_full"  # the others are as SD1.5's
+]
 SAMPLES = str(ROOT / "sdjax" / "tiny" / "samples")
 
 
@@ -18,10 +23,11 @@ def quick_compilation():
     yield from micro.quick_compilation()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_runs(path, tmp_path):
     recipe = config_file.load(path)
-    data = dataclasses.replace(recipe.data, path=SAMPLES, validation_path="", batch_size=2)
+    fsdp = recipe.parallel.mesh.fsdp
+    data = dataclasses.replace(recipe.data, path=SAMPLES, validation_path="", resolution=64, batch_size=max(2, fsdp))
     stages = tuple(
         dataclasses.replace(
             stage, steps=2, warmup_steps=0, data=dataclasses.replace(stage.data, path=None, batch_size=None)

@@ -36,9 +36,9 @@ class Parallel(NamedTuple):
     step: Any
     """`step(state, frozen, batch, key) -> (state, metrics)` of placed arguments, the state donated; has `.lower`."""
     place_state: Callable[[PyTree], PyTree]
-    """Tree -> a copy on each device; the tree given stays valid."""
+    """Tree -> on each device, split over the fsdp axis if there is one; the tree given stays valid."""
     place_frozen: Callable[[PyTree], PyTree]
-    """Tree -> on each device, split over the fsdp axis if there is one; not copied where it already lies there."""
+    """The same, but not copied where it already lies there."""
     place_batch: Callable[[Mapping[str, np.ndarray]], PyTree]
     """The whole batch (each process passes all of it) -> its parts on the devices."""
     fetch: Callable[[PyTree], PyTree]
@@ -90,12 +90,23 @@ def _under_jit(train_step: TrainStep, data: int, fsdp: int, devices: list[Any]) 
     everywhere = NamedSharding(mesh, P())
     parts = NamedSharding(mesh, P(("data", "fsdp")))
 
-    def replicate(tree: PyTree) -> PyTree:
+    def split(leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, _split_largest(leaf.shape, fsdp))
+
+    def place_state(tree: PyTree) -> PyTree:
         # A copy, since the step overwrites it and device_put (even with may_alias=False) may share the first device's.
-        return jax.tree.map(lambda leaf: _put(leaf.copy(), everywhere), tree)
+        return jax.tree.map(lambda leaf: _put(leaf.copy(), split(leaf)), tree)
 
     def place_frozen(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, _split_largest(leaf.shape, fsdp))), tree)
+        return jax.tree.map(lambda leaf: _put(leaf, split(leaf)), tree)
+
+    def whole_step(state: PyTree, frozen: PyTree, batch: PyTree, key: jax.Array) -> tuple[PyTree, PyTree]:
+        state, metrics = train_step(state, frozen, batch, key, reduce=lambda tree: tree)
+        return jax.lax.with_sharding_constraint((state, metrics), (jax.tree.map(split, state), everywhere))
+
+    def fetch(state: PyTree) -> PyTree:
+        gather = jax.jit(lambda leaf: leaf, out_shardings=everywhere)  # a process reads what lies on its own devices
+        return jax.tree.map(lambda leaf: _fetch(leaf if leaf.is_fully_replicated else gather(leaf)), state)
 
     def place_batch(batch: Mapping[str, np.ndarray]) -> PyTree:
         # By callback, since a process can place only what lies on its own devices.
@@ -105,12 +116,11 @@ def _under_jit(train_step: TrainStep, data: int, fsdp: int, devices: list[Any]) 
         }
 
     step = jax.jit(
-        functools.partial(train_step, reduce=lambda tree: tree),
+        whole_step,
         donate_argnums=0,
-        out_shardings=(everywhere, everywhere),
         compiler_options=memory_first(devices[0].platform),
     )
-    return Parallel(data * fsdp, step, replicate, place_frozen, place_batch, _fetch)
+    return Parallel(data * fsdp, step, place_state, place_frozen, place_batch, fetch)
 
 
 def together(train_step: TrainStep) -> TrainStep:
