@@ -102,7 +102,9 @@ def plan(
     if not 0 < strength <= 1:
         raise ConfigError(f"strength {strength} must lie above 0 and at most at 1")
     if (kept := int(steps * strength)) < 1:
-        raise ConfigError(f"strength {strength} of {steps} steps leaves none to run; use at least {1 / steps:.3g}")
+        raise ConfigError(
+            f"strength {strength} of {steps} steps leaves none to run; use a strength of {1 / steps:.3g} or more steps"
+        )
     if spaces_karras:
         for option, supported in ONLY.items():
             if (value := schedule.config.get(option)) not in (None, supported):

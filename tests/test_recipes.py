@@ -1,4 +1,4 @@
-"""Recipes in configs/ run on the embedded model: two steps of each stage, with its own losses, optimizers and targets."""
+"""Recipes in configs/ run on the embedded model: two steps of each stage, with their losses, optimizers and targets."""
 
 import dataclasses
 from pathlib import Path
