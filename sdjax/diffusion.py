@@ -327,10 +327,12 @@ def rescale_guidance(
 ) -> Float[Array, "B ..."]:
     """Bring the guided prediction's spread back towards the conditional one's, by phi in [0, 1] (0: not at all).
 
-    Lin et al. 2023, section 3.4, equations 15 and 16; the standard deviations are each image's own.
+    Lin et al. 2023, section 3.4, equations 15 and 16; the standard deviations are each image's own. A prediction without
+    spread, such as that of a model whose last layer begins as zeros, stays finite.
     """
     axes = tuple(range(1, cond.ndim))
-    ratio = jnp.std(cond, axis=axes, keepdims=True) / jnp.std(guided, axis=axes, keepdims=True)
+    spread = jnp.std(guided, axis=axes, keepdims=True)
+    ratio = jnp.std(cond, axis=axes, keepdims=True) / jnp.where(spread > 0, spread, jnp.ones_like(spread))
     phi = jnp.asarray(phi, guided.dtype)
     return guided * (phi * ratio + (1 - phi))
 

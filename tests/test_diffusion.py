@@ -68,6 +68,8 @@ def test_rescaled_guidance_matches_diffusers():
     expected = rescale_noise_cfg(torch.tensor(np.asarray(guided)), torch.tensor(np.asarray(cond)), 0.7)
     np.testing.assert_allclose(diffusion.rescale_guidance(cond, guided, 0.7), expected.numpy(), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(diffusion.rescale_guidance(cond, guided, 0.0), guided)
+    flat = jnp.zeros_like(cond)  # a model whose last layer begins as zeros
+    np.testing.assert_array_equal(diffusion.rescale_guidance(flat, flat, 0.0), flat)
 
 
 def test_a_config_without_a_class_is_stable_diffusion_1():
