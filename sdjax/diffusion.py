@@ -327,8 +327,8 @@ def rescale_guidance(
 ) -> Float[Array, "B ..."]:
     """Bring the guided prediction's spread back towards the conditional one's, by phi in [0, 1] (0: not at all).
 
-    Lin et al. 2023, section 3.4, equations 15 and 16; the standard deviations are each image's own. A prediction without
-    spread, such as that of a model whose last layer begins as zeros, stays finite.
+    Lin et al. 2023, section 3.4, equations 15 and 16; the standard deviations are each image's own. A prediction
+    without spread, such as that of a model whose last layer begins as zeros, stays finite.
     """
     axes = tuple(range(1, cond.ndim))
     spread = jnp.std(guided, axis=axes, keepdims=True)

@@ -53,8 +53,9 @@ def parallelize(
     data: int = -1,
     fsdp: int = 1,
     devices: Sequence[Any] | None = None,
+    save_memory: bool = True,
 ) -> Parallel:
-    """Wrap a pure step for the devices (default: all).
+    """Wrap a pure step for the devices (default: all). save_memory: as of `memory_first`, under jit.
 
     `data * fsdp` devices take part, -1 standing for what is left. Raises ConfigError if there are not that many, or if
     they do not divide `batch_size`, the number of examples in the whole batch.
@@ -69,7 +70,8 @@ def parallelize(
             + (f", or parallel.mesh.data one of {fitting}" if fitting else "")
         )
     if mode == "jit":
-        return _under_jit(train_step, data, fsdp, devices[:count])
+        options = memory_first(devices[0].platform) if save_memory else {}
+        return _under_jit(train_step, data, fsdp, devices[:count], options)
     if fsdp != 1 or jax.process_count() > 1:
         raise ConfigError("parallel.mode = 'pmap' splits the batch only, within one process; use 'jit'")
     return _under_pmap(train_step, devices[:count])
@@ -85,7 +87,9 @@ def _mesh_sizes(data: int, fsdp: int, devices: int) -> tuple[int, int]:
     return data, fsdp
 
 
-def _under_jit(train_step: TrainStep, data: int, fsdp: int, devices: list[Any]) -> Parallel:
+def _under_jit(
+    train_step: TrainStep, data: int, fsdp: int, devices: list[Any], compiler_options: dict[str, Any]
+) -> Parallel:
     mesh = jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
     everywhere = NamedSharding(mesh, P())
     parts = NamedSharding(mesh, P(("data", "fsdp")))
@@ -118,7 +122,7 @@ def _under_jit(train_step: TrainStep, data: int, fsdp: int, devices: list[Any]) 
     step = jax.jit(
         whole_step,
         donate_argnums=0,
-        compiler_options=memory_first(devices[0].platform),
+        compiler_options=compiler_options,
     )
     return Parallel(data * fsdp, step, place_state, place_frozen, place_batch, fetch)
 
