@@ -327,7 +327,7 @@ def parallelize_stage(config: RunConfig, data: Data, train_step: TrainStep, stag
     """A stage's step on the devices the run asks for."""
     mesh = config.parallel.mesh
     size = data.batch_size * (2 if stage.prior_prompt else 1)
-    # The gradients of whole models' kernels depend on nothing later: side by side a step takes 0.8 of the time on the CPU.
+    # The gradients of whole models' kernels wait for nothing: side by side, a step takes 0.8 of the time on the CPU.
     save_memory = "weights" not in stage.parts.values()
     return parallelize(
         train_step,
