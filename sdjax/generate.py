@@ -93,11 +93,14 @@ def _run(argv: Sequence[str]) -> None:
 
     pictures: dict[int, Image.Image] = {}
     number = _next_number(out)
-    for own, places in _by_loras(loras).items():
+    groups = _by_loras(loras)
+    for n, (own, places) in enumerate(groups.items(), 1):
         adapted = sd
         for lora in own:
             for part, tree in adapters[lora.path].items():
                 adapted = adapted.with_lora({part: tree}, lora.unet_weight if part == "unet" else lora.text_weight)
+        if n == len(groups):
+            del sd  # or the weights without LoRAs lie beside those with
         for chosen, batch in jobs.batches([bare[i] for i in places], args.batch_size):
             with _memory_advice():
                 drawn = jobs.draw(adapted, batch)
