@@ -44,17 +44,20 @@ VAE = {
     "norm_num_groups": 4,
     "scaling_factor": 1.0,
 }
-TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOKENIZER = Path(__file__).parent / "tokenizer"
+"""A BPE tokenizer of 2263 words, the first two of which begin and end a text; its window has 16 places."""
+IDS = {"vocab_size": 2263, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **IDS}
 
 
 def make_model(folder: Path, *, sdxl: bool = False, inpainting: bool = False) -> Path:
-    """A model folder for 16 x 16 pictures: tiny's tokenizer and schedule, random weights."""
+    """A model folder for 16 x 16 pictures: tiny's schedule, random weights."""
     tiny = loading.outline("tiny")
     text = {**tiny.folder.configs["text_encoder"], **TEXT}
     configs = {"unet": dict(UNET), "vae": dict(VAE), "text_encoder": text}
     configs["unet"] |= {"in_channels": 9} if inpainting else {}
     index = {key: value for key, value in tiny.folder.model_index.items() if key != "_class_name"}
-    tokenizers = {"tokenizer": tiny.folder.tokenizers["tokenizer"]}
+    tokenizers = {"tokenizer": TOKENIZER}
     if sdxl:
         configs["unet"] |= XL
         configs["text_encoder_2"] = {**text, "architectures": ["CLIPTextModelWithProjection"], "projection_dim": 16}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import micro
 import numpy as np
 import oracle
 import pytest
@@ -104,15 +105,14 @@ def build(kind, **changes):
         "sample_size": 32,
     }
     text = {
-        "vocab_size": 2263, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1,
-        "pad_token_id": 1,
+        "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "max_position_embeddings": 16, **micro.IDS,
     } | spec.get("text", {})  # fmt: skip
     parts = {
         "unet": oracle.randomised(diffusers.UNet2DConditionModel(**unet), 1),
         "vae": oracle.randomised(diffusers.AutoencoderKL(**vae), 2),
         "text_encoder": oracle.randomised(CLIPTextModel(CLIPTextConfig(**text)), 3),
-        "tokenizer": CLIPTokenizer.from_pretrained(TINY / "tokenizer", model_max_length=16),
+        "tokenizer": CLIPTokenizer.from_pretrained(micro.TOKENIZER, model_max_length=16),
         # Published configs hold other classes' options too, which the other samplers then read.
         "scheduler": getattr(diffusers, spec["class"]).from_config(SCHEDULER | spec["scheduler"]),
     }
@@ -123,7 +123,7 @@ def build(kind, **changes):
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
     text |= {"hidden_size": 32, "hidden_act": "gelu", "projection_dim": 20}
-    second = CLIPTokenizer.from_pretrained(TINY / "tokenizer", model_max_length=16)
+    second = CLIPTokenizer.from_pretrained(micro.TOKENIZER, model_max_length=16)
     second.pad_token = "!"
     return diffusers.StableDiffusionXLPipeline(
         **parts,

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shutil
-from pathlib import Path
 
 import jax
 import micro
@@ -326,7 +325,7 @@ def test_published_models_are_recognised(family, tmp_path, monkeypatch):
         "first_stage_model.decoder.mid.block_2.conv2.bias",
     }
     monkeypatch.setattr(single_file, "read_tensors", lambda path: (file, {}))
-    monkeypatch.setattr(single_file, "snapshot", lambda *_: Path(sdjax.__file__).parent / "tiny" / "tokenizer")
+    monkeypatch.setattr(single_file, "snapshot", lambda *_: micro.TOKENIZER)
     folder = single_file.read_single_file(tmp_path / "model.safetensors")
     for name, (_, kind) in own.items():
         got = kind.from_dict(folder.configs[name])
@@ -483,22 +482,21 @@ def test_settings_that_do_not_go_together(model, written, tmp_path):
 
 def test_tokenizers_pad_as_the_family_does(model, kind, foreign, tmp_path, monkeypatch):
     """From the hub, or one folder for all; a model's folder is taken as it is."""
-    tiny = Path(sdjax.__file__).parent / "tiny" / "tokenizer"
     exclamation = model.tokenizers["tokenizer"].vocabulary.convert_tokens_to_ids("!")
     pads = {"tokenizer": exclamation if kind == "sd2" else 1} | ({"tokenizer_2": exclamation} if kind == "sdxl" else {})
-    shutil.copytree(tiny, tmp_path / "tokenizer")
+    shutil.copytree(micro.TOKENIZER, tmp_path / "tokenizer")
 
     def found(tokenizer=None):
         folder = single_file.read_single_file(foreign, tokenizer=tokenizer, prediction_type="epsilon")
         return {name: Tokenizer.from_folder(path, window=16).pad for name, path in folder.tokenizers.items()}
 
-    assert found(tiny) == pads
+    assert found(micro.TOKENIZER) == pads
     assert set(found(model.folder.path).values()) == {1}
     assert found(tmp_path) == pads | {"tokenizer": 1}
     with pytest.raises(DataError, match=r"2263 words are not Stable Diffusion's 49408: give its tokenizer's folder"):
         found()
     monkeypatch.setattr(single_file, "_VOCABULARY", 2263)
-    monkeypatch.setattr(single_file, "snapshot", lambda repository, patterns: tiny)
+    monkeypatch.setattr(single_file, "snapshot", lambda repository, patterns: micro.TOKENIZER)
     assert found() == pads
 
     def offline(repository, patterns):

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from pathlib import Path
 
+import micro
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ from sdjax.errors import ConfigError, DataError
 from sdjax.prompt import Tokenizer
 from sdjax.prompt_syntax import emphasis
 
-FOLDER = Path(sdjax.__file__).parent / "tiny" / "tokenizer"
+FOLDER = micro.TOKENIZER
 WINDOW = 16
 BEGIN, END = 0, 1
 

@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from micro import make_images, make_model, quick_compilation, settings
+from micro import TOKENIZER, make_images, make_model, quick_compilation, settings
 
 import sdjax
 from sdjax.errors import ConfigError, DataError
@@ -25,7 +24,7 @@ quick = pytest.fixture(scope="module", autouse=True)(quick_compilation)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.from_folder(Path(sdjax.__file__).parent / "tiny" / "tokenizer", window=16)
+    return Tokenizer.from_folder(TOKENIZER, window=16)
 
 
 @pytest.fixture(scope="module")
