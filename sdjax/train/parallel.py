@@ -88,7 +88,7 @@ def _mesh_sizes(data: int, fsdp: int, devices: int) -> tuple[int, int]:
 
 
 def _under_jit(
-    train_step: TrainStep, data: int, fsdp: int, devices: list[Any], compiler_options: dict[str, Any]
+    step_of: TrainStep, data: int, fsdp: int, devices: list[Any], compiler_options: dict[str, Any]
 ) -> Parallel:
     mesh = jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
     everywhere = NamedSharding(mesh, P())
@@ -104,8 +104,8 @@ def _under_jit(
     def place_frozen(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: _put(leaf, split(leaf)), tree)
 
-    def whole_step(state: PyTree, frozen: PyTree, batch: PyTree, key: jax.Array) -> tuple[PyTree, PyTree]:
-        state, metrics = train_step(state, frozen, batch, key, reduce=lambda tree: tree)
+    def train_step(state: PyTree, frozen: PyTree, batch: PyTree, key: jax.Array) -> tuple[PyTree, PyTree]:
+        state, metrics = step_of(state, frozen, batch, key, reduce=lambda tree: tree)
         return jax.lax.with_sharding_constraint((state, metrics), (jax.tree.map(split, state), everywhere))
 
     def fetch(state: PyTree) -> PyTree:
@@ -120,7 +120,7 @@ def _under_jit(
         }
 
     step = jax.jit(
-        whole_step,
+        train_step,
         donate_argnums=0,
         compiler_options=compiler_options,
     )
