@@ -119,11 +119,7 @@ def _under_jit(
             for name, array in batch.items()
         }
 
-    step = jax.jit(
-        train_step,
-        donate_argnums=0,
-        compiler_options=compiler_options,
-    )
+    step = jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
     return Parallel(data * fsdp, step, place_state, place_frozen, place_batch, fetch)
 
 

@@ -2,11 +2,11 @@
 
     python tests/benchmarks/guide_pictures.py [--only rank alpha] [--folder runs/guide]
 
---only: the sections whose pictures have these names. About ten minutes on two cores.
+--only: the sections whose pictures have these names; alpha and weight need what rank leaves behind, decay what vectors
+does. About twenty minutes on two cores.
 """
 
 import argparse
-import os
 import shlex
 import shutil
 import subprocess
@@ -34,7 +34,7 @@ def main():
             continue
         for line in (*training, drawing):
             words = shlex.split(line.replace("sdjax generate", "python -m sdjax.generate"))
-            subprocess.run([sys.executable, *words[1:]], cwd=args.folder, check=True, env=os.environ)
+            subprocess.run([sys.executable, *words[1:]], cwd=args.folder, check=True)
         shutil.copy(out / "grid.png", ROOT / "docs" / "guide" / f"{out.name}.png")
 
 
