@@ -116,7 +116,8 @@ def test_the_library_page_runs(tmp_path, monkeypatch):
 
 
 def test_the_guides_commands_run(tmp_path, monkeypatch):
-    """In their order, as each builds on those before; with two steps of training and five of drawing."""
+    """In their order, as each builds on those before; with two steps of training and few of drawing."""
+    few = ["--stages.0.steps", "2", "--stages.0.warmup-steps", "0", "--validation.steps", "1"]
     for name in ("configs", "sdjax"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -125,12 +126,12 @@ def test_the_guides_commands_run(tmp_path, monkeypatch):
         words = shlex.split(command)
         if words[0] == "sdjax":
             assert words[-2:] == ["--out", f"outputs/{pictures.pop(0)}"]
-            steps = [] if "steps" in command else ["--steps", "5"]
+            steps = [] if "steps" in command else ["--steps", "2"]
             assert generate.main([*words[2:], *steps]) == 0
             assert Path(words[-1], "grid.png").exists()
         else:
             assert words[:3] == ["python", "-m", "sdjax.train"]
-            arguments = config_file.parse_args([*words[3:], "--stages.0.steps", "2", "--stages.0.warmup-steps", "0"])
+            arguments = config_file.parse_args([*words[3:], *few])
             assert train(arguments.config) == 0
     assert not pictures
 

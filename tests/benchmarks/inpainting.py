@@ -23,11 +23,12 @@ from PIL import Image, ImageDraw, ImageFont
 import sdjax
 from sdjax import grids
 from sdjax.inpainting import on_white
+from sdjax.tiny import recipe
 
 
 def picked(folder, count=16):
     """(pictures, their names, other names), the same at each call."""
-    known = set((Path(sdjax.__file__).parent / "tiny" / "names.txt").read_text().splitlines())
+    known = {subject.name for subject in recipe.subjects()} - set(recipe.WITHHELD)
     records = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     records = sorted((record for record in records if record["text"] in known), key=lambda record: record["text"])
     rows = np.random.default_rng(0).permutation(len(records))[: 2 * count]

@@ -29,6 +29,7 @@ import sdjax
 from sdjax import compilation_cache, config_file, diffusion, host_memory
 from sdjax.data.images import Size
 from sdjax.grids import sheet
+from sdjax.tiny import recipe
 from sdjax.train.loop import train
 
 WORD = "<thing>"
@@ -135,7 +136,7 @@ def main():
     compilation_cache.enable()
 
     records = [json.loads(line) for line in (args.twemoji / "metadata.jsonl").read_text().splitlines()]
-    known = set((Path(sdjax.__file__).parent / "tiny" / "names.txt").read_text().splitlines())
+    known = {subject.name for subject in recipe.subjects()} - set(recipe.WITHHELD)
     init = INIT[args.concept]
     is_concept = [CONCEPTS[args.concept] in r["subcategory"] + r["text"] for r in records]
     things = [r for r, own in zip(records, is_concept, strict=True) if own]
