@@ -10,6 +10,7 @@ and stands for `W' = W + scale * down up` (Hu et al. 2021, eq. 3). A leading axi
 a batch its own adapter. The layers of `sdjax.models` apply it when it is passed as the `lora` collection.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,14 +112,19 @@ def init(
     """
     from sdjax.models.layers import dora_norm
 
-    adapters = {}
-    for i, (path, kernel) in enumerate(targets(params, which).items()):
+    chosen = []
+    for path, kernel in targets(params, which).items():
         own = next((r for pattern, r in (ranks or {}).items() if re.search(pattern, "/".join(path))), rank)
-        if own == 0:
-            continue
         if own < 0:
             raise ConfigError(f"rank {own} for {'/'.join(path)}: a rank is 1 or more, or 0 to leave the layer out")
-        down = jax.random.normal(jax.random.fold_in(key, i), (*kernel.shape[:-1], own), jnp.float32) / math.sqrt(own)
+        if own > 0:
+            chosen.append((path, kernel, own))
+    # One draw for all layers: with one each, they take XLA as long to compile as a training step.
+    sizes = [math.prod(kernel.shape[:-1]) * own for _, kernel, own in chosen]
+    normal = jax.random.normal(key, (sum(sizes),), jnp.float32)
+    adapters = {}
+    for (path, kernel, own), size, end in zip(chosen, sizes, itertools.accumulate(sizes), strict=True):
+        down = normal[end - size : end].reshape(*kernel.shape[:-1], own) / math.sqrt(own)
         up = jnp.zeros((own, kernel.shape[-1]), jnp.float32)
         scale = jnp.float32((own if alpha is None else alpha) / (math.sqrt(own) if rslora else own))
         adapters[path] = {"down": down, "up": up, "scale": scale}
