@@ -1,6 +1,9 @@
 """One pure step gives the same numbers under jit, pmap and on one device, and reduces only what it trains."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -159,3 +162,13 @@ def test_frozen_weights_already_in_place_are_not_copied():
 def test_impossible_partitions_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         parallelize(train_step, **settings)
+
+
+@pytest.mark.parametrize(
+    ("asked", "flags", "seen"), [(2, "", 2), (1, "", 1), (2, "--xla_force_host_platform_device_count=3", 3)]
+)
+def test_the_cpu_is_divided_as_asked(asked, flags, seen):
+    program = f"from sdjax.train import parallel; parallel.divide_cpu({asked}); print(parallel.jax.device_count())"
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert run.stdout.strip() == str(seen), run.stderr

@@ -27,10 +27,12 @@ def _run(argv: Sequence[str]) -> int:
 
     from sdjax import compilation_cache, host_memory
     from sdjax.train.loop import train
+    from sdjax.train.parallel import divide_cpu
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("sdjax").setLevel(logging.INFO)
     compilation_cache.enable()
+    divide_cpu(arguments.config.parallel.cpu_devices)
     host_memory.keep()
     with logging_redirect_tqdm():
         return train(arguments.config, resume=arguments.resume, resume_step=arguments.resume_step)

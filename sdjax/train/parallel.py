@@ -8,6 +8,7 @@ under `pmap` it sees its device's part and `reduce` is the mean over devices. Ra
 
 import functools
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
@@ -43,6 +44,17 @@ class Parallel(NamedTuple):
     """The whole batch (each process passes all of it) -> its parts on the devices."""
     fetch: Callable[[PyTree], PyTree]
     """Placed state -> host tree of NumPy arrays and typed PRNG keys."""
+
+
+def divide_cpu(devices: int) -> None:
+    """Have JAX see the CPU as so many devices, unless XLA_FLAGS tells it how many.
+
+    XLA computes most operations of a small model in one thread, so that parts of a batch, each on a device of its own,
+    use the cores better than the batch as a whole. Each device holds a copy of what is not split. To be called before
+    anything asks JAX for its devices.
+    """
+    if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 def parallelize(
