@@ -17,6 +17,7 @@ import optax
 import optax.contrib
 from jaxtyping import Array, Float, Int, PyTree
 
+from sdjax import lora
 from sdjax.config import Stage
 from sdjax.errors import ConfigError
 
@@ -148,13 +149,13 @@ def ema(average: PyTree, new: PyTree, step: int | Int[Array, ""], decay: float) 
 def _adamw(stage: Stage, schedule: Schedule, up_ratio: float) -> optax.GradientTransformation:
     """AdamW, arXiv:1711.05101, as in PyTorch."""
     b1, b2 = stage.betas
-    return optax.chain(optax.scale_by_adam(b1, b2, stage.eps), _descent(stage, schedule, up_ratio))
+    return _gathered(optax.chain(optax.scale_by_adam(b1, b2, stage.eps), _descent(stage, schedule, up_ratio)))
 
 
 def _lion(stage: Stage, schedule: Schedule, up_ratio: float) -> optax.GradientTransformation:
     """Lion, arXiv:2302.06675: steps of one size; wants a rate 3 to 10 times below AdamW's, and betas 0.9, 0.99."""
     b1, b2 = stage.betas
-    return optax.chain(optax.scale_by_lion(b1, b2), _descent(stage, schedule, up_ratio))
+    return _gathered(optax.chain(optax.scale_by_lion(b1, b2), _descent(stage, schedule, up_ratio)))
 
 
 def _adafactor(stage: Stage, schedule: Schedule, up_ratio: float) -> optax.GradientTransformation:
@@ -221,6 +222,50 @@ OPTIMIZERS: dict[str, Callable[[Stage, Schedule, float], optax.GradientTransform
     "schedule_free": _schedule_free,
 }
 """Name -> the optimizer of one part, by its learning rate and how much higher that of `up` is."""
+
+
+_SMALL = 1 << 16
+
+
+def _gathered(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A transform of single elements, over small leaves of one name laid end to end; the others stay by themselves.
+
+    An adapter has hundreds of leaves, for each of which XLA compiles and starts loops of its own.
+    """
+
+    def place(path: Any, leaf: Array) -> tuple[str, str]:
+        kind = "matrix" if leaf.ndim > 1 else "vector"  # which is not decayed
+        return kind if leaf.size < _SMALL else jax.tree_util.keystr(path), path[-1].key
+
+    def gather(tree: PyTree) -> dict[str, dict[str, Array]]:
+        groups: dict[tuple[str, str], list[Array]] = {}
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            if leaf.size < _SMALL:
+                leaf = leaf.reshape(*(1,) * (leaf.ndim > 1), -1)
+            groups.setdefault(place(path, leaf), []).append(leaf)
+        return lora.nest({at: jnp.concatenate(leaves, axis=-1) for at, leaves in groups.items()})
+
+    def scatter(gathered: Mapping[str, Mapping[str, Array]], like: PyTree) -> PyTree:
+        ends: dict[tuple[str, str], int] = {}
+
+        def cut(path: Any, leaf: Array) -> Array:
+            where, name = at = place(path, leaf)
+            if leaf.size >= _SMALL:
+                return gathered[where][name]
+            start = ends.get(at, 0)
+            ends[at] = start + leaf.size
+            return gathered[where][name][..., start : start + leaf.size].reshape(leaf.shape)
+
+        return jax.tree.map_with_path(cut, like)
+
+    def init(params: PyTree) -> Any:
+        return transform.init(gather(params))
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
+        moves, state = transform.update(gather(updates), state, gather(params))
+        return scatter(moves, params), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _descent(stage: Stage, schedule: Schedule, up_ratio: float) -> optax.GradientTransformation:

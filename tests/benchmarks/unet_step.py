@@ -9,7 +9,6 @@ compiling included).
 """
 
 import argparse
-import functools
 import json
 import resource
 import subprocess
@@ -18,12 +17,15 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sdjax import host_memory, lora
+from sdjax.config import Stage
 from sdjax.models.layers import Compute
 from sdjax.models.unet import UNet, UNetConfig, abstract_params
-from sdjax.train.parallel import memory_first
+from sdjax.train.optimizers import make_optimizer
+from sdjax.train.parallel import divide_cpu, parallelize
 
 CONFIGS = {
     "sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
@@ -57,43 +59,59 @@ def random_params(abstract, key):
 
 
 def build(args):
-    """The jitted step of the asked mode, and the state it carries."""
+    """The step of the asked mode, `step(state, params, batch, key) -> (state, metrics)`, and its arguments, placed."""
     config = UNetConfig.from_dict(CONFIGS[args.size])
     unet = UNet(config, Compute(dtype=jnp.dtype(jnp.bfloat16 if args.bf16 else jnp.float32)))
     key = jax.random.key(0)
     params = random_params(abstract_params(config), key)
     shape = (args.batch, args.latent, args.latent, config.in_channels)
-    latents, noise = (jax.random.normal(jax.random.fold_in(key, i), shape) for i in (1, 2))
-    timesteps = jax.random.randint(key, (args.batch,), 0, 1000).astype(jnp.float32)
     context = jax.random.normal(key, (args.batch, 77, config.cross_attention_dim[0]))
-    if args.mode == "infer":
-        step = jax.jit(lambda state, params: unet.apply({"params": params}, latents, timesteps, context))
-        return step, None, params
-
+    batch = {
+        "latents": jax.random.normal(jax.random.fold_in(key, 1), shape),
+        "noise": jax.random.normal(jax.random.fold_in(key, 2), shape),
+        "timesteps": jax.random.randint(key, (args.batch,), 0, 1000).astype(jnp.float32),
+        "context": context,
+    }
     scales = None
     if args.mode == "lora":
         trained, scales = lora.split(lora.init(key, params, rank=args.rank))
     elif args.mode == "ti":
-        trained = context
+        trained = {"context": context[:1]}
+    elif args.mode == "full":
+        trained, params = params, {}
     else:
-        trained, params = params, None
-    optimizer = optax.adamw(1e-4)
+        trained = {}
+    # What `sdjax.train` steps with, without clipping.
+    stage = Stage(name="step", train=("unet",), steps=1000, learning_rate=1e-4, schedule="constant", clip_norm=0.0)
+    optimizer = make_optimizer(stage, {"unet": "weights"})
 
-    def loss(trained, params):
+    def predict(trained, params, batch):
         variables = {"params": trained if args.mode == "full" else params}
         if args.mode == "lora":
             variables["lora"] = lora.join(trained, scales)
-        out = unet.apply(variables, latents, timesteps, trained if args.mode == "ti" else context)
-        return jnp.mean(jnp.square(out.astype(jnp.float32) - noise))
+        context = (
+            jnp.broadcast_to(trained["context"], batch["context"].shape) if args.mode == "ti" else batch["context"]
+        )
+        return unet.apply(variables, batch["latents"], batch["timesteps"], context)
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=memory_first(jax.default_backend()))
-    def step(state, params):
+    def loss(trained, params, batch):
+        return jnp.mean(jnp.square(predict(trained["unet"], params, batch).astype(jnp.float32) - batch["noise"]))
+
+    def infer(state, params, batch, key, *, reduce):
+        return state, predict(state, params, batch)
+
+    def train(state, params, batch, key, *, reduce):
         trained, moments = state
-        gradient = jax.grad(loss)(trained, params)
+        value, gradient = reduce(jax.value_and_grad(loss)(trained, params, batch))
         updates, moments = optimizer.update(gradient, moments, trained)
-        return optax.apply_updates(trained, updates), moments
+        return (optax.apply_updates(trained, updates), moments), value
 
-    return step, (trained, optimizer.init(trained)), params
+    parallel = parallelize(
+        infer if args.mode == "infer" else train, batch_size=args.batch, save_memory=args.mode != "infer"
+    )
+    state = trained if args.mode == "infer" else ({"unet": trained}, optimizer.init({"unet": trained}))
+    batch = {name: np.asarray(leaf) for name, leaf in batch.items()}
+    return parallel.step, parallel.place_state(state), parallel.place_frozen(params), parallel.place_batch(batch), key
 
 
 TURN = """
@@ -117,10 +135,10 @@ script.main()
 """
 
 
-def in_turns(scripts, flags, steps):
-    """The JSON line of each script, all of which time every step by two calls of time.perf_counter."""
+def in_turns(commands, steps):
+    """The JSON line of each script with its flags, all of which time every step by two calls of time.perf_counter."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    children = [subprocess.Popen([sys.executable, "-c", TURN, script, *flags], **pipes) for script in scripts]
+    children = [subprocess.Popen([sys.executable, "-c", TURN, *command], **pipes) for command in commands]
     for _ in range(steps):
         for child in children:
             child.stdin.write("go\n")
@@ -137,13 +155,16 @@ def main():
     parser.add_argument("--mode", default="lora", choices=["infer", "lora", "ti", "full"])
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--devices", type=int, default=1, help="of ours: as of parallel.cpu_devices")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--cache", help="folder of a persistent compilation cache")
     parser.add_argument("--peer", help="the peer's script: both run in turn, and the ratios are printed")
     args = parser.parse_args()
     if args.peer:
-        flags = [f"--{n}={v}" for n, v in vars(args).items() if n not in ("peer", "bf16", "cache") and v is not None]
-        theirs, ours = in_turns([args.peer, __file__], [*flags, *(["--bf16"] if args.bf16 else [])], args.runs + 1)
+        given = {n: v for n, v in vars(args).items() if n not in ("peer", "bf16", "cache", "devices") and v is not None}
+        flags = [f"--{name}={value}" for name, value in given.items()] + ["--bf16"] * args.bf16
+        own = [f"--devices={args.devices}", *([f"--cache={args.cache}"] if args.cache else [])]
+        theirs, ours = in_turns([[args.peer, *flags], [__file__, *flags, *own]], args.runs + 1)
         for line in (theirs, ours):
             print(json.dumps(line))
         ratios = {f"speed, {n}": theirs[f"{n}_s"] / ours[f"{n}_s"] for n in ("median", "min")}
@@ -153,18 +174,18 @@ def main():
         jax.config.update("jax_compilation_cache_dir", args.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+    divide_cpu(args.devices)
     host_memory.keep()  # as the commands do
-    step, state, params = build(args)
+    step, state, *arguments = build(args)
     start = time.monotonic()  # perf_counter is for the steps alone, as of `in_turns`
-    lowered = step.lower(state, params)
+    lowered = step.lower(state, *arguments)
     lower_s = time.monotonic() - start
     compiled = lowered.compile()
     compile_s = time.monotonic() - start
     times = []
     for _ in range(args.runs + 1):
         start = time.perf_counter()
-        out = jax.block_until_ready(compiled(state, params))
-        state = state if args.mode == "infer" else out
+        state, _ = jax.block_until_ready(compiled(state, *arguments))
         times.append(time.perf_counter() - start)
     times = sorted(times[1:])
     figures = dict(median_s=times[len(times) // 2], min_s=times[0], compile_s=compile_s, lower_s=lower_s)
