@@ -245,7 +245,7 @@ def _gathered(transform: optax.GradientTransformation) -> optax.GradientTransfor
             groups.setdefault(place(path, leaf), []).append(leaf)
         return lora.nest({at: jnp.concatenate(leaves, axis=-1) for at, leaves in groups.items()})
 
-    def scatter(gathered: Mapping[str, Mapping[str, Array]], like: PyTree) -> PyTree:
+    def scatter(gathered: Any, like: PyTree) -> PyTree:
         ends: dict[tuple[str, str], int] = {}
 
         def cut(path: Any, leaf: Array) -> Array:
