@@ -382,6 +382,27 @@ def test_what_has_one_axis_is_not_decayed(kind):
     assert kind == "prodigy" or (end["unet"]["kernel"] < 1).all()  # Prodigy's first rate is too small to be seen
 
 
+@pytest.mark.parametrize(("kind", "theirs"), [("adamw", optax.adamw), ("lion", optax.lion)])
+def test_leaves_updated_together_are_updated_as_each_alone(kind, theirs):
+    random = np.random.default_rng(0)
+    shapes = {
+        "a": {"down": (3, 3, 4, 8), "up": (8, 5)},
+        "b": {"down": (400, 200), "up": (200, 6), "magnitude": (6,)},  # the first is no small one
+        "c": {"down": (7, 8), "up": (8, 5), "magnitude": (5,)},
+    }
+    is_shape = lambda leaf: isinstance(leaf, tuple)
+    draw = lambda: jax.tree.map(lambda n: jnp.asarray(random.normal(size=n), jnp.float32), shapes, is_leaf=is_shape)
+    start, gradients = draw(), [draw() for _ in range(3)]
+    s = stage(optimizer=kind, weight_decay=0.1)
+    ours, state = train(make_optimizer(s, {"unet": "lora"}), {"unet": start}, [{"unet": g} for g in gradients])
+    alone = theirs(1e-2, *s.betas, weight_decay=0.1, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree))
+    with jax.numpy_dtype_promotion("standard"):
+        reference, _ = train(alone, start, gradients)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), ours["unet"], reference)
+    moments = [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert set(moments) == {(400, 200), (1, 3 * 3 * 4 * 8 + 7 * 8), (1, 8 * 5 + 200 * 6 + 8 * 5), (6 + 5,)}
+
+
 def test_clipping_looks_at_all_parts_together():
     start = {"unet": adapter(0), "text_encoder": adapter(1)}
     gradient = {"unet": adapter(2), "text_encoder": adapter(3)}
