@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pictures import SCHEDULERS, STOCHASTIC
 
 from sdjax import sampling
 from sdjax.diffusion import NoiseSchedule, to_denoised
@@ -63,19 +64,6 @@ CONFIGS = {
         "trained_betas": None,
     },
 }
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "pndm": "PNDMScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "lcm": "LCMScheduler",
-}
-STOCHASTIC = ("euler_a", "dpmpp_2m_sde", "lcm")
 KARRAS = ("lms", "heun", "euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
 ZERO_SNR = ("ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm")
 
