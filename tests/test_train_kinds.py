@@ -1,6 +1,7 @@
 """Every kind of fine-tuning in one run of stages: what each leaves behind, and that an interruption changes no bit."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import micro
 import numpy as np
 import pytest
+from PIL import Image
+from safetensors import safe_open
 
 import sdjax
 from sdjax import lora, textual_inversion
@@ -216,3 +219,37 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(config, stage, mes
     with pytest.raises(Exception, match=message) as error:
         plan_run(changed)
     assert isinstance(error.value, ConfigError) or error.value.exit_code == 3
+
+
+def test_pictures_of_several_shapes(config, tmp_path):
+    """A LoRA and an autoencoder trained in buckets: the files say the shapes, and latents are normalised over all."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, size in enumerate([(16, 16)] * 3 + [(32, 8)] * 2 + [(8, 32)]):
+        Image.new("RGB", size, (40 * i, 255 - 40 * i, 100)).save(images / f"{i}.png")
+    data = {"path": str(images), "caption": "a thing", "resolution": 16, "batch_size": 2, "buckets": True}
+    both = [{"name": "style", "train": ["lora"]}, {"name": "autoencoder", "train": ["vae"], "vae_normalise": True}]
+    run = micro.settings(
+        Path(config.model),
+        images,
+        tmp_path / "run",
+        stages=[{"steps": 4, **stage} for stage in both],
+        data={**data, "bucket_step": 8, "bucket_max_aspect": 4.0},
+        checkpoint={"every": 10},
+    )
+    assert train(run) == 0
+    style, autoencoder = (tmp_path / "run" / "export" / name for name in ("style", "autoencoder"))
+    assert "| images | 1 at 8 x 32, 3 at 16 x 16, 2 at 32 x 8 |" in (style / "README.md").read_text()
+    with safe_open(style / "lora.safetensors", "np") as file:
+        metadata = file.metadata()
+    assert metadata["ss_enable_bucket"] == "True"
+    assert json.loads(metadata["ss_bucket_info"])["buckets"] == {
+        "0": {"resolution": [8, 32], "count": 1},
+        "1": {"resolution": [16, 16], "count": 3},
+        "2": {"resolution": [32, 8], "count": 2},
+    }
+    trained = sdjax.load(autoencoder / "model")
+    pixels = [[Image.open(images / f"{i}.png")] for i in range(6)]
+    means = np.concatenate([np.asarray(trained.encode_image(picture)).reshape(-1, 4) for picture in pixels])
+    np.testing.assert_allclose(means.mean(axis=0), 0, atol=1e-3)
+    np.testing.assert_allclose(means.std(axis=0), 1, rtol=1e-3)

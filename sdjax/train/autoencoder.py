@@ -4,7 +4,7 @@ Reconstruction plus KL divergence (Kingma and Welling 2014, as Rombach et al. 20
 here: measures of pooled pixels, of colour alone and of edges make up for what a plain L1 distance leaves blurred.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -68,18 +68,21 @@ def divergence(moments: Float[Array, "B h w 2*c"]) -> Float[Array, "B h w c"]:
     return 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance)
 
 
-def normalised(module: vae.AutoencoderKL, params: PyTree, pixels: UInt8[np.ndarray, "N F H W 3"]) -> dict[str, Any]:
-    """`normalise` by what the autoencoder makes of these pictures (at most 2048 of them, evenly spread)."""
+def normalised(
+    module: vae.AutoencoderKL, params: PyTree, buckets: Sequence[UInt8[np.ndarray, "N F H W 3"]]
+) -> dict[str, Any]:
+    """`normalise` by what the autoencoder makes of these pictures (about 2048 of them, evenly spread)."""
 
     @jax.jit
     def means(images: Array) -> Array:
         moments = module.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1, method="encode")
         return vae.posterior_mean(jnp.asarray(moments))
 
-    chosen = pixels[:: max(1, len(pixels) // 2048), 0]
-    batches = [np.asarray(means(chosen[i : i + 8])) for i in range(0, len(chosen), 8)]
+    every = max(1, sum(map(len, buckets)) // 2048)
+    batches = [pixels[i : i + 8 * every : every, 0] for pixels in buckets for i in range(0, len(pixels), 8 * every)]
     channels = module.config.latent_channels
-    return normalise(module.config, params, np.concatenate([batch.reshape(-1, channels) for batch in batches]))
+    found = [np.asarray(means(batch)).reshape(-1, channels) for batch in batches]
+    return normalise(module.config, params, np.concatenate(found))
 
 
 def normalise(config: vae.VAEConfig, params: Mapping[str, Any], means: Float[np.ndarray, "N c"]) -> dict[str, Any]:

@@ -89,13 +89,20 @@ def _metadata(config: RunConfig, plan: StagePlan) -> dict[str, str]:
         "ss_batch_size_per_device": str(plan.data.batch_size),
         "ss_gradient_accumulation_steps": str(plan.data.accumulation),
         "ss_num_train_images": str(len(plan.records)),
+        "ss_enable_bucket": str(plan.data.buckets),
+        "ss_bucket_info": json.dumps({"buckets": dict(enumerate(_buckets(plan)))}),
         "ss_min_snr_gamma": str(stage.min_snr_gamma or None),
         "modelspec.title": stage.name,
     }
 
 
+def _buckets(plan: StagePlan) -> list[dict[str, Any]]:
+    """The training pictures by size, as kohya's scripts write it."""
+    return [{"resolution": (size.width, size.height), "count": len(found)} for size, found in plan.buckets.items()]
+
+
 def _card(config: RunConfig, plan: StagePlan, made: Made, *, has_grid: bool) -> str:
-    stage, data = plan.stage, plan.data
+    stage = plan.stage
     captions = list(dict.fromkeys(caption for record in plan.records if (caption := record.caption)))
     earlier = [s.name for s in config.stages[: plan.number]]
     hub_id = not Path(config.model).exists() and "/" in config.model
@@ -103,7 +110,7 @@ def _card(config: RunConfig, plan: StagePlan, made: Made, *, has_grid: bool) -> 
         "base model": f"`{config.model}`",
         "trained": "; ".join(_trained(plan)),
         "on top of": ", ".join(earlier) + " (included in these files)" if earlier else "the base model",
-        "images": f"{len(plan.records)} at {data.resolution} x {data.resolution}",
+        "images": ", ".join(f"{len(found)} at {size.width} x {size.height}" for size, found in plan.buckets.items()),
         "steps": f"{stage.steps} of {plan.examples} images",
         "learning rate": f"{json.dumps(stage.learning_rate)}, {stage.schedule}, warm-up {stage.warmup_steps}",
         "seed": str(config.seed),

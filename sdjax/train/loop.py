@@ -168,7 +168,11 @@ class Training:
         stage, config = self.plan.stage, self.run.config
         made = result(self.plan.recipe, self.start.earlier, state, self.ready.frozen)
         if stage.vae_normalise:
-            weights = normalised(self.run.model.vae, made.weights["vae"], self.dataset.buckets[0].arrays["pixels"])
+            weights = normalised(
+                self.run.model.vae,
+                made.weights["vae"],
+                [bucket.arrays["pixels"] for bucket in self.dataset.buckets],
+            )
             made = made._replace(weights=made.weights | {"vae": weights})
         made = jax.tree.map(np.asarray, made)
         place = Path(config.output) / "export" / stage.name
