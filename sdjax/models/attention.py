@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from sdjax.models.layers import Compute, Dense, GroupNorm
 
-BLOCK = 1 << 20  # scores the CPU's path holds at a time: 4 MB
+BLOCK = 1 << 21  # scores the CPU's path holds at a time: 8 MB
 
 
 def attention(
@@ -138,7 +138,7 @@ _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 def _blocks(q, k) -> tuple[int, int]:
     """Heads and queries to take at a time: all, or divisors of them so that a block has at most BLOCK scores."""
     heads, queries, keys = q.shape[0], q.shape[1], k.shape[1]
-    if heads * queries * keys <= 4 * BLOCK:
+    if heads * queries * keys <= 2 * BLOCK:
         return heads, queries  # no loop: its overhead is more than what smaller blocks gain
     if queries * keys <= BLOCK:
         return max(n for n in range(1, heads + 1) if heads % n == 0 and n * queries * keys <= BLOCK), queries
