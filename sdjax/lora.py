@@ -147,21 +147,25 @@ def merge(params: Mapping[str, Any], lora: Mapping[str, Any], weight: float = 1.
     A DoRA layer becomes `W + weight * (m V / |V| - W)` with `V = W + scale * down up`, so that weight 0 is the base
     model and weight 1 the trained one.
     """
-    from sdjax.models.layers import dora_norm
-
     flat = dict(layers(params, "kernel"))
     for path, adapter in layers(lora, "down"):
         if path not in flat:
             raise ConfigError(f"the adapter has a layer the model lacks: {'/'.join(path)}")
-        kernel = flat[path]["kernel"]
-        change = delta(adapter)
-        if "magnitude" in adapter:
-            adapted = kernel.astype(jnp.float32) + change
-            gain = adapter["magnitude"] / dora_norm(kernel, adapter["down"], adapter["up"], adapter["scale"])
-            change = adapted * gain - kernel.astype(jnp.float32)
-        merged = kernel.astype(jnp.float32) + jnp.float32(weight) * change
-        flat[path] = {**flat[path], "kernel": merged.astype(kernel.dtype)}
+        flat[path] = {**flat[path], "kernel": _merge_layer(flat[path]["kernel"], adapter, weight)}
     return _replace(params, {(*path, "kernel"): layer["kernel"] for path, layer in flat.items()})
+
+
+@jax.jit  # one small program for each shape, where its operations one by one are four
+def _merge_layer(kernel: Array, adapter: Tree, weight: float) -> Array:
+    from sdjax.models.layers import dora_norm
+
+    change = delta(adapter)
+    if "magnitude" in adapter:
+        adapted = kernel.astype(jnp.float32) + change
+        gain = adapter["magnitude"] / dora_norm(kernel, adapter["down"], adapter["up"], adapter["scale"])
+        change = adapted * gain - kernel.astype(jnp.float32)
+    merged = kernel.astype(jnp.float32) + jnp.asarray(weight, jnp.float32) * change
+    return merged.astype(kernel.dtype)
 
 
 def _replace(tree: Mapping[str, Any], leaves: Mapping[Path, Any], path: Path = ()) -> Tree:

@@ -57,7 +57,7 @@ CONCEPT = {
     "schedule": "cosine",
     "weight_decay": 0.0,
     "clip_ti_decay": True,
-    "clip_ti_norm": 1.6,  # of the words the model knows
+    "clip_ti_norm": 1.9,  # of the words the model knows
     "data": {"missing_caption": "empty", "batch_size": 8},
 }
 JOINT = {  # one stage of as many steps, on the pictures of both; a third of them show the concept

@@ -44,7 +44,7 @@ def settings(args, steps):
         "template": ["{}", "a {}", "{} emoji"],
         "weight_decay": 0.0,
         "clip_ti_decay": True,
-        "clip_ti_norm": 1.6,
+        "clip_ti_norm": 1.9,
     }
     data = {"path": copies[0]["path"], "resolution": 64, "batch_size": args.batch, "missing_caption": "empty"}
     table = {
