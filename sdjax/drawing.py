@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from PIL import Image
 
 from sdjax import conditioning, diffusion, inpainting, sampling
+from sdjax.compiler_options import compiler_options
 from sdjax.conditioning import Condition
 from sdjax.errors import ConfigError
 from sdjax.formats.png_parameters import parameters_text
@@ -216,15 +217,21 @@ def _denoise(
     variables = sd.variables("unet", group.rows * (len(conditions[0][0].context) // len(group.rows)))
     keys = request.keys[np.array(group.rows)]
     guidance, rescale = jnp.float32(request.guidance), jnp.float32(request.guidance_rescale)
+    sampler_step = _compiled_sampler_step(sd.unet.compute.target)
     for i in tqdm(range(int(plan.length)), desc=request.sampler, disable=not request.progress, leave=False):
-        state = _sampler_step(
+        state = sampler_step(
             sd.unet, sd.schedule.prediction_type, variables, state, np.int32(i), plan,
             keys, conditions[i], group.weights, guidance, rescale, given,
         )  # fmt: skip
     return np.asarray(state.latents)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.cache
+def _compiled_sampler_step(platform: str):
+    options = compiler_options(platform)
+    return jax.jit(_sampler_step, static_argnums=(0, 1), donate_argnums=3, compiler_options=options)
+
+
 def _sampler_step(
     model, prediction_type, variables, state, i, plan, keys, conditions, weights, guidance, rescale, given
 ):

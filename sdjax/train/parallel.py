@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
+from sdjax.compiler_options import compiler_options
 from sdjax.errors import ConfigError
 
 
@@ -67,7 +68,7 @@ def parallelize(
     devices: Sequence[Any] | None = None,
     save_memory: bool = True,
 ) -> Parallel:
-    """Wrap a pure step for the devices (default: all). save_memory: as of `memory_first`, under jit.
+    """Wrap a pure step for the devices (default: all). save_memory: as of `compiler_options`, under jit.
 
     `data * fsdp` devices take part, -1 standing for what is left. Raises ConfigError if there are not that many, or if
     they do not divide `batch_size`, the number of examples in the whole batch.
@@ -82,7 +83,7 @@ def parallelize(
             + (f", or parallel.mesh.data one of {fitting}" if fitting else "")
         )
     if mode == "jit":
-        options = memory_first(devices[0].platform) if save_memory else {}
+        options = compiler_options(devices[0].platform, save_memory=save_memory)
         return _under_jit(train_step, data, fsdp, devices[:count], options)
     if fsdp != 1 or jax.process_count() > 1:
         raise ConfigError("parallel.mode = 'pmap' splits the batch only, within one process; use 'jit'")
@@ -99,9 +100,7 @@ def _mesh_sizes(data: int, fsdp: int, devices: int) -> tuple[int, int]:
     return data, fsdp
 
 
-def _under_jit(
-    step_of: TrainStep, data: int, fsdp: int, devices: list[Any], compiler_options: dict[str, Any]
-) -> Parallel:
+def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], options: dict[str, Any]) -> Parallel:
     mesh = jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
     everywhere = NamedSharding(mesh, P())
     parts = NamedSharding(mesh, P(("data", "fsdp")))
@@ -131,7 +130,7 @@ def _under_jit(
             for name, array in batch.items()
         }
 
-    step = jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
+    step = jax.jit(train_step, donate_argnums=0, compiler_options=options)
     return Parallel(data * fsdp, step, place_state, place_frozen, place_batch, fetch)
 
 
@@ -172,23 +171,6 @@ def unstack(tree: PyTree, count: int) -> list[PyTree]:
 def _stack(leaves: Sequence[Any], axis: int) -> Any:
     on_host = all(isinstance(leaf, (np.ndarray, np.generic)) for leaf in leaves)
     return np.stack(leaves, axis) if on_host else jnp.stack(leaves, axis)
-
-
-@functools.cache
-def memory_first(platform: str) -> dict[str, Any]:
-    """Compiler options for a step that needs the least memory.
-
-    On the CPU XLA orders a program for concurrency, which for SD1.5 at 512 px doubles what a LoRA step holds and gains
-    no time; the option against it has had two names. Other platforms order for memory already.
-    """
-    if platform != "cpu":
-        return {}
-    current = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    try:
-        jax.jit(lambda: 0, compiler_options=current).lower().compile()
-    except jax.errors.JaxRuntimeError:  # no such option
-        return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
-    return current
 
 
 def _under_pmap(train_step: TrainStep, devices: list[Any]) -> Parallel:
