@@ -32,7 +32,7 @@ def attention(
     if target == "tpu" and _flash_takes(q, k, causal):
         return _flash_tpu(q, k, v)
     if target == "cpu":
-        return _plain(q, k, v, causal) if causal else _blockwise(q, k, v)
+        return _plain(q, k, v, causal) if causal else _on_cpu(q, k, v)
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
 
 
@@ -69,89 +69,134 @@ def _plain(q, k, v, causal):
 
 
 # The CPU's path. XLA there writes out every score it is asked for, so they are asked for a block at a time, heads
-# first, and computed again in the backward pass from the log-sum-exp of each row (Dao et al. 2022, algorithms 1
-# and 4, with whole rows instead of tiles). Products that sum over queries are formed as [D, T]: Eigen is four times
-# faster at those than at [T, D].
+# first, and again in the backward pass. Where one head's fill a block (`_by_rows`), their log-sum-exp is kept for that
+# (Dao et al. 2022, algorithms 1 and 4, with whole rows instead of tiles). Else (`_by_heads`) the maximum is asked for
+# again too: XLA makes product, maximum and exponential one operation, and where there is but one block it is the
+# forward pass's. Products that sum over queries are formed as [D, T]: Eigen is four times faster at those than at
+# [T, D].
+
+
+def _on_cpu(q: Float[Array, "B S N D"], k: Float[Array, "B T N D"], v: Float[Array, "B T N D"]) -> Array:
+    q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(1 / math.sqrt(q.shape[-1]), q.dtype), k, v))
+    heads, scores = q.shape[0] * q.shape[1], q.shape[2] * k.shape[2]
+    if heads * scores <= 2 * BLOCK:
+        return _by_heads(q, k, v).swapaxes(1, 2)
+    flat = tuple(x.reshape(heads, *x.shape[2:]) for x in (q, k, v))
+    if scores > BLOCK:
+        out = _by_rows(*flat)
+    else:
+        some = max(n for n in range(1, BLOCK // scores + 1) if heads % n == 0)
+        out = jax.lax.map(lambda qkv: _by_heads(*qkv), tuple(_split(x, some, axis=0) for x in flat))
+    return out.reshape(q.shape).swapaxes(1, 2)
+
+
+def _weights(q: Float[Array, "*G S D"], k: Float[Array, "*G T D"]):
+    """Not divided by their total `[*G, S, T]`, that total and the largest score `[*G, S, 1]`."""
+    scores = jnp.einsum("...sd,...td->...st", q, k, preferred_element_type=jnp.float32)
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    return weights, jnp.sum(weights, axis=-1, keepdims=True), largest
+
+
+def _weighted(weights: Float[Array, "*G S T"], total: Float[Array, "*G S 1"], v: Float[Array, "*G T D"]) -> Array:
+    out = jnp.einsum("...st,...td->...sd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / total).astype(v.dtype)
+
+
+def _correction(out: Float[Array, "*G S D"], d_out: Float[Array, "*G S D"]) -> Float[Array, "*G S 1"]:
+    return jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
+
+
+def _gradients(q, k, v, weights: Float[Array, "*G S T"], correction: Float[Array, "*G S 1"], d_out):
+    """Of some queries `[*G, S, D]`, and what they add to those of k and v `[*G, D, T]`.
+
+    weights: divided by their total, or else d_out is.
+    """
+    d_weights = jnp.einsum("...sd,...td->...st", d_out, v, preferred_element_type=jnp.float32)
+    d_scores = (weights * (d_weights - correction)).astype(q.dtype)
+    d_q = jnp.einsum("...st,...td->...sd", d_scores, k)
+    d_k = jnp.einsum("...sd,...st->...dt", q, d_scores, preferred_element_type=jnp.float32)
+    d_v = jnp.einsum("...sd,...st->...dt", d_out, weights.astype(q.dtype), preferred_element_type=jnp.float32)
+    return d_q, d_k, d_v
+
+
+def _transposed(d_k: Float[Array, "*G D T"], d_v: Float[Array, "*G D T"], dtype) -> tuple[Array, Array]:
+    d_k, d_v = jax.lax.optimization_barrier((d_k, d_v))  # else XLA turns the products back into [T, D] ones
+    return d_k.swapaxes(-1, -2).astype(dtype), d_v.swapaxes(-1, -2).astype(dtype)
 
 
 @jax.custom_vjp
-def _blockwise(q: Float[Array, "B S N D"], k: Float[Array, "B T N D"], v: Float[Array, "B T N D"]) -> Array:
-    return _blockwise_forward(q, k, v)[0]
+def _by_heads(q: Float[Array, "*G S D"], k: Float[Array, "*G T D"], v: Float[Array, "*G T D"]) -> Array:
+    """Attention of all heads at once."""
+    return _by_heads_forward(q, k, v)[0]
 
 
-def _blockwise_forward(q, k, v):
-    batch = q.shape[0]
-    q, k, v = _by_head(q * jnp.asarray(1 / math.sqrt(q.shape[-1]), q.dtype)), _by_head(k), _by_head(v)
-    heads, chunk = _blocks(q, k)
+def _by_heads_forward(q, k, v):
+    weights, total, _ = _weights(q, k)
+    out = _weighted(weights, total, v)
+    return out, (q, k, v, out)
+
+
+def _by_heads_backward(saved, d_out):
+    q, k, v, out = saved
+    weights, total, _ = _weights(q, k)
+    d_out = (d_out.astype(jnp.float32) / total).astype(d_out.dtype)
+    d_q, d_k, d_v = _gradients(q, k, v, weights, _correction(out, d_out), d_out)
+    return d_q, *_transposed(d_k, d_v, k.dtype)
+
+
+_by_heads.defvjp(_by_heads_forward, _by_heads_backward)
+
+
+@jax.custom_vjp
+def _by_rows(q: Float[Array, "G S D"], k: Float[Array, "G T D"], v: Float[Array, "G T D"]) -> Float[Array, "G S D"]:
+    """Attention, some queries of one head at a time."""
+    return _by_rows_forward(q, k, v)[0]
+
+
+def _by_rows_forward(q, k, v):
+    chunk = _chunk(q.shape[1], k.shape[1])
 
     def rows(q, k, v):
-        scores = jnp.einsum("gsd,gtd->gst", q, k, preferred_element_type=jnp.float32)
-        largest = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - largest)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = jnp.einsum("gst,gtd->gsd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return (out / total).astype(v.dtype), largest + jnp.log(total)
+        weights, total, largest = _weights(q, k)
+        return _weighted(weights, total, v), largest + jnp.log(total)
 
-    def some_heads(q, k, v):
-        out = _map(lambda q: rows(q, k, v), _split(q, chunk, axis=1))
-        return tuple(_join(x, axis=1) for x in out)
+    def head(qkv):
+        q, k, v = qkv
+        return tuple(_join(x, axis=1) for x in jax.lax.map(lambda q: rows(q, k, v), _split(q, chunk, axis=1)))
 
-    out, log_total = _map(some_heads, *(_split(x, heads, axis=0) for x in (q, k, v)))
-    out, log_total = _join(out, axis=0), _join(log_total, axis=0)
-    return _from_heads(out, batch), (q, k, v, out, log_total)
+    out, log_total = (_join(x, axis=0) for x in jax.lax.map(head, tuple(_split(x, 1, axis=0) for x in (q, k, v))))
+    return out, (q, k, v, out, log_total)
 
 
-def _blockwise_backward(saved, d_out):
-    q, k, v, out, log_total = saved
-    batch = d_out.shape[0]
-    d_out = _by_head(d_out)
-    heads, chunk = _blocks(q, k)
+def _by_rows_backward(saved, d_out):
+    chunk = _chunk(saved[0].shape[1], saved[1].shape[1])
 
-    def some_heads(q, k, v, out, log_total, d_out):
-        correction = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
+    def head(arrays):
+        q, k, v, out, log_total, d_out = arrays
 
         def rows(sums, row):
             q, log_total, correction, d_out = row
             scores = jnp.einsum("gsd,gtd->gst", q, k, preferred_element_type=jnp.float32)
-            weights = jnp.exp(scores - log_total)
-            d_weights = jnp.einsum("gsd,gtd->gst", d_out, v, preferred_element_type=jnp.float32)
-            d_scores = (weights * (d_weights - correction)).astype(q.dtype)
-            d_q = jnp.einsum("gst,gtd->gsd", d_scores, k)
-            d_k = jnp.einsum("gsd,gst->gdt", q, d_scores, preferred_element_type=jnp.float32)
-            d_v = jnp.einsum("gsd,gst->gdt", d_out, weights.astype(q.dtype), preferred_element_type=jnp.float32)
+            d_q, d_k, d_v = _gradients(q, k, v, jnp.exp(scores - log_total), correction, d_out)
             return (sums[0] + d_k, sums[1] + d_v), d_q
 
         zeros = jnp.zeros((k.shape[0], k.shape[2], k.shape[1]), jnp.float32)
-        chunks = tuple(_split(x, chunk, axis=1) for x in (q, log_total, correction, d_out))
+        chunks = tuple(_split(x, chunk, axis=1) for x in (q, log_total, _correction(out, d_out), d_out))
         (d_k, d_v), d_q = jax.lax.scan(rows, (zeros, zeros), chunks)
-        d_k, d_v = jax.lax.optimization_barrier((d_k, d_v))  # else XLA turns the products back into [T, D] ones
-        return _join(d_q, axis=1), d_k.swapaxes(1, 2).astype(k.dtype), d_v.swapaxes(1, 2).astype(v.dtype)
+        return _join(d_q, axis=1), *_transposed(d_k, d_v, k.dtype)
 
-    gradients = _map(some_heads, *(_split(x, heads, axis=0) for x in (q, k, v, out, log_total, d_out)))
-    d_q, d_k, d_v = (_from_heads(_join(x, axis=0), batch) for x in gradients)
-    return d_q * jnp.asarray(1 / math.sqrt(q.shape[-1]), q.dtype), d_k, d_v
+    gradients = jax.lax.map(head, tuple(_split(x, 1, axis=0) for x in (*saved, d_out)))
+    return tuple(_join(x, axis=0) for x in gradients)
 
 
-_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+_by_rows.defvjp(_by_rows_forward, _by_rows_backward)
 
 
-def _blocks(q, k) -> tuple[int, int]:
-    """Heads and queries to take at a time: all, or divisors of them so that a block has at most BLOCK scores."""
-    heads, queries, keys = q.shape[0], q.shape[1], k.shape[1]
-    if heads * queries * keys <= 2 * BLOCK:
-        return heads, queries  # no loop: its overhead is more than what smaller blocks gain
-    if queries * keys <= BLOCK:
-        return max(n for n in range(1, heads + 1) if heads % n == 0 and n * queries * keys <= BLOCK), queries
+def _chunk(queries: int, keys: int) -> int:
+    """Queries of a head to take at a time: a divisor of them so that a block has at most BLOCK scores."""
     chunk = max(n for n in range(1, max(2, BLOCK // keys + 1)) if queries % n == 0)
-    return 1, chunk if chunk >= 32 else queries  # a prime number of queries is better taken whole
-
-
-def _by_head(x: Float[Array, "B S N D"]) -> Float[Array, "BN S D"]:
-    return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
-
-
-def _from_heads(x: Float[Array, "BN S D"], batch: int) -> Float[Array, "B S N D"]:
-    return x.reshape(batch, -1, *x.shape[1:]).swapaxes(1, 2)
+    return chunk if chunk >= 32 else queries  # a prime number of queries is better taken whole
 
 
 def _split(x: Array, size: int, *, axis: int) -> Array:
@@ -164,13 +209,6 @@ def _join(pieces: Array, *, axis: int) -> Array:
     """The inverse of `_split`."""
     x = jnp.moveaxis(pieces, 0, axis)
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-
-def _map(function, *stacked: Array):
-    """`lax.map`, without a loop for a single piece."""
-    if stacked[0].shape[0] == 1:
-        return jax.tree.map(lambda x: x[None], function(*(x[0] for x in stacked)))
-    return jax.lax.map(lambda pieces: function(*pieces), stacked)
 
 
 class Attention(nn.Module):
