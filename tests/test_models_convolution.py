@@ -10,6 +10,8 @@ PADDING = ((1, 1), (1, 1))
 WAYS = {
     "winograd of 2": ((2, 24, 26, 256), 288),
     "winograd of 4": ((4, 32, 36, 256), 288),
+    "winograd of few pixels": ((1, 16, 16, 256), 288),
+    "winograd of few channels": ((8, 16, 16, 64), 96),
     "product": ((1, 8, 8, 512), 512),
     "plain": ((2, 7, 6, 5), 4),
 }
@@ -42,20 +44,22 @@ def test_each_way_is_the_convolution(way):
         for size in (shape, (3, 3, shape[3], features), (*shape[:3], features))
     )
     assert convolution._winograd_pays(x, kernel, PADDING) == way.startswith("winograd")
-    assert convolution._tile(x) == (4 if way == "winograd of 4" else 2)
+    larger = way in ("winograd of 4", "winograd of few channels")
+    assert convolution._tile(x) == (4 if larger else 2)
     assert convolution._weights_dominate(x, kernel) == (way == "product")
     got, pull = jax.vjp(lambda x, k: convolution.convolution(x, k, 1, PADDING, "cpu"), x, kernel)
     want, pull_exactly = by_definition(x.astype(np.float64), kernel.astype(np.float64))
     for ours, exact in zip((got, *pull(gradient)), (want, *pull_exactly(gradient.astype(np.float64))), strict=True):
         assert ours.dtype == np.float32
-        assert np.linalg.norm(ours - exact) / np.linalg.norm(exact) < (5e-6 if way == "winograd of 4" else 2e-6)
+        assert np.linalg.norm(ours - exact) / np.linalg.norm(exact) < (5e-6 if larger else 2e-6)
 
 
 def test_the_transform_is_left_to_the_shapes_and_types_it_is_for():
     x, kernel = np.zeros((1, 32, 32, 256), np.float32), np.zeros((3, 3, 256, 256), np.float32)
     assert convolution._winograd_pays(x, kernel, PADDING)
     assert not convolution._winograd_pays(x[:, 1:], kernel, PADDING)  # odd
-    assert not convolution._winograd_pays(x[:, :16], kernel, PADDING)  # few tiles
+    assert not convolution._winograd_pays(x[:, :4], kernel, PADDING)  # few tiles
+    assert not convolution._winograd_pays(x[..., :64], kernel[:, :, :64], PADDING)  # few tiles for its channels
     assert not convolution._winograd_pays(x[..., :4], kernel[:, :, :4], PADDING)
     assert not convolution._winograd_pays(x, kernel[:2, :2], PADDING)
     assert not convolution._winograd_pays(x, kernel, ((0, 1), (0, 1)))

@@ -18,7 +18,8 @@ def convolution(
     if height == width == stride == 1 and padding == ((0, 0), (0, 0)):
         return x @ kernel[0, 0]
     if target == "cpu" and stride == 1 and x.dtype == kernel.dtype:
-        return (_as_product if _weights_dominate(x, kernel) else _with_fast_gradient)(x, kernel, padding)
+        product = _weights_dominate(x, kernel) and not _winograd_pays(x, kernel, padding)
+        return (_as_product if product else _with_fast_gradient)(x, kernel, padding)
     return _plain(x, kernel, padding, stride)
 
 
@@ -52,14 +53,15 @@ _with_fast_gradient.defvjp(_forward, _backward)
 
 
 def _winograd_pays(x, kernel, padding) -> bool:
-    """Channels enough that the products outweigh the sums around them, and neither too few tiles nor too many.
+    """Pixels and channels enough that the products outweigh the sums around them, and not too many pixels.
 
-    Few: the kernel is transformed anew at every call. Many: what they take is four times x and four times the result.
+    Few pixels: the kernel is transformed anew at every call. Few channels: each product has as many sums. Many pixels:
+    what they take is four times x and four times the result.
     """
     batch, height, width, channels = x.shape
     fits = kernel.shape[:2] == (3, 3) and padding == ((1, 1), (1, 1)) and height % 2 == width % 2 == 0
-    pixels = batch * height * width
-    large = min(channels, kernel.shape[3]) >= 256 and pixels >= 1024 and pixels * channels < 1 << 24
+    pixels, fewest = batch * height * width, min(channels, kernel.shape[3])
+    large = pixels >= (256 if fewest >= 256 else 2048) and fewest >= 64 and pixels * channels < 1 << 24
     return fits and large and x.dtype == jnp.float32
 
 
@@ -103,7 +105,7 @@ _POINTS = {2: (0, 1, -1), 4: (0, 1, -1, 0.5, -2)}
 def _tile(x) -> int:
     """m. Many pixels pay for the larger tile's kernels, which are 4 times the kernel and not 1.8."""
     batch, height, width, _ = x.shape
-    return 4 if height % 4 == width % 4 == 0 and batch * height * width >= 4096 else 2
+    return 4 if height % 4 == width % 4 == 0 and batch * height * width >= 1024 else 2
 
 
 @functools.cache

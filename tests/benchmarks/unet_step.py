@@ -106,9 +106,8 @@ def build(args):
         updates, moments = optimizer.update(gradient, moments, trained)
         return (optax.apply_updates(trained, updates), moments), value
 
-    parallel = parallelize(
-        infer if args.mode == "infer" else train, batch_size=args.batch, save_memory=args.mode != "infer"
-    )
+    step = infer if args.mode == "infer" else train
+    parallel = parallelize(step, batch_size=args.batch, save_memory=args.mode != "full")  # as the library does
     state = trained if args.mode == "infer" else ({"unet": trained}, optimizer.init({"unet": trained}))
     batch = {name: np.asarray(leaf) for name, leaf in batch.items()}
     return parallel.step, parallel.place_state(state), parallel.place_frozen(params), parallel.place_batch(batch), key
