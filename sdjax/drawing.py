@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from PIL import Image
 
 from sdjax import conditioning, diffusion, inpainting, sampling
-from sdjax.compiler_options import compiler_options
+from sdjax.compiler_options import compiler_options, is_large
 from sdjax.conditioning import Condition
 from sdjax.errors import ConfigError
 from sdjax.formats.png_parameters import parameters_text
@@ -217,7 +217,7 @@ def _denoise(
     variables = sd.variables("unet", group.rows * (len(conditions[0][0].context) // len(group.rows)))
     keys = request.keys[np.array(group.rows)]
     guidance, rescale = jnp.float32(request.guidance), jnp.float32(request.guidance_rescale)
-    sampler_step = _compiled_sampler_step(sd.unet.compute.target)
+    sampler_step = _compiled_sampler_step(sd.unet.compute.target, is_large(sd.params["unet"]))
     for i in tqdm(range(int(plan.length)), desc=request.sampler, disable=not request.progress, leave=False):
         state = sampler_step(
             sd.unet, sd.schedule.prediction_type, variables, state, np.int32(i), plan,
@@ -227,8 +227,8 @@ def _denoise(
 
 
 @functools.cache
-def _compiled_sampler_step(platform: str):
-    options = compiler_options(platform)
+def _compiled_sampler_step(platform: str, large: bool):
+    options = compiler_options(platform, large=large)
     return jax.jit(_sampler_step, static_argnums=(0, 1), donate_argnums=3, compiler_options=options)
 
 

@@ -78,7 +78,7 @@ def test_the_sampler_step_lowers(platform, dtype):
     sd = model(platform, dtype)
     batch = 2
     latents = shape(batch, 64, 64, 4)
-    traced = drawing._compiled_sampler_step(PLATFORMS[platform]).trace(
+    traced = drawing._compiled_sampler_step(PLATFORMS[platform], large=True).trace(
         sd.unet,
         "epsilon",
         sd.variables("unet"),

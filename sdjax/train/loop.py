@@ -192,7 +192,8 @@ def _train_stage(trainings: Sequence[Training]) -> tuple[list[Position], int]:
         training.prepare(first)
     config, stage, begin = first.run.config, first.plan.stage, first.start.step
     if others:
-        parallel = parallelize_stage(config, first.plan.data, together(make_train_step(first.plan.recipe)), stage)
+        train_step = together(make_train_step(first.plan.recipe))
+        parallel = parallelize_stage(config, first.plan.data, train_step, first.plan.recipe)
         frozen, state = stack_frozen([t.ready.frozen for t in trainings]), stack([t.state for t in trainings])
         key = stack([t.key for t in trainings])
     else:

@@ -66,9 +66,10 @@ def parallelize(
     data: int = -1,
     fsdp: int = 1,
     devices: Sequence[Any] | None = None,
+    large: bool = False,
     save_memory: bool = True,
 ) -> Parallel:
-    """Wrap a pure step for the devices (default: all). save_memory: as of `compiler_options`, under jit.
+    """Wrap a pure step for the devices (default: all). large and save_memory: as of `compiler_options`, under jit.
 
     `data * fsdp` devices take part, -1 standing for what is left. Raises ConfigError if there are not that many, or if
     they do not divide `batch_size`, the number of examples in the whole batch.
@@ -83,7 +84,7 @@ def parallelize(
             + (f", or parallel.mesh.data one of {fitting}" if fitting else "")
         )
     if mode == "jit":
-        options = compiler_options(devices[0].platform, save_memory=save_memory)
+        options = compiler_options(devices[0].platform, large=large, save_memory=save_memory)
         return _under_jit(train_step, data, fsdp, devices[:count], options)
     if fsdp != 1 or jax.process_count() > 1:
         raise ConfigError("parallel.mode = 'pmap' splits the batch only, within one process; use 'jit'")

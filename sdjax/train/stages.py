@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
 from sdjax import diffusion, drawing, sampling, textual_inversion
+from sdjax.compiler_options import is_large
 from sdjax.config import Data, RunConfig, Stage
 from sdjax.config_file import flatten
 from sdjax.data import buckets, captions, plan, records
@@ -298,7 +299,7 @@ def _plan_stage(
         accumulation=data.accumulation,
         rows=tuple(row for word in stage.placeholder_tokens for row in places[word]),
     )
-    parallel = parallelize_stage(config, data, make_train_step(recipe), stage)
+    parallel = parallelize_stage(config, data, make_train_step(recipe), recipe)
     earlier = before.result if before else NOTHING
 
     def shapes(key: PRNGKeyArray, params: PyTree, earlier: Made, new_rows: PyTree) -> tuple[State, Made]:
@@ -323,18 +324,19 @@ def _plan_stage(
     return StagePlan(number, data, assigned, held_out, windows, recipe, parallel, state, words, new_words, total)
 
 
-def parallelize_stage(config: RunConfig, data: Data, train_step: TrainStep, stage: Stage) -> Parallel:
+def parallelize_stage(config: RunConfig, data: Data, train_step: TrainStep, recipe: Recipe) -> Parallel:
     """A stage's step on the devices the run asks for."""
     mesh = config.parallel.mesh
-    size = data.batch_size * (2 if stage.prior_prompt else 1)
+    size = data.batch_size * (2 if recipe.stage.prior_prompt else 1)
     # The gradients of whole models' kernels wait for nothing: side by side, a step takes 0.8 of the time on the CPU.
-    save_memory = "weights" not in stage.parts.values()
+    save_memory = "weights" not in recipe.stage.parts.values()
     return parallelize(
         train_step,
         batch_size=size,
         mode=config.parallel.mode,
         data=mesh.data,
         fsdp=mesh.fsdp,
+        large=is_large(recipe.model.params),
         save_memory=save_memory,
     )
 

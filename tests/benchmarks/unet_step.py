@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 from sdjax import host_memory, lora
+from sdjax.compiler_options import is_large
 from sdjax.config import Stage
 from sdjax.models.layers import Compute
 from sdjax.models.unet import UNet, UNetConfig, abstract_params
@@ -107,7 +108,8 @@ def build(args):
         return (optax.apply_updates(trained, updates), moments), value
 
     step = infer if args.mode == "infer" else train
-    parallel = parallelize(step, batch_size=args.batch, save_memory=args.mode != "full")  # as the library does
+    how = dict(large=is_large(abstract_params(config)), save_memory=args.mode != "full")  # as the library does
+    parallel = parallelize(step, batch_size=args.batch, **how)
     state = trained if args.mode == "infer" else ({"unet": trained}, optimizer.init({"unet": trained}))
     batch = {name: np.asarray(leaf) for name, leaf in batch.items()}
     return parallel.step, parallel.place_state(state), parallel.place_frozen(params), parallel.place_batch(batch), key
