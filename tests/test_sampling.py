@@ -201,8 +201,10 @@ def test_spacings_and_prediction_types_match_diffusers(sampler, spacing, monkeyp
         if prediction_type == "sample" and sampler in ("pndm", "euler_a"):
             continue  # diffusers raises
         config = CONFIGS["sd1"] | {"timestep_spacing": spacing, "prediction_type": prediction_type}
+        # Heun's second derivative at a small sigma divides float32's rounding by it: 2.5e-5 in three steps with AVX2.
+        tolerance = 3e-5 if sampler == "heun" else 2e-5
         for steps in (3, 20):
-            assert_same(config, sampler, steps, monkeypatch)
+            assert_same(config, sampler, steps, monkeypatch, tolerance)
         assert_same(config, sampler, 16, monkeypatch, strength=0.6)
 
 
