@@ -5,16 +5,15 @@ from typing import TYPE_CHECKING, Any
 from sdjax.errors import ConfigError, DataError, SdjaxError, TrainingStopped
 
 if TYPE_CHECKING:
+    from sdjax.draw.pipeline import StableDiffusion, load
     from sdjax.formats.png_parameters import save_png
-    from sdjax.loading import load
-    from sdjax.pipeline import StableDiffusion
 
 __all__ = ["ConfigError", "DataError", "SdjaxError", "StableDiffusion", "TrainingStopped", "load", "save_png"]
 
 # Imported when first used, so that `import sdjax` and a command's `--help` do not wait for JAX.
 _MODULE_OF = {
-    "StableDiffusion": "sdjax.pipeline",
-    "load": "sdjax.loading",
+    "StableDiffusion": "sdjax.draw.pipeline",
+    "load": "sdjax.draw.pipeline",
     "save_png": "sdjax.formats.png_parameters",
 }
 

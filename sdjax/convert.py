@@ -4,20 +4,15 @@ A leaf: nothing imports it. JAX is imported only once the command line has been 
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import get_args
 
-from sdjax import command
 from sdjax.errors import ConfigError, DataError
+from sdjax.runtime import command
+from sdjax.settings import Dtype, LoraTargets
 
-if TYPE_CHECKING:
-    from sdjax.pipeline import StableDiffusion
-
-_DTYPES = ("float32", "float16", "bfloat16")
-_TARGETS = ("attention", "attention+ff", "transformer", "linear", "conv")
 _EPILOG = """forms:
   diffusers    a model folder                               from a folder, a single file or a hub id
   single_file  a model as .safetensors, as A1111 keeps it   from the same; with --for-inpainting a standard model gets
@@ -29,7 +24,7 @@ _EPILOG = """forms:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code, as of `command.run`."""
+    """Runs the command and returns its exit code, see `command.run`."""
     return command.run(_run, argv)
 
 
@@ -52,11 +47,13 @@ def _parser() -> command.Parser:
     add("src", metavar="SRC", help="file, folder or hub id")
     add("dst", metavar="DST", type=Path, help="file or folder to write")
     add("--to", required=True, metavar="FORM", help=f"one of {', '.join(FORMS)}")
-    add("--dtype", metavar="TYPE", help=f"of the weights written: {', '.join(_DTYPES)} (a model's own; float32)")
+    add(
+        "--dtype", metavar="TYPE", help=f"of the weights written: {', '.join(get_args(Dtype))} (a model's own; float32)"
+    )
     add("--model", metavar="SRC", help="kohya, peft: the model a LoRA was made for")
     add("--base", metavar="SRC", help="kohya, peft: the model that SRC was tuned from")
     add("--rank", type=int, metavar="R", help="with --base: of the LoRA (16)")
-    add("--targets", metavar="SET", help=f"with --base: {', '.join(_TARGETS)} (attention)")
+    add("--targets", metavar="SET", help=f"with --base: {', '.join(get_args(LoraTargets))} (attention)")
     add("--token", metavar="WORD", help="embedding: another name for the word, where SRC holds one")
     add("--tokenizer", metavar="DIR", help="folder of the tokenizer, for models of a single file (the hub's)")
     add("--prediction-type", metavar="NAME", default="", help="epsilon or v_prediction, where the model's own is wrong")
@@ -69,10 +66,10 @@ def _check(args: argparse.Namespace) -> None:
     """What can be told wrong without reading anything. Raises ConfigError."""
     if args.to not in FORMS:
         raise ConfigError(f"--to {args.to}: choices are {', '.join(FORMS)}")
-    if args.dtype is not None and args.dtype not in _DTYPES:
-        raise ConfigError(f"--dtype {args.dtype}: choices are {', '.join(_DTYPES)}")
-    if args.targets is not None and args.targets not in _TARGETS:
-        raise ConfigError(f"--targets {args.targets}: choices are {', '.join(_TARGETS)}")
+    if args.dtype is not None and args.dtype not in get_args(Dtype):
+        raise ConfigError(f"--dtype {args.dtype}: choices are {', '.join(get_args(Dtype))}")
+    if args.targets is not None and args.targets not in get_args(LoraTargets):
+        raise ConfigError(f"--targets {args.targets}: choices are {', '.join(get_args(LoraTargets))}")
     if args.rank is not None and args.rank < 1:
         raise ConfigError(f"--rank {args.rank}: must be 1 or more")
     belongs = {
@@ -102,42 +99,26 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _model(args: argparse.Namespace) -> list[Path]:
-    from sdjax.drawing import for_inpainting
     from sdjax.loading import outline, with_weights
 
     tokenizer = args.tokenizer if Path(args.src).is_file() else None
-    sd = outline(args.src, tokenizer=tokenizer, prediction_type=args.prediction_type)
-    if args.for_inpainting and for_inpainting(sd):
+    source = outline(args.src, tokenizer=tokenizer, prediction_type=args.prediction_type)
+    if args.for_inpainting and source.is_inpainting:
         raise ConfigError(f"--for-inpainting: {args.src} is made for inpainting already")
-    own = str(next(iter(sd.folder.tensors("unet").values())).dtype)
-    dtype = args.dtype or (own if own in _DTYPES else "float32")
+    stored = str(next(iter(source.folder.tensors("unet").values())).dtype)
+    dtype = args.dtype or (stored if stored in get_args(Dtype) else "float32")
     args.dst.parent.mkdir(parents=True, exist_ok=True)
-    sd = with_weights(sd, dtype=dtype)
-    (_widened(sd) if args.for_inpainting else sd).save(args.dst, dtype=dtype)
+    model = with_weights(source, dtype=dtype)
+    if args.for_inpainting:
+        model = model.for_inpainting()
+    model.save(args.dst, dtype=dtype)
     return [args.dst]
-
-
-def _widened(sd: "StableDiffusion") -> "StableDiffusion":
-    """With a U-Net that takes the mask and the masked latents too, and as yet makes nothing of them.
-
-    So began Stable Diffusion's own inpainting models: the weights of the further channels are 0.
-    """
-    import jax.numpy as jnp
-
-    channels = 2 * sd.vae.config.latent_channels + 1
-    first = sd.params["unet"]["conv_in"]
-    more = [(0, channels - sd.unet.config.in_channels) if axis == 2 else (0, 0) for axis in range(4)]
-    unet = {**sd.params["unet"], "conv_in": {**first, "kernel": jnp.pad(first["kernel"], more)}}
-    configs = {**sd.folder.configs, "unet": {**sd.folder.configs["unet"], "in_channels": channels}}
-    index = {key: value for key, value in sd.folder.model_index.items() if key != "_class_name"}
-    folder = dataclasses.replace(sd.folder, configs=configs, model_index=index)
-    return dataclasses.replace(sd, params={**sd.params, "unet": unet}, folder=folder)
 
 
 def _lora(args: argparse.Namespace) -> list[Path]:
     import jax.numpy as jnp
 
-    from sdjax import lora
+    from sdjax import lora, trees
     from sdjax.formats.lora_file import load_lora, save_lora
     from sdjax.loading import load_weights, outline
 
@@ -145,26 +126,26 @@ def _lora(args: argparse.Namespace) -> list[Path]:
     base = source(args.base or args.model)
     if args.base:
         tuned, adapters = source(args.src), {}
-        for part in base.params.keys() - {"vae"}:
+        for part in base.shapes.keys() - {"vae"}:
             one, two = load_weights(tuned, part), load_weights(base, part)
             if _shapes(one) != _shapes(two):
                 raise DataError(
                     f"{args.src} and {args.base} are models of different kinds: their {part}s differ in shape"
                 )
             own = lora.extract(one, two, rank=args.rank or 16, which=args.targets or "attention")
-            if any(jnp.any(layer["up"] != 0) for _, layer in lora.layers(own, "up")):
+            if any(jnp.any(layer["up"] != 0) for _, layer in trees.layers(own, "up")):
                 adapters[part] = own
         if not adapters:
             raise DataError(f"{args.src} and {args.base} are the same in all layers a LoRA would adapt")
     else:
-        adapters = load_lora(args.src, base.params)
+        adapters = load_lora(args.src, base.shapes)
     args.dst.parent.mkdir(parents=True, exist_ok=True)
-    save_lora(args.dst, adapters, base.params, style=args.to, dtype=jnp.dtype(args.dtype or "float32"))
+    save_lora(args.dst, adapters, base.shapes, style=args.to, dtype=jnp.dtype(args.dtype or "float32"))
     return [args.dst]
 
 
 def _shapes(params) -> dict:
-    from sdjax.formats.parameter_names import leaves
+    from sdjax.trees import leaves
 
     return {path: leaf.shape for path, leaf in leaves(params)}
 

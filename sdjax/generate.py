@@ -5,8 +5,7 @@ answer at once.
 """
 
 import argparse
-import contextlib
-import dataclasses
+import functools
 import math
 import os
 import re
@@ -14,18 +13,18 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args
 
 from PIL import Image
 
-from sdjax import command, grids, prompt_syntax
-from sdjax.errors import ConfigError, DataError, TrainingStopped
-from sdjax.formats.png_parameters import SAMPLER_NAMES, save_png
+from sdjax.draw import grids
+from sdjax.draw.settings import complete_job, declarations, from_text, help_text
+from sdjax.errors import ConfigError, DataError
+from sdjax.formats.png_parameters import save_png
+from sdjax.runtime import command
+from sdjax.settings import Dtype, Range, Seed, choices, plain_type, read_value
+from sdjax.text import syntax
 
-if TYPE_CHECKING:
-    from sdjax.jobs import Job
-
-_DTYPES = ("float32", "bfloat16", "float16")
 _LONGEST_NAME = 80  # bytes of a prompt kept in a file name; file systems allow 255 in all
 
 
@@ -50,85 +49,87 @@ class Embedding(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code, as of `command.run`."""
+    """Runs the command and returns its exit code, see `command.run`."""
     return command.run(_run, argv)
 
 
 def _run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
+    settings = _settings(args)
     axes = [grids.parse_axis(text) for text in (args.grid_x, args.grid_y) if text is not None]
     on_axis = any(axis.name == "prompt" for axis in axes)
     prompts = _prompts(args.prompt, args.prompts_file, needed=args.jobs is None and not on_axis)
     if on_axis and args.jobs is None:
-        prompts = prompts or [""]  # each picture gets its own from the axis
-    _check_values(args, len(prompts))
+        prompts = prompts or [""]  # each picture gets its prompt from the axis
+    _check_values(args, len(prompts), settings)
     embeddings = [_embedding(text) for text in args.embedding]
 
-    from sdjax import compilation_cache, host_memory, jobs, loading
+    from sdjax import loading
+    from sdjax.draw import jobs
     from sdjax.formats.lora_file import load_lora
+    from sdjax.model import Model
+    from sdjax.runtime import compilation_cache, host_memory, out_of_memory
+    from sdjax.textual_inversion import vector_counts
 
-    wanted = _jobs(args, prompts, axes)
+    wanted = _jobs(args, settings, prompts, axes)
     jobs.check_alone(wanted)
     named = _loras_below(args.lora_dir)
     loras: list[tuple[Lora, ...]] = []  # of each job
     for job in wanted:
         with jobs.blaming(job):
-            given = [_lora(text) for text in job.lora if text != "none"]
+            given = [_lora(text) for text in job.settings["lora"] if text != "none"]
             loras.append((*given, *(_tagged(tag, args.lora_dir, named) for tag in job.words[1])))
     out = _writable_folder(args.out)
     compilation_cache.enable()
     host_memory.keep()
 
-    sd = loading.outline(
+    outline = loading.outline(
         args.model, args.dtype, variant=args.variant, tokenizer=args.tokenizer, prediction_type=args.prediction_type
     )
-    for embedding in embeddings:
-        sd = sd.with_embedding(embedding.path, embedding.token)
-    bare = [dataclasses.replace(job, prompt=job.words[0]) for job in wanted]
-    jobs.check(sd, bare)
-    adapters = {path: load_lora(path, sd.params) for path in {lora.path for own in loras for lora in own}}
-    if args.tiled_vae is not None:
-        sd = sd.with_tiled_vae(args.tiled_vae, args.tiled_vae // 8)
-    sd = loading.with_weights(sd)
+    words = [outline.load_words(embedding.path, embedding.token) for embedding in embeddings]
+    bare = [job.replace(prompt=job.words[0]) for job in wanted]
+    jobs.check(functools.reduce(lambda known, own: known.with_words(vector_counts(own)), words, outline), bare)
+    adapters = {path: load_lora(path, outline.shapes) for path in {lora.path for own in loras for lora in own}}
 
+    model = functools.reduce(Model.with_embedding, words, loading.with_weights(outline))
+    if args.tiled_vae is not None:
+        model = model.with_tiled_vae(args.tiled_vae, args.tiled_vae // 8)
     pictures: dict[int, Image.Image] = {}
     number = _next_number(out)
     groups = _by_loras(loras)
     for n, (own, places) in enumerate(groups.items(), 1):
-        adapted = sd
+        adapted = model
         for lora in own:
             for part, tree in adapters[lora.path].items():
                 adapted = adapted.with_lora({part: tree}, lora.unet_weight if part == "unet" else lora.text_weight)
         if n == len(groups):
-            del sd  # or the weights without LoRAs lie beside those with
+            del model  # or the weights without LoRAs stay in memory beside those with them
         for chosen, batch in jobs.batches([bare[i] for i in places], args.batch_size):
-            with _memory_advice():
+            with out_of_memory.advice("try a smaller --batch-size, a smaller picture, --dtype bfloat16"):
                 drawn = jobs.draw(adapted, batch)
             for i, picture in zip((places[n] for n in chosen), drawn, strict=False):
-                _mention(picture, bare[i].prompt, wanted[i].prompt, own[: len(own) - len(wanted[i].words[1])])
-                _save(picture, out / f"{number + i:05d}-{wanted[i].seed}-{safe_name(bare[i].prompt)}.png")
+                job, prompt = wanted[i], bare[i].settings["prompt"]
+                _mention(picture, prompt, job.settings["prompt"], own[: len(own) - len(job.words[1])])
+                _save(picture, out / f"{number + i:05d}-{job.settings['seed']}-{safe_name(prompt)}.png")
                 pictures[i] = picture
     in_order = [pictures[i] for i in range(len(pictures))]
     for name, sheet in _sheets(in_order, axes, args.num_images):
         _save(sheet, out / name)
 
 
-def _jobs(args: argparse.Namespace, prompts: Sequence[str], axes: Sequence[grids.Axis]) -> list["Job"]:
-    """What is to be drawn: a job a prompt and number, those of --jobs, and each over the axes' values, x the faster."""
-    from sdjax import jobs
+def _jobs(args: argparse.Namespace, settings: Mapping[str, Any], prompts: Sequence[str], axes: Sequence[grids.Axis]):
+    """The jobs of the flags and of --jobs, each over the values of the axes; the x axis varies fastest."""
+    from sdjax.draw import jobs
 
-    settings = {name: value for name in jobs.SETTINGS if (value := getattr(args, name, None)) is not None}
-    settings["lora"] = tuple(args.lora)
-    settings["outpaint"] = None if args.outpaint is None else _sides(args.outpaint)
     drawn = []
+    moved = "variation_seed" if settings.get("variation_strength") else "seed"  # see `draw.settings.Settings`
+    first = settings.get(moved, 0)
     for i, prompt in enumerate(prompt for prompt in prompts for _ in range(args.num_images)):
-        moved = "variation_seed" if args.variation_strength else "seed"  # as of `request.Settings`
-        drawn.append(jobs.Job(**settings | {"prompt": prompt, moved: getattr(args, moved) + i}))
+        drawn.append(jobs.Job(complete_job({**settings, "prompt": prompt, moved: first + i})))
     if args.jobs is not None:
         drawn += jobs.read_jobs(args.jobs, settings)
     for axis in reversed(axes):  # y outside, x inside
-        values = [(value,) for value in axis.values] if axis.name == "lora" else axis.values
-        drawn = [dataclasses.replace(job, **{axis.name: value}) for job in drawn for value in values]
+        drawn = [job.replace(**{axis.name: value}) for job in drawn for value in axis.values]
     return drawn
 
 
@@ -147,14 +148,6 @@ def _sheets(
         yield name, grids.labelled(pictures[i : i + size], x.labels, y.labels if y else [])
 
 
-def _sides(text: str) -> tuple[int, int, int, int]:
-    try:
-        left, top, right, bottom = (int(side) for side in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--outpaint {text}: give L,T,R,B, pixels to add at each side") from None
-    return left, top, right, bottom
-
-
 # ------------------------------------------------------------------------------------------------ the command line
 
 
@@ -164,37 +157,20 @@ def _parser() -> command.Parser:
     add("--model", required=True, help='"tiny" (embedded), a diffusers folder, a model file, or a hub id')
     add("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be repeated")
     add("--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line, UTF-8")
-    add("--negative-prompt", default="", metavar="TEXT", help="what not to draw")
     add("--num-images", type=int, default=1, metavar="N", help="pictures of each prompt (1)")
-    add("--seed", type=int, default=0, help="of the first picture; the next ones count up from it (0)")
-    add("--steps", type=int, help="sampler steps, 1 to 1000 (20)")
-    add("--guidance", type=float, help="classifier-free guidance scale; 1 = off (7.5; tiny likes 2 to 4)")
-    add("--guidance-rescale", type=float, metavar="PHI", help="0 to 1, against overexposure (0)")
-    add("--height", type=int, metavar="PIXELS", help="multiple of 8 (the model's, or the image's)")
-    add("--width", type=int, metavar="PIXELS", help="multiple of 8 (the model's, or the image's)")
-    add("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLER_NAMES)} (dpmpp_2m)")
-    add("--karras", action="store_true", help="noise levels spaced as in Karras et al. 2022")
-    add("--clip-skip", type=int, metavar="N", help="text model layer from the end: 1 last, 2 penultimate (the model's)")
-    add("--variation-seed", type=int, default=0, metavar="N", help="another seed, to vary --seed's pictures by (0)")
-    add("--variation-strength", type=float, metavar="S", help="how far to go towards it, 0 to 1 (0)")
-    add("--hires-scale", type=float, metavar="X", help="draw, enlarge so much and draw again, 1 to 8 (1: off)")
-    add("--hires-steps", type=int, metavar="N", help="sampler steps of the second pass (as --steps)")
-    add("--hires-strength", type=float, metavar="S", help="how far the second pass redraws the first (0.5)")
-    add("--hires-upscaler", metavar="NAME", help="latent or lanczos (latent)")
+    for name in FLAGS:
+        hint, declared = declarations()[name]
+        kind = plain_type(hint)
+        more: dict[str, Any] = {"metavar": declared.metavar or ("NAME" if choices(hint) else "N")}
+        if kind is bool:
+            more = {"action": "store_true", "default": None}
+        elif name == "lora":
+            more |= {"action": "append"}
+        add(f"--{name.replace('_', '-')}", help=help_text(name).replace("%", "%%"), **more)
     add("--tiled-vae", type=int, nargs="?", const=512, metavar="PIXELS", help="decode in tiles of this side (512)")
-    add("--image", metavar="FILE", help="start from this picture")
-    add("--strength", type=float, metavar="S", help="how far to redraw --image: above 0, at most 1 (0.75; masked 1)")
-    add("--mask", metavar="FILE", help='paint --image only where this is white; "alpha": where --image is transparent')
-    add("--mask-grow", type=int, metavar="PIXELS", help="widen the mask (0)")
-    add("--mask-blur", type=int, metavar="PIXELS", help="soft edge inside the mask (4)")
-    add("--fill", metavar="NAME", help="what the region starts as: original, noise, blurred, constant (original)")
-    add("--only-masked", action="store_true", help="draw the region around the mask alone, at height x width")
-    add("--padding", type=int, metavar="PIXELS", help="of that region (32)")
-    add("--outpaint", metavar="L,T,R,B", help="paint so many pixels more at each side of --image")
     add("--jobs", type=Path, metavar="FILE", help="more pictures: a JSON table of settings a line, over the flags'")
     add("--grid-x", metavar="NAME=V,V", help="draw each picture with each value of a setting; a labelled grid")
     add("--grid-y", metavar="NAME=V,V", help="and with each value of another")
-    add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="LoRA to merge in; may be repeated")
     add("--lora-dir", type=Path, metavar="DIR", help="folder of the LoRAs that prompts name: <lora:NAME:WEIGHT>")
     add(
         "--embedding",
@@ -202,19 +178,32 @@ def _parser() -> command.Parser:
         default=[],
         metavar="FILE[:TOKEN]",
         help="new words for prompts, from Textual "
-        "Inversion; TOKEN: the word to use, in place of the file's own; may be repeated",
+        "Inversion; TOKEN: the word to use instead of the one in the file; may be repeated",
     )
-    syntaxes, emphases = ", ".join(prompt_syntax.SYNTAXES), ", ".join(prompt_syntax.EMPHASES)
-    add("--prompt-syntax", metavar="NAME", help=f"how prompts are read: {syntaxes} (a1111)")
-    add("--emphasis", metavar="NAME", help=f"whether weights keep the mean: {emphases} (original)")
-    add("--dtype", default="float32", metavar="TYPE", help=f"one of {', '.join(_DTYPES)} (float32)")
+    add("--dtype", default="float32", metavar="TYPE", help=f"one of {', '.join(get_args(Dtype))} (float32)")
     add("--variant", metavar="NAME", help="of the weight files, such as fp16")
     add("--tokenizer", metavar="DIR", help="folder of the tokenizer, for a model of a single file (the hub's)")
-    add("--prediction-type", default="", metavar="NAME", help="epsilon or v_prediction, where the model's own is wrong")
+    add("--prediction-type", default="", metavar="NAME", help="epsilon or v_prediction, where the model's is wrong")
     add("--batch-size", type=int, default=4, metavar="N", help="most pictures drawn at once (4)")
     add("--out", type=Path, default=Path("outputs"), metavar="DIR", help="folder for the pictures (outputs)")
     add("--debug", action="store_true", help="show tracebacks of errors")
     return parser
+
+
+FLAGS = tuple(name for name in declarations() if name != "prompt")
+"""The settings of drawing that are flags."""
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The drawing settings that the flags give, checked. Raises ConfigError, which names the flag."""
+    settings = {}
+    for name in FLAGS:
+        given, flag = vars(args)[name], f"--{name.replace('_', '-')}"
+        if isinstance(given, str):
+            settings[name] = from_text(name, given, flag)
+        elif given is not None:
+            settings[name] = tuple(given) if isinstance(given, list) else given
+    return settings
 
 
 def _prompts(given: Sequence[str], file: Path | None, *, needed: bool) -> list[str]:
@@ -255,7 +244,7 @@ def _loras_below(folder: Path | None) -> dict[str, Path]:
     return {path.stem: path for path in files if path.suffix in (".safetensors", ".pt", ".ckpt")}
 
 
-def _tagged(tag: prompt_syntax.LoraTag, folder: Path | None, files: Mapping[str, Path]) -> Lora:
+def _tagged(tag: syntax.LoraTag, folder: Path | None, files: Mapping[str, Path]) -> Lora:
     """The file that a prompt's `<lora:NAME:WEIGHT>` means."""
     if folder is None:
         raise ConfigError(f"the prompt names the LoRA {tag.name!r}: give --lora-dir DIR, the folder it lies in")
@@ -283,32 +272,18 @@ def _embedding(text: str) -> Embedding:
     return Embedding(path, token)
 
 
-def _check_values(args: argparse.Namespace, prompts: int) -> None:
-    """What can be told wrong without looking at the model, which may have to be downloaded. Raises ConfigError."""
-    for flag, value, choices in (
-        ("--sampler", args.sampler, SAMPLER_NAMES),
-        ("--dtype", args.dtype, _DTYPES),
-        ("--prompt-syntax", args.prompt_syntax, prompt_syntax.SYNTAXES),
-        ("--emphasis", args.emphasis, prompt_syntax.EMPHASES),
+def _check_values(args: argparse.Namespace, prompts: int, settings: Mapping[str, Any]) -> None:
+    """Checks the flags that are no settings of a picture. Raises ConfigError."""
+    read_value(Dtype, args.dtype, "--dtype")
+    for flag, value, low in (
+        ("--num-images", args.num_images, 1),
+        ("--batch-size", args.batch_size, 1),
+        ("--tiled-vae", args.tiled_vae, 64),
     ):
-        if value is not None and value not in choices:
-            raise ConfigError(f"{flag} {value}: choices are {', '.join(choices)}")
-    for flag, value, low, high in (
-        ("--steps", args.steps, 1, 1000),
-        ("--num-images", args.num_images, 1, math.inf),
-        ("--batch-size", args.batch_size, 1, math.inf),
-        ("--clip-skip", args.clip_skip, 1, math.inf),
-        ("--seed", args.seed, 0, 2**32 - prompts * max(args.num_images, 1)),  # each picture has its own
-        ("--guidance", args.guidance, 0, 1000),
-        ("--guidance-rescale", args.guidance_rescale, 0, 1),
-        ("--variation-strength", args.variation_strength, 0, 1),
-        ("--tiled-vae", args.tiled_vae, 64, math.inf),
-    ):
-        if value is not None and not low <= value <= high:
-            raise ConfigError(f"{flag} {value}: must be {f'{low} to {high}' if high < math.inf else f'{low} or more'}")
-    for flag, value in (("--height", args.height), ("--width", args.width)):
-        if value is not None and (value < 8 or value % 8):
-            raise ConfigError(f"{flag} {value}: must be a positive multiple of 8")
+        if value is not None:
+            read_value(Annotated[int, Range(low)], value, flag)
+    last = settings.get("seed", 0) + prompts * args.num_images - 1  # each picture has a seed
+    read_value(Seed, max(last, 0), "the seed of the last picture")
 
 
 def _writable_folder(path: Path) -> Path:
@@ -347,20 +322,6 @@ def _save(picture: Image.Image, path: Path) -> None:
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
     print(path)
-
-
-@contextlib.contextmanager
-def _memory_advice() -> Iterator[None]:
-    import jax
-
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise TrainingStopped(
-            "out of memory: try a smaller --batch-size, a smaller picture, --dtype bfloat16"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ a batch its own adapter. The layers of `sdjax.models` apply it when it is passed
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from sdjax.errors import ConfigError
-
-Tree = dict[str, Any]
-Path = tuple[str, ...]
+from sdjax.settings import LoraTargets
+from sdjax.trees import Path, Tree, layers, nest, replaced
 
 _ATTENTION = r"(to_q|to_k|to_v|to_out_0|q_proj|k_proj|v_proj|out_proj)$"
 _FEED_FORWARD = r"(ff/net_0/proj|ff/net_2|mlp/fc1|mlp/fc2)$"
@@ -31,34 +30,13 @@ _NOT_TEXT_PROJECTION = r"^(?!text_projection$)"
 
 # What each preset of `lora_targets` adapts: regular expressions over a layer's path, and whether convolutions count.
 # "transformer" is kohya's default set, "conv" its LoCon set.
-TARGETS: dict[str, tuple[tuple[str, ...], bool]] = {
+TARGETS: dict[LoraTargets, tuple[tuple[str, ...], bool]] = {
     "attention": ((_ATTENTION,), False),
     "attention+ff": ((_ATTENTION, _FEED_FORWARD), False),
     "transformer": ((_ATTENTION, _FEED_FORWARD, r"attentions_\d+/proj_(in|out)$"), True),
     "linear": ((_NOT_TEXT_PROJECTION,), False),
     "conv": ((_NOT_TEXT_PROJECTION,), True),
 }
-
-
-def layers(tree: Mapping[str, Any], leaf: str, path: Path = ()) -> Iterator[tuple[Path, Tree]]:
-    """Every (path, layer) of a nested tree whose layer directly holds the named leaf, in the tree's order."""
-    if leaf in tree:
-        yield path, dict(tree)
-        return
-    for name, child in tree.items():
-        if isinstance(child, Mapping):
-            yield from layers(child, leaf, (*path, name))
-
-
-def nest(flat: Mapping[Path, Any]) -> Tree:
-    """The nested tree of a flat one."""
-    tree: Tree = {}
-    for path, value in flat.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = value
-    return tree
 
 
 def map_layers(function: Callable[[Tree], Tree], lora: Mapping[str, Any]) -> Tree:
@@ -152,7 +130,7 @@ def merge(params: Mapping[str, Any], lora: Mapping[str, Any], weight: float = 1.
         if path not in flat:
             raise ConfigError(f"the adapter has a layer the model lacks: {'/'.join(path)}")
         flat[path] = {**flat[path], "kernel": _merge_layer(flat[path]["kernel"], adapter, weight)}
-    return _replace(params, {(*path, "kernel"): layer["kernel"] for path, layer in flat.items()})
+    return replaced(params, {(*path, "kernel"): layer["kernel"] for path, layer in flat.items()})
 
 
 @jax.jit  # one small program for each shape, where its operations one by one are four
@@ -166,13 +144,6 @@ def _merge_layer(kernel: Array, adapter: Tree, weight: float) -> Array:
         change = adapted * gain - kernel.astype(jnp.float32)
     merged = kernel.astype(jnp.float32) + jnp.asarray(weight, jnp.float32) * change
     return merged.astype(kernel.dtype)
-
-
-def _replace(tree: Mapping[str, Any], leaves: Mapping[Path, Any], path: Path = ()) -> Tree:
-    return {
-        name: _replace(child, leaves, (*path, name)) if isinstance(child, Mapping) else leaves.get((*path, name), child)
-        for name, child in tree.items()
-    }
 
 
 def add(weighted: Sequence[tuple[Mapping[str, Any], float]]) -> Tree:

@@ -2,15 +2,16 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sdjax.errors import ConfigError
-from sdjax.prompt import Tokenizer
+from sdjax.errors import ConfigError, DataError
+from sdjax.text.tokenizer import Tokenizer
 
 OBJECT = (
     "a photo of a {}",
@@ -116,6 +117,24 @@ def initial_rows(
     if max(ids) >= len(table):
         raise ConfigError(f"init_tokens: {init!r} is a new word itself; give one of the vocabulary, or a file")
     return np.asarray(table, np.float32)[np.resize(ids, vectors)]
+
+
+def vector_counts(words: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Word -> number of its vectors, from word -> text model -> vectors [n, D]."""
+    return {word: len(next(iter(rows.values()))) for word, rows in words.items()}
+
+
+def with_rows(params: Mapping[str, Any], rows: Float[Array, "K D"], first: int, *, what: str) -> dict[str, Any]:
+    """A text model's parameters with new words' rows in its table, from row `first` on (what lay there is unused).
+
+    Raises DataError, which names `what`, for a table of fewer rows.
+    """
+    table = params["embeddings"]["token_embedding"]["embedding"]
+    if first > len(table):
+        raise DataError(f"{what}: a tokenizer of {first} words for a table of {len(table)} rows")
+    parts = [table[:first], jnp.asarray(rows, table.dtype), table[first + len(rows) :]]
+    table = {"embedding": jnp.concatenate(parts)}
+    return {**params, "embeddings": {**params["embeddings"], "token_embedding": table}}
 
 
 def decay_norm(

@@ -26,16 +26,16 @@ def final_latents(monkeypatch):
     """The latents of our last picture, as they are when they reach the decoder."""
     import numpy as np
 
-    import sdjax
+    from sdjax.model import Model
 
     seen = []
-    decode = sdjax.StableDiffusion.decode_latents
+    decode = Model.decode_latents
 
     def spy(self, latents):
         seen.append(np.asarray(latents))
         return decode(self, latents)
 
-    monkeypatch.setattr(sdjax.StableDiffusion, "decode_latents", spy)
+    monkeypatch.setattr(Model, "decode_latents", spy)
     return lambda: seen[-1]
 
 

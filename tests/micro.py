@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from sdjax import loading
-from sdjax.config import RunConfig
-from sdjax.config_file import from_table
 from sdjax.formats.diffusers_folder import save_folder
 from sdjax.models import clip, unet, vae
+from sdjax.train.config import RunConfig
+from sdjax.train.config_file import from_table
 
 UNET = {
     "_class_name": "UNet2DConditionModel",

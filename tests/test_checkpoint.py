@@ -18,9 +18,9 @@ import numpy as np
 import optax
 import pytest
 
-from sdjax.config_file import flat_defaults, flatten, from_table
 from sdjax.errors import ConfigError, DataError
 from sdjax.train.checkpoint import MAY_CHANGE, StopSignal, compare_runs, locked, restore, save, steps
+from sdjax.train.config_file import flat_defaults, flatten, from_table
 
 
 def state_of(step):
@@ -307,7 +307,7 @@ def test_a_run_saved_before_a_setting_existed_had_it_at_its_default():
 
 
 def test_every_policy_names_a_key_there_is():
-    from sdjax.config import Checkpoint, Data, DataOverride, Parallel, RunConfig, Stage, Validation
+    from sdjax.train.config import Checkpoint, Data, DataOverride, Parallel, RunConfig, Stage, Validation
 
     def keys(prefix, record):
         return [f"{prefix}{f.name}" for f in dataclasses.fields(record)]

@@ -5,7 +5,7 @@ import sys
 import jax
 import pytest
 
-from sdjax import compilation_cache
+from sdjax.runtime import compilation_cache
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_a_folder_that_others_can_write_is_not_used(tmp_path, settings):
 def test_damaged_entries_give_a_warning_and_are_compiled_again(tmp_path):
     code = """
 import sys
-from sdjax import compilation_cache
+from sdjax.runtime import compilation_cache
 compilation_cache.enable(sys.argv[1])
 import jax, jax.numpy as jnp
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -12,13 +12,14 @@ import pytest
 from PIL import Image
 
 import sdjax
-from sdjax import diffusion, sampling
-from sdjax.conditioning import groups
+from sdjax import diffusion
+from sdjax.draw import sampling
+from sdjax.draw.conditioning import groups
+from sdjax.draw.request import text2image_request
 from sdjax.errors import ConfigError
 from sdjax.models import unet
-from sdjax.prompt_syntax import emphasis
-from sdjax.request import Request
-from sdjax.text_encoding import emphasised
+from sdjax.text.encoding import emphasised
+from sdjax.text.syntax import emphasis
 
 WINDOW = 16
 
@@ -67,11 +68,11 @@ def test_long_and_weighted_prompts_have_the_context_pytorch_gives(tmp_path, kind
     import torch
 
     theirs, sd = pictures.pair(kind, tmp_path / kind)
-    names = list(sd.text_models)
+    names = list(sd.model.outline.text_models)
     rng = np.random.default_rng(0)
     rows = {
         name: rng.normal(size=(3, model.config.hidden_size)).astype(np.float32)
-        for name, model in sd.text_models.items()
+        for name, model in sd.model.outline.text_models.items()
     }
     sd = sd.with_embedding({"<w>": rows})
     for name in names:
@@ -81,7 +82,7 @@ def test_long_and_weighted_prompts_have_the_context_pytorch_gives(tmp_path, kind
         model.resize_token_embeddings(2266)
         with torch.no_grad():
             model.get_input_embeddings().weight[2263:] = torch.from_numpy(rows[name])
-    plain = sd.encode_prompts(["plain words,"])
+    plain = sd.model.encode_prompts(["plain words,"])
     for prompt, windows in WINDOWS.items():
         for restore_mean in (True, False):
             wanted = [
@@ -94,7 +95,7 @@ def test_long_and_weighted_prompts_have_the_context_pytorch_gives(tmp_path, kind
                 )
                 for name in names
             ]
-            context, pooled = sd.encode_prompts([emphasis(prompt)], restore_mean=restore_mean)
+            context, pooled = sd.model.encode_prompts([emphasis(prompt)], restore_mean=restore_mean)
             assert oracle.error(context, np.concatenate(wanted, axis=-1)) <= 1e-4, prompt
             if prompt.startswith("plain"):
                 np.testing.assert_allclose(pooled, plain[1], atol=1e-5)  # of the first window, unweighted
@@ -126,7 +127,7 @@ quickly = {"steps": STEPS, "progress": False, "sampler": "ddim"}
 
 def by_hand(sd, texts, *, sampler="ddim", guidance=7.5, strength=1.0, image=None):
     """A picture from `texts(i)` -> (negative, [(prompt, weight), ...]) of evaluation i."""
-    plan = sampling.plan(sd.schedule, sampler, STEPS, strength=strength)
+    plan = sampling.tabulate(sd.model.outline.schedule, sampler, STEPS, strength=strength)
     keys = jax.random.key(0)[None]
     noise = jax.random.normal(keys[0], (1, 16, 16, 4), jnp.float32)
     state = sampling.initial(plan, noise)
@@ -136,11 +137,11 @@ def by_hand(sd, texts, *, sampler="ddim", guidance=7.5, strength=1.0, image=None
         negative, prompts = texts(i)
 
         def denoise(x, level, negative=negative, prompts=prompts):
-            out = uncond = sd.predict(x, level.timestep, sd.encode_prompts([emphasis(negative)])[0])
+            out = uncond = sd.predict(x, level.timestep, sd.model.encode_prompts([emphasis(negative)])[0])
             for prompt, weight in prompts:
-                cond = sd.predict(x, level.timestep, sd.encode_prompts([emphasis(prompt)])[0])
+                cond = sd.predict(x, level.timestep, sd.model.encode_prompts([emphasis(prompt)])[0])
                 out = out + guidance * weight * (cond - uncond)
-            return diffusion.to_denoised(out, x, level.alpha, level.sigma, sd.schedule.prediction_type)
+            return diffusion.to_denoised(out, x, level.alpha, level.sigma, sd.model.outline.schedule.prediction_type)
 
         state = sampling.step(denoise, state, i, plan, keys)
     return np.asarray(sd.decode_latents(state.latents)) * 255
@@ -199,7 +200,7 @@ def test_plain_prompts_are_taken_as_they_are(tiny):
     recorded = lambda **how: draw("(taco)", **how)[0].info["parameters"]
     assert "Emphasis: No norm, " in recorded(emphasis="no_norm") and "Emphasis" not in recorded()
     context = tiny.encode_text("a (red) heart")  # as for training
-    np.testing.assert_array_equal(context, tiny.encode_prompts(["a (red) heart"])[0])
+    np.testing.assert_array_equal(context, tiny.model.encode_prompts(["a (red) heart"])[0])
 
 
 def test_no_new_program_for_another_prompt(tiny):
@@ -229,7 +230,7 @@ def test_what_cannot_be_drawn_is_said(tiny):
         tiny.text2image("taco", prompt_syntax="comfy")
     with pytest.raises(ConfigError, match="emphasis = 'strong': choices are original, no_norm"):
         tiny.text2image("taco", emphasis="strong")
-    config = dataclasses.replace(tiny.unet.config, time_cond_proj_dim=8)
-    distilled = dataclasses.replace(tiny, unet=unet.UNet(config, tiny.unet.compute))
+    config = dataclasses.replace(tiny.model.outline.unet.config, time_cond_proj_dim=8)
+    distilled = dataclasses.replace(tiny.model.outline, unet=unet.UNet(config, tiny.model.outline.unet.compute))
     with pytest.raises(ConfigError, match="drawn without guidance, so AND cannot join prompts"):
-        groups(distilled, Request(("a AND b",), ("",), 64, 64))
+        groups(distilled, text2image_request(distilled, "a AND b", "", {}))

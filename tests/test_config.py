@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdjax import config, config_file
-from sdjax.config import Data, DataOverride, RunConfig, Stage
 from sdjax.errors import ConfigError
+from sdjax.train import config, config_file
+from sdjax.train.config import Data, DataOverride, RunConfig, Stage
 
 FILE = """
 model = "tiny"
@@ -296,6 +296,6 @@ def test_flatten_names_every_value(path):
 
 
 def test_reading_a_configuration_loads_nothing_heavy():
-    code = "import sys, sdjax.config; print(sorted({'jax', 'tyro', 'flax', 'orbax', 'PIL'} & set(sys.modules)))"
+    code = "import sys, sdjax.train.config; print(sorted({'jax', 'tyro', 'flax', 'orbax', 'PIL'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sdjax
-from sdjax import __main__, convert, lora
+from sdjax import __main__, convert, lora, trees
 from sdjax.formats.embedding_file import load_embedding, save_embedding
 from sdjax.formats.lora_file import load_lora, save_lora
 from sdjax.formats.safetensors_file import read_safetensors
@@ -34,7 +34,7 @@ def run(*words):
 
 def deltas(adapter):
     """Each layer's change of its kernel."""
-    return {path: lora.delta(layer) for path, layer in lora.layers(adapter, "up")}
+    return {path: lora.delta(layer) for path, layer in trees.layers(adapter, "up")}
 
 
 def same(one, two, **tolerance):
@@ -44,8 +44,8 @@ def same(one, two, **tolerance):
 
 def test_a_folder_to_a_file_and_back(model, tmp_path, capsys):
     file, folder = tmp_path / "new" / "m.safetensors", tmp_path / "folder"
-    assert __main__.main(["convert", str(model.folder.path), str(file), "--to", "single_file"]) == 0
-    assert run(file, folder, "--to", "diffusers", "--tokenizer", model.folder.path) == 0
+    assert __main__.main(["convert", str(model.model.outline.folder.path), str(file), "--to", "single_file"]) == 0
+    assert run(file, folder, "--to", "diffusers", "--tokenizer", model.model.outline.folder.path) == 0
     assert capsys.readouterr().out.splitlines() == [str(file), str(folder)]
     same(sdjax.load(folder).params, model.params)
     half = tmp_path / "half.safetensors"
@@ -62,11 +62,11 @@ def test_a_standard_model_is_widened_for_inpainting(model, tmp_path, capsys):
     folder, file = tmp_path / "nine", tmp_path / "nine.safetensors"
     for target in (folder, file):
         form = "single_file" if target.suffix else "diffusers"
-        assert run(model.folder.path, target, "--to", form, "--for-inpainting") == 0
+        assert run(model.model.outline.folder.path, target, "--to", form, "--for-inpainting") == 0
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
     wide = sdjax.load(folder)
     same(sdjax.load(file, tokenizer=folder).params, wide.params)
-    assert wide.unet.config.in_channels == 9
+    assert wide.model.outline.unet.config.in_channels == 9
     latents, context = np.ones((1, 8, 8, 9), np.float32), np.ones((1, 8, 16), np.float32)
     same(wide.predict(latents, 500, context), model.predict(latents[..., :4], 500, context), atol=1e-5)
     assert run(folder, tmp_path / "again", "--to", "diffusers", "--for-inpainting") == 2
@@ -79,7 +79,7 @@ def test_a_lora_to_either_style_and_back(model, tmp_path):
     save_lora(tmp_path / "a.safetensors", adapter, model.params)
     for style, source, target in (("peft", "a", "b"), ("kohya", "b", "c")):
         source, target = tmp_path / f"{source}.safetensors", tmp_path / f"{target}.safetensors"
-        assert run(source, target, "--to", style, "--model", model.folder.path) == 0
+        assert run(source, target, "--to", style, "--model", model.model.outline.folder.path) == 0
         got = load_lora(target, model.params)["unet"]
         same(deltas(got), deltas(adapter["unet"]), atol=1e-5)
     assert any(key.endswith("lora_A.weight") for key in read_safetensors(tmp_path / "b.safetensors").tensors)
@@ -89,12 +89,12 @@ def test_a_lora_is_taken_out_of_a_tuned_model(model, tmp_path, capsys):
     adapter = lora.init(jax.random.key(0), model.params["unet"], rank=2)
     adapter = jax.tree.map(lambda leaf: leaf + np.float32(0.1) * (leaf.ndim > 0), adapter)
     model.with_lora({"unet": adapter}).save(tmp_path / "tuned")
-    flags = ("--to", "kohya", "--base", model.folder.path)
+    flags = ("--to", "kohya", "--base", model.model.outline.folder.path)
     assert run(tmp_path / "tuned", tmp_path / "a.safetensors", *flags, "--rank", 2, "--dtype", "float32") == 0
     read = load_lora(tmp_path / "a.safetensors", model.params)
     assert list(read) == ["unet"]
     same(deltas(read["unet"]), deltas(adapter), atol=1e-4)
-    assert run(model.folder.path, tmp_path / "b.safetensors", *flags) == 3
+    assert run(model.model.outline.folder.path, tmp_path / "b.safetensors", *flags) == 3
     assert "are the same" in capsys.readouterr().err
     assert run("tiny", tmp_path / "b.safetensors", *flags) == 3
     assert "different kinds" in capsys.readouterr().err
@@ -161,8 +161,8 @@ def test_faults_of_files_have_their_exit_code(model, tmp_path, capsys):
     for words in (
         (tmp_path / "none.safetensors", tmp_path / "a", "--to", "embedding"),
         (tmp_path / "none.safetensors", tmp_path / "a", "--to", "diffusers"),
-        (model.folder.path, file / "x" / "a.safetensors", "--to", "single_file"),
-        (model.folder.path, file, "--to", "diffusers"),
+        (model.model.outline.folder.path, file / "x" / "a.safetensors", "--to", "single_file"),
+        (model.model.outline.folder.path, file, "--to", "diffusers"),
     ):
         assert run(*words) == 3
         assert capsys.readouterr().err.startswith("error: ")

@@ -8,7 +8,7 @@ import pytest
 
 from sdjax.data.cache import Images, Texts
 from sdjax.data.dataset import Dataset, Prior, join, make_batch, prefetch
-from sdjax.data.plan import Plan, beside, choose
+from sdjax.data.order import Order, beside, choose
 from sdjax.data.records import Record
 from sdjax.errors import ConfigError
 
@@ -38,10 +38,10 @@ def dataset(*buckets):
 def test_a_batch_holds_what_the_plan_says():
     data = dataset(bucket((2, 2), views=6))
     assert data.repeats == ((1, 2, 1, 2, 1, 2),)
-    plan = Plan(data.repeats, 4, seed=1, flip=True, caption_dropout=0.3, crops=3, versions=2)
+    order = Order(data.repeats, 4, seed=1, flip=True, caption_dropout=0.3, crops=3, versions=2)
     seen = set()
     for number in range(24):
-        batch, choice = make_batch(data, plan, number), choose(plan, number)
+        batch, choice = make_batch(data, order, number), choose(order, number)
         assert batch["index"].tolist() == [0, 1, 2, 3]
         assert batch["index"].dtype == np.int32
         assert batch["moments"].shape == (4, 2, 2, 8)
@@ -56,19 +56,19 @@ def test_a_batch_holds_what_the_plan_says():
 
 def test_a_batch_has_one_shape():
     data = dataset(bucket((2, 4), views=1), bucket((4, 2), views=1, images=2, start=100))
-    plan = Plan(data.repeats, 3, seed=0)
+    order = Order(data.repeats, 3, seed=0)
     shapes = []
     for number in range(24):
-        moments = make_batch(data, plan, number)["moments"]
+        moments = make_batch(data, order, number)["moments"]
         assert set(moments[:, 0, 0, 0] >= 100) == {moments.shape == (3, 4, 2, 8)}
         shapes.append(moments.shape[1:3])
     assert (shapes.count((2, 4)), shapes.count((4, 2))) == (18, 6)
 
 
 def test_views_must_be_those_of_the_plan():
-    for plan in (Plan(((1,) * 6,), 4, 0), Plan(((1,) * 6,), 4, 0, crops=2, flip=True)):
+    for order in (Order(((1,) * 6,), 4, 0), Order(((1,) * 6,), 4, 0, crops=2, flip=True)):
         with pytest.raises(ConfigError, match=r"wants \d views of each image, but the cache holds 2"):
-            make_batch(dataset(), plan, 0)
+            make_batch(dataset(), order, 0)
 
 
 def test_masks_and_pixels_are_gathered_and_texts_may_be_missing():
@@ -76,8 +76,8 @@ def test_masks_and_pixels_are_gathered_and_texts_may_be_missing():
     mask = np.arange(12, dtype=np.float32).reshape(6, 2, 1, 1, 1)
     images = Images(bucket((1, 1)).records, {"pixels": pixels, "mask": mask}, ())
     data = Dataset((join(images, texts()),), {}, 0)
-    plan = Plan(data.repeats, 5, 1, flip=True)
-    batch = make_batch(data, plan, 2)
+    order = Order(data.repeats, 5, 1, flip=True)
+    batch = make_batch(data, order, 2)
     assert set(batch) == {"pixels", "mask", "index"}
     assert batch["pixels"].dtype == np.uint8
     np.testing.assert_array_equal(batch["pixels"], batch["mask"])
@@ -91,13 +91,13 @@ def test_holes_are_those_of_their_crop():
     arrays = {name: array.reshape(6, -1, 1, 1, 1) for name, array in arrays.items()}
     images = Images(bucket((1, 1)).records, arrays, ())
     data = Dataset((join(images, texts()),), {}, 0)
-    plan = Plan(data.repeats, 5, 1, flip=True, crops=2, holes=3)
+    order = Order(data.repeats, 5, 1, flip=True, crops=2, holes=3)
     for number in range(9):
-        batch, choice = make_batch(data, plan, number), choose(plan, number)
+        batch, choice = make_batch(data, order, number), choose(order, number)
         np.testing.assert_array_equal(batch["hole"], batch["kept"])
         np.testing.assert_array_equal(batch["hole"][:, 0, 0, 0] - batch["moments"][:, 0, 0, 0], 10 * choice.hole)
     with pytest.raises(ConfigError, match="wants 8 views of each image, but the cache holds 12"):
-        make_batch(data, plan._replace(holes=2), 0)
+        make_batch(data, order._replace(holes=2), 0)
 
 
 def test_class_images_follow_with_their_weight():
@@ -109,15 +109,15 @@ def test_class_images_follow_with_their_weight():
         images._replace(records=tuple(r._replace(versions=("class",), repeats=1) for r in images.records))
         for images in prior
     )
-    plan = Plan(data.repeats, 4, 2, flip=True, caption_dropout=0.5, versions=2)
+    order = Order(data.repeats, 4, 2, flip=True, caption_dropout=0.5, versions=2)
     alone = data
     data = data._replace(prior=Prior(dataset(*prior).buckets, 0.5))
     for number in range(8):
-        batch, without = make_batch(data, plan, number), make_batch(alone, plan, number)
+        batch, without = make_batch(data, order, number), make_batch(alone, order, number)
         assert batch["index"].tolist() == list(range(8))
         for name in ("moments", "context"):
             np.testing.assert_array_equal(batch[name][:4], without[name])
-        chosen, choice = choose(plan, number), choose(beside(plan, 3), number)
+        chosen, choice = choose(order, number), choose(beside(order, 3), number)
         expected = 1000 + 100 * chosen.bucket + 10 * choice.example + choice.flip
         np.testing.assert_array_equal(batch["moments"][4:, 0, 0, 0], expected)
         assert (batch["context"][4:] == CAPTIONS.index("class")).all()

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdjax import diffusion, sampling
+from sdjax import diffusion
 from sdjax.diffusion import NoiseSchedule
+from sdjax.draw import sampling
 from sdjax.errors import ConfigError
 
 SD = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -401,6 +402,6 @@ def test_a_rescaled_schedule_is_one_that_diffusers_draws_with(name):
 @pytest.mark.parametrize("steps", [1, 20])
 def test_every_sampler_plans_a_rescaled_schedule(sampler, steps):
     schedule = diffusion.altered(NoiseSchedule.from_config({}), prediction_type="v_prediction", zero_terminal_snr=True)
-    plan = sampling.plan(schedule, sampler, steps, max_steps=20)
+    plan = sampling.tabulate(schedule, sampler, steps, max_steps=20)
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves((plan.levels, plan.mix)))
     assert plan.levels.timestep[0] == 999

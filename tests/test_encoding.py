@@ -54,8 +54,8 @@ def batches(run, dataset, count):
 
 
 def moments_of(run, pixels):
-    vae = run.model.vae
-    return np.asarray(vae.apply({"params": load_weights(run.model, "vae")}, to_float(pixels), method="encode"))
+    vae = run.outline.vae
+    return np.asarray(vae.apply({"params": load_weights(run.outline, "vae")}, to_float(pixels), method="encode"))
 
 
 def test_the_autoencoder_gets_pixels_and_no_text(model, images):
@@ -90,7 +90,7 @@ def test_what_is_cached_needs_no_weights(model, images, tmp_path):
 
 def test_another_autoencoder_makes_other_latents(model, images):
     run = plan_run(model, images)
-    trained = jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(1.1), load_weights(run.model, "vae"))
+    trained = jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(1.1), load_weights(run.outline, "vae"))
     first, other = (encoded(run, earlier)[0] for earlier in (NOTHING, NOTHING._replace(weights={"vae": trained})))
     assert np.abs(first.buckets[0].arrays["moments"] - other.buckets[0].arrays["moments"]).max() > 0.01
 
@@ -192,7 +192,7 @@ WORDS = {"train": ["textual_inversion"], "placeholder_tokens": ["<disc>"], "init
 
 
 def ids_of(run, texts):
-    return run.stages[0].recipe.model.tokenize(texts, chunks=run.stages[0].windows)["text_encoder"]
+    return run.stages[0].recipe.outline.tokenize(texts, chunks=run.stages[0].chunks)["text_encoder"]
 
 
 @pytest.mark.parametrize("template", ["object", ["a {} here", "see {}"]], ids=str)

@@ -21,8 +21,8 @@ from test_formats_parameter_names import TABLES, UNET, VAE, load, state_dict
 
 from sdjax.errors import DataError
 from sdjax.formats.diffusers_folder import read_folder, save_folder
-from sdjax.formats.parameter_names import leaves
 from sdjax.formats.safetensors_file import read_safetensors, save_safetensors
+from sdjax.trees import leaves
 
 # Folders, written by hand.
 

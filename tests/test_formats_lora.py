@@ -16,7 +16,7 @@ from test_formats_parameter_names import tree
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.lora_file import load_lora, save_lora
 from sdjax.formats.safetensors_file import read_safetensors, save_safetensors
-from sdjax.lora import layers
+from sdjax.trees import layers
 
 # A small model written out by hand: (component, our path) -> module name in diffusers, kernel shape.
 

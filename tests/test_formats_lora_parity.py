@@ -7,7 +7,7 @@ from test_formats_lora import assert_same, delta, kohya_file, random_lora, torch
 from test_formats_parameter_names import torch_expected, tree
 
 from sdjax.formats.lora_file import load_lora, save_lora
-from sdjax.lora import layers
+from sdjax.trees import layers
 
 SETS = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),

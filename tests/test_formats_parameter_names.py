@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sdjax.errors import DataError
-from sdjax.formats.parameter_names import leaves, load_params, to_state_dict
+from sdjax.formats.parameter_names import load_params, to_state_dict
 from sdjax.formats.safetensors_file import read_safetensors, save_safetensors
+from sdjax.trees import leaves
 
 # A model of every kind of leaf, written out by hand: our tree beside PyTorch's names and shapes.
 

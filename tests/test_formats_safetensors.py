@@ -363,7 +363,7 @@ while True:
 
 def test_temporary_files_are_hidden_and_beside_the_target(tmp_path):
     """Beside it, so that the rename stays within one file system; not taken for a model by whoever lists the folder."""
-    from sdjax.formats.safetensors_file import replacing
+    from sdjax.runtime.whole_file import replacing
 
     with replacing(tmp_path / "a.safetensors") as file:
         (only,) = tmp_path.iterdir()

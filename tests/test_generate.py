@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 import sdjax
-from sdjax import generate, grids, jobs, lora
+from sdjax import generate, lora
+from sdjax.draw import grids, jobs
+from sdjax.draw.settings import complete_job
 from sdjax.formats.embedding_file import save_embedding
 from sdjax.formats.lora_file import save_lora
 
@@ -21,7 +23,7 @@ ONE = ("--batch-size", "1")  # one compiled program for most of this file
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch):
     # The command's own per-user cache is not the tests' to fill.
-    monkeypatch.setattr("sdjax.compilation_cache.enable", lambda: None)
+    monkeypatch.setattr("sdjax.runtime.compilation_cache.enable", lambda: None)
 
 
 @pytest.fixture
@@ -64,8 +66,8 @@ def test_pictures_are_those_of_the_library(tmp_path, tiny, capsys):
 
 def test_batches_are_of_one_size_and_filled_up():
     def found(letters, most):
-        drawn = jobs.batches([jobs.Job(letter) for letter in letters], most)
-        return [(places, "".join(job.prompt for job in batch)) for places, batch in drawn]
+        drawn = jobs.batches([jobs.Job(complete_job({"prompt": letter})) for letter in letters], most)
+        return [(places, "".join(job.settings["prompt"] for job in batch)) for places, batch in drawn]
 
     assert found("abcde", 4) == [([0, 1, 2], "abc"), ([3, 4], "dee")]
     assert found("abc", 4) == [([0, 1, 2], "abc")]
@@ -260,7 +262,7 @@ assert not slow, slow
 
 def test_new_words_come_from_embedding_files(tmp_path, tiny):
     table = np.asarray(tiny.params["text_encoder"]["embeddings"]["token_embedding"]["embedding"])
-    rows = {"text_encoder": table[np.array(tiny.tokenizers["tokenizer"].words("red heart"))]}
+    rows = {"text_encoder": table[np.array(tiny.model.outline.tokenizers["tokenizer"].words("red heart"))]}
     save_embedding(tmp_path / "word.safetensors", "<w>", rows)
     for flags, prompt in ((["word.safetensors"], "a <w>"), (["word.safetensors:Plana9"], "a plana9")):
         flags = [part for flag in flags for part in ("--embedding", tmp_path / flag)]

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from pictures import NEGATIVES, PROMPTS, compilations, pair, parity, pixels_of, settings_of, start, with_scheduler
 from PIL import Image, ImageDraw
 
-from sdjax import inpainting
+from sdjax.draw import inpainting
+from sdjax.draw.inpainting import make_frame
+from sdjax.draw.settings import complete, declarations
 from sdjax.errors import ConfigError
-from sdjax.inpainting import FILLS, Inpainting, make_frame
+from sdjax.settings import choices
 
 quickly = {"steps": 3, "progress": False}
 
@@ -103,11 +105,13 @@ def problems(draw):
     for _ in range(draw(st.integers(1, 4))):
         points = rng.integers(0, [width, height], (2, 2))
         pen.line([tuple(map(int, point)) for point in points], int(rng.integers(1, 256)), int(rng.integers(1, 30)))
-    options = Inpainting(
-        mask_grow=draw(st.integers(0, 3)),
-        mask_blur=draw(st.integers(0, 8)),
-        only_masked=draw(st.booleans()),
-        padding=draw(st.integers(0, 40)),
+    options = complete(
+        {
+            "mask_grow": draw(st.integers(0, 3)),
+            "mask_blur": draw(st.integers(0, 8)),
+            "only_masked": draw(st.booleans()),
+            "padding": draw(st.integers(0, 40)),
+        }
     )
     return photo(width, height, int(rng.integers(1000))), mask, options, int(rng.integers(2**32))
 
@@ -176,7 +180,7 @@ def test_outpainting_keeps_the_picture_in_its_place(tiny):
 def test_only_masked_draws_the_region_larger(tiny, monkeypatch):
     """The crop has the mask, its padding and the drawing's aspect, and lies inside the picture."""
     image, mask = photo(200, 120), rectangle((200, 120), (150, 10, 170, 20))
-    frame = make_frame(image, mask, Inpainting(only_masked=True, padding=10), size=None, native=64, multiple=8)
+    frame = make_frame(image, mask, complete({"only_masked": True, "padding": 10}), size=None, native=64, multiple=8)
     assert frame.drawn == (64, 64)
     left, top, right, bottom = frame.box
     assert right - left == bottom - top == 40
@@ -196,10 +200,11 @@ def test_only_masked_draws_the_region_larger(tiny, monkeypatch):
 def test_fills_are_told_apart_below_full_strength_and_alike_at_it(tiny):
     image, mask = photo(64, 64), rectangle((64, 64), (16, 16, 56, 56))
     draw = functools.partial(tiny.inpaint, "a red heart", image, mask, **quickly)
-    partly = [pixels_of(draw(fill=fill, strength=0.7)) for fill in FILLS]
+    fills = choices(declarations()["fill"][0])
+    partly = [pixels_of(draw(fill=fill, strength=0.7)) for fill in fills]
     for i, one in enumerate(partly):
         assert all(np.abs(one - other).max() > 5 for other in partly[:i])
-    whole = [pixels_of(draw(fill=fill)) for fill in FILLS]
+    whole = [pixels_of(draw(fill=fill)) for fill in fills]
     assert all((one == whole[0]).all() for one in whole)
 
 
@@ -263,8 +268,8 @@ def test_the_seam_is_softer_than_a_plain_pastes():
         ImageDraw.Draw(mask).ellipse((20, 15, 70, 65), fill=255)
         rng = np.random.default_rng(i)
         painted = np.clip(np.asarray(image, np.float32) / 255 + rng.normal(0, 0.06, 3), 0, 1).astype(np.float32)
-        for found, blur in ((plain, 0), (soft, Inpainting.mask_blur)):
-            frame = make_frame(image, mask, Inpainting(mask_blur=blur), size=None, native=64, multiple=8)
+        for found, blur in ((plain, 0), (soft, complete({})["mask_blur"])):
+            frame = make_frame(image, mask, complete({"mask_blur": blur}), size=None, native=64, multiple=8)
             found.append(seam(frame.paste(painted), mask))
     plain, soft = map(np.mean, (plain, soft))
     print(f"step at the seam: plain {plain:.1f}, soft edge {soft:.1f}")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from pictures import compilations, pixels_of
 
+from sdjax.draw.request import slerp
 from sdjax.errors import ConfigError
-from sdjax.request import slerp
-from sdjax.tiling import Tiling, tiled
+from sdjax.models.tiling import Tiling, tiled
 
 quickly = {"steps": 3, "progress": False}
 
@@ -52,7 +52,7 @@ def test_tiles_share_one_program_whatever_the_picture(tiny):
     parts = tiny.with_tiled_vae(tile=32, overlap=8)
     rng = np.random.default_rng(0)
     picture = lambda height, width: rng.uniform(size=(1, height, width, 3)).astype(np.float32)
-    from sdjax import pipeline
+    from sdjax.draw import pipeline
 
     before = pipeline._decode_latents._cache_size(), pipeline._encode_image._cache_size()
     for size in ((64, 64), (48, 104)):

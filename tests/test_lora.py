@@ -9,12 +9,12 @@ import numpy as np
 import oracle
 import pytest
 
-from sdjax import lora
+from sdjax import lora, trees
 from sdjax.errors import ConfigError
 from sdjax.formats.lora_file import load_lora, save_lora
-from sdjax.formats.parameter_names import leaves
 from sdjax.models import unet
 from sdjax.models.layers import Compute
+from sdjax.trees import leaves
 
 SD1 = {
     "sample_size": 8,
@@ -68,7 +68,7 @@ def base():
             if len(leaf.shape) > 1
             else (path[-1] == "scale") + 0.2 * drawn
         )
-    return config, lora.nest(params)
+    return config, trees.nest(params)
 
 
 # Compiled without optimisation: here compiling is the cost.
@@ -119,12 +119,12 @@ def test_a_new_dora_changes_nothing(base):
 def test_the_start_is_normal_with_variance_one_over_rank(base):
     _, params = base
     adapter = lora.init(jax.random.key(0), params, rank=8, which="linear")
-    downs = np.concatenate([np.ravel(layer["down"]) for _, layer in lora.layers(adapter, "down")])
+    downs = np.concatenate([np.ravel(layer["down"]) for _, layer in trees.layers(adapter, "down")])
     assert abs(downs.std() * math.sqrt(8) - 1) < 0.03
     assert abs(downs.mean()) < 0.02
-    assert all((np.asarray(layer["up"]) == 0).all() for _, layer in lora.layers(adapter, "down"))
+    assert all((np.asarray(layer["up"]) == 0).all() for _, layer in trees.layers(adapter, "down"))
     again = lora.init(jax.random.key(1), params, rank=8, which="linear")
-    first, other = (next(lora.layers(tree, "down"))[1]["down"] for tree in (adapter, again))
+    first, other = (next(trees.layers(tree, "down"))[1]["down"] for tree in (adapter, again))
     assert not np.array_equal(first, other)
 
 
@@ -132,7 +132,7 @@ def test_alpha_and_rslora_set_the_scale(base):
     _, params = base
 
     def scale(**options):
-        return float(next(lora.layers(lora.init(jax.random.key(0), params, rank=4, **options), "down"))[1]["scale"])
+        return float(next(trees.layers(lora.init(jax.random.key(0), params, rank=4, **options), "down"))[1]["scale"])
 
     assert scale() == 1.0
     assert scale(alpha=2.0) == 0.5
@@ -148,7 +148,7 @@ def test_presets_choose_the_layers_they_name(base):
     assert len(chosen["attention"]) == 4 * 8  # four transformers: one down, one in the middle, two up
     assert all(path[-1].startswith("to_") for path in chosen["attention"])
     assert {path[-1] for path in chosen["transformer"] - chosen["attention+ff"]} == {"proj_in", "proj_out"}
-    assert chosen["conv"] == {path for path, _ in lora.layers(params, "kernel")}
+    assert chosen["conv"] == {path for path, _ in trees.layers(params, "kernel")}
     assert all(params_at(params, path)["kernel"].ndim == 2 for path in chosen["linear"])
 
 
@@ -169,7 +169,7 @@ def test_kohyas_default_set_on_the_published_model():
 def test_ranks_of_their_own(base):
     _, params = base
     ranks = {"mid_block": 0, "up_blocks_1/.*attn2": 5, "up_blocks": 1}
-    adapter = dict(lora.layers(lora.init(jax.random.key(0), params, rank=2, ranks=ranks), "down"))
+    adapter = dict(trees.layers(lora.init(jax.random.key(0), params, rank=2, ranks=ranks), "down"))
     assert not any(path[0] == "mid_block" for path in adapter)
     for path, layer in adapter.items():
         expected = 2 if path[0] == "down_blocks_0" else 5 if "attn2" in path else 1
@@ -216,7 +216,7 @@ def test_merging_is_exact_and_weighted(base):
     _, params = base
     adapter = random_adapter(params, which="conv", alpha=1.0)
     merged = lora.merge(params, adapter, 0.5)
-    for path, layer in lora.layers(adapter, "down"):
+    for path, layer in trees.layers(adapter, "down"):
         kernel, down, up = (
             np.asarray(array, np.float64) for array in (params_at(params, path)["kernel"], layer["down"], layer["up"])
         )
@@ -241,7 +241,7 @@ def test_dora_against_numpy(base):
     _, params = base
     adapter = random_adapter(params, which="conv", dora=True, alpha=3.0)
     merged = lora.merge(params, adapter)
-    for path, layer in lora.layers(adapter, "down"):
+    for path, layer in trees.layers(adapter, "down"):
         kernel, down, up = (
             np.asarray(array, np.float64) for array in (params_at(params, path)["kernel"], layer["down"], layer["up"])
         )
@@ -251,7 +251,7 @@ def test_dora_against_numpy(base):
             np.reshape(params_at(merged, path)["kernel"], moved.shape), expected, rtol=1e-4, atol=1e-6
         )
     start = lora.init(jax.random.key(0), params, rank=2, dora=True)
-    for path, layer in lora.layers(start, "down"):
+    for path, layer in trees.layers(start, "down"):
         np.testing.assert_allclose(
             layer["magnitude"], np.linalg.norm(params_at(params, path)["kernel"], axis=0), rtol=1e-5
         )
@@ -320,19 +320,19 @@ def test_extracting_recovers_a_low_rank_change(base):
     adapter = random_adapter(params, which="conv", rank=2)
     tuned = lora.merge(params, adapter)
     found = lora.extract(tuned, params, rank=2, which="conv")
-    assert all(layer["down"].shape[-1] <= 2 for _, layer in lora.layers(found, "down"))
+    assert all(layer["down"].shape[-1] <= 2 for _, layer in trees.layers(found, "down"))
     again = dict(leaves(lora.merge(params, found)))
     for path, leaf in leaves(tuned):
         np.testing.assert_allclose(again[path], leaf, atol=2e-5)
-    rest = {"/".join(path) for path, _ in lora.layers(found, "down")}
-    assert {"/".join(path) for path, _ in lora.layers(adapter, "down")} == rest
+    rest = {"/".join(path) for path, _ in trees.layers(found, "down")}
+    assert {"/".join(path) for path, _ in trees.layers(adapter, "down")} == rest
 
 
 def test_extracting_less_rank_gives_the_nearest(base):
     """Eckart and Young: what is left has the norm of the singular values left out."""
     _, params = base
     tuned = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.asarray(normal(leaf.size, *leaf.shape)), params)
-    for path, layer in lora.layers(lora.extract(tuned, params, rank=3), "down"):
+    for path, layer in trees.layers(lora.extract(tuned, params, rank=3), "down"):
         change = np.asarray(params_at(tuned, path)["kernel"] - params_at(params, path)["kernel"])
         left = np.linalg.norm(change - np.asarray(lora.delta(layer)))
         np.testing.assert_allclose(left, np.linalg.norm(np.linalg.svd(change)[1][3:]), rtol=1e-4, atol=1e-5)
@@ -531,6 +531,6 @@ def test_alpha_survives_both_styles(tmp_path, base):
     for style in ("kohya", "peft"):
         save_lora(tmp_path / f"{style}.safetensors", {"unet": adapter}, {"unet": params}, style=style)
         again = load_lora(tmp_path / f"{style}.safetensors", {"unet": params})["unet"]
-        changes = {path: lora.delta(layer) for path, layer in lora.layers(again, "down")}
-        for path, layer in lora.layers(adapter, "down"):
+        changes = {path: lora.delta(layer) for path, layer in trees.layers(again, "down")}
+        for path, layer in trees.layers(adapter, "down"):
             np.testing.assert_allclose(changes[path], lora.delta(layer), rtol=1e-5, atol=1e-7)

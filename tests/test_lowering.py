@@ -11,14 +11,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sdjax import drawing, lora, pipeline, sampling, text_encoding
-from sdjax.conditioning import Condition
-from sdjax.config import Stage
+import sdjax.model
+from sdjax import lora
 from sdjax.diffusion import NoiseSchedule
+from sdjax.draw import loop, sampling
+from sdjax.draw.conditioning import Condition
+from sdjax.model import Model, Outline
 from sdjax.models import clip, unet, vae
 from sdjax.models.layers import Compute
-from sdjax.pipeline import StableDiffusion
-from sdjax.text_encoding import HiddenState
+from sdjax.text import encoding
+from sdjax.text.encoding import HiddenState
+from sdjax.train.config import Stage
 from sdjax.train.optimizers import make_optimizer
 from sdjax.train.step import Recipe, init_state, make_train_step
 
@@ -52,16 +55,17 @@ def model(platform, dtype):
     compute = Compute(dtype=jnp.dtype(dtype), platform=PLATFORMS[platform])
     text = clip.TextConfig(eos_token_id=49407)
     params = {"unet": unet.abstract_params(SD15), "text_encoder": clip.abstract_params(text)}
-    return StableDiffusion(
+    outline = Outline(
         unet=unet.UNet(SD15, compute),
         vae=vae.AutoencoderKL(vae.VAEConfig(), compute),
         text_models={"text_encoder": clip.TextModel(text, compute)},
-        params=of_dtype(params, dtype),
+        shapes=of_dtype(params, dtype),
         tokenizers={},
         schedule=NoiseSchedule.from_config({}),
         folder=None,
         name="sd15",
     )
+    return Model(outline, outline.shapes)
 
 
 def kernels(traced, platform):
@@ -78,19 +82,19 @@ def test_the_sampler_step_lowers(platform, dtype):
     sd = model(platform, dtype)
     batch = 2
     latents = shape(batch, 64, 64, 4)
-    traced = drawing._compiled_sampler_step(PLATFORMS[platform], large=True).trace(
-        sd.unet,
+    traced = loop._compiled_sampler_step(PLATFORMS[platform], large=True).trace(
+        sd.outline.unet,
         "epsilon",
         sd.variables("unet"),
         sampling.State(latents, shape(sampling.HISTORY, *latents.shape)),
         shape(dtype=jnp.int32),
-        sampling.plan(sd.schedule, "dpmpp_2m", 20),
+        sampling.tabulate(sd.outline.schedule, "dpmpp_2m", 20),
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)),
         (Condition(shape(2 * batch, 77, 768, dtype=dtype), None),),
         shape(batch, 1),
         shape(),
         shape(),
-        drawing.Given(),
+        loop.Given(),
     )
     found = kernels(traced, platform)
     if platform == "tpu":
@@ -108,7 +112,7 @@ def test_the_train_step_lowers(platform, dtype):
     stage = Stage(
         name="style", train=("lora",), steps=10, learning_rate=1e-4, lora_parts=parts, lora_dropout=0.1, min_snr_gamma=5
     )
-    recipe = Recipe(sd, stage, make_optimizer(stage, stage.parts), HiddenState(1, final_norm=True))
+    recipe = Recipe(sd.outline, stage, make_optimizer(stage, stage.parts), HiddenState(1, final_norm=True))
 
     def start():
         params = {part: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), sd.params[part]) for part in parts}
@@ -134,10 +138,10 @@ def test_the_train_step_lowers(platform, dtype):
 def test_the_other_parts_lower(platform):
     """Encoding prompts and pictures and decoding latents, in bfloat16."""
     sd = model(platform, "bfloat16")
-    models, hidden = tuple(sd.text_models.items()), HiddenState(1, final_norm=True)
+    models, hidden = tuple(sd.outline.text_models.items()), HiddenState(1, final_norm=True)
     ids = {"text_encoder": shape(2, 1, 77, dtype=jnp.int32)}
-    variables = {name: sd.variables(name) for name in sd.text_models}
-    kernels(text_encoding._encode_ids.trace(models, hidden, variables, ids), platform)
-    params = of_dtype(vae.abstract_params(sd.vae.config), jnp.bfloat16)
-    kernels(pipeline._encode_image.trace(sd.vae, params, shape(1, 512, 512, 3)), platform)
-    kernels(pipeline._decode_latents.trace(sd.vae, params, shape(1, 64, 64, 4)), platform)
+    variables = {name: sd.variables(name) for name in sd.outline.text_models}
+    kernels(encoding._encode_ids.trace(models, hidden, variables, ids), platform)
+    params = of_dtype(vae.abstract_params(sd.outline.vae.config), jnp.bfloat16)
+    kernels(sdjax.model._encode_image.trace(sd.outline.vae, params, shape(1, 512, 512, 3)), platform)
+    kernels(sdjax.model._decode_latents.trace(sd.outline.vae, params, shape(1, 64, 64, 4)), platform)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdjax.config import Stage
 from sdjax.errors import ConfigError
+from sdjax.train.config import Stage
 from sdjax.train.optimizers import OPTIMIZERS, SHAPES, ema, make_optimizer, make_schedule
 
 LORA = {"unet": "lora", "text_encoder": "lora"}

@@ -31,7 +31,7 @@ def test_a_picture_does_not_depend_on_its_neighbours_prompts(tiny):
     """Nor on how many windows the longest of them takes."""
     prompts = ["a red heart", "joker, " * 12, "taco"]
     negatives = ["", "grey", "hot dog " * 10]
-    assert tiny.tokenizers["tokenizer"].chunks(prompts[1]) > 1
+    assert tiny.model.outline.tokenizers["tokenizer"].chunks(prompts[1]) > 1
     together = tiny.text2image(prompts, negatives, seed=3, **quickly)
     for i in range(3):
         alone = tiny.text2image(prompts[i], negatives[i], seed=3 + i, **quickly)[0]
@@ -64,8 +64,8 @@ def test_one_program_a_shape(tiny, tmp_path):
         {"negative_prompt": "grey and blurry"},
         {"negative_prompt": ""},
         {"steps": 7},
-        {"height": tiny.unet.config.sample_size * tiny.vae.config.factor},
-        {"latents": start(1, tiny.unet.config.sample_size)},
+        {"height": tiny.model.outline.unet.config.sample_size * tiny.model.outline.vae.config.factor},
+        {"latents": start(1, tiny.model.outline.unet.config.sample_size)},
         {"karras": True},
         *({"sampler": sampler} for sampler in SCHEDULERS),
     ]

@@ -35,7 +35,7 @@ NO_ZERO_SNR = ("pndm", "lms", "heun")  # in diffusers as here
 )
 def test_pictures_match_diffusers(models, final_latents, monkeypatch, kind, sampler):
     theirs, ours = models(kind)
-    latents = start(size=ours.unet.config.sample_size)
+    latents = start(size=ours.model.outline.unet.config.sample_size)
     expected = their_picture(with_scheduler(theirs, sampler, monkeypatch), PROMPTS, NEGATIVES, latents=latents)
     drawn = ours.text2image(PROMPTS, NEGATIVES, latents=latents, steps=STEPS, sampler=sampler, progress=False)
     assert_same(drawn, expected, final_latents)
@@ -196,7 +196,7 @@ def test_the_parts_match_diffusers(models, kind):
     import torch
 
     theirs, ours = models(kind)
-    size = ours.unet.config.sample_size * ours.vae.config.factor
+    size = ours.model.outline.unet.config.sample_size * ours.model.outline.vae.config.factor
     images = np.random.default_rng(0).uniform(size=(2, size, size, 3)).astype(np.float32)
     with torch.no_grad():
         mean = theirs.vae.encode(2 * oracle.channels_first(images) - 1).latent_dist.mode()
@@ -213,9 +213,9 @@ def test_the_parts_match_diffusers(models, kind):
     assert oracle.error(context, encoded[0]) <= 1e-4
     added = {}
     if kind == "sdxl":
-        pooled = ours.encode_prompts(PROMPTS)[1]
+        pooled = ours.model.encode_prompts(PROMPTS)[1]
         assert oracle.error(pooled, encoded[2]) <= 1e-4
-        added = ours.added_conditions(pooled, 32, 48)
+        added = ours.model.outline.added_conditions(pooled, 32, 48)
     latents = start(size=8)
     with torch.no_grad():
         out = theirs.unet(

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import sdjax
 from sdjax.errors import ConfigError, DataError
-from sdjax.prompt import Tokenizer
-from sdjax.prompt_syntax import emphasis
+from sdjax.text.syntax import emphasis
+from sdjax.text.tokenizer import Tokenizer
 
 FOLDER = micro.TOKENIZER
 WINDOW = 16
@@ -126,7 +126,7 @@ def test_the_model_draws_with_every_window():
     """Two prompts that differ only after the first window give different contexts, of two windows."""
     sd = sdjax.load("tiny")
     first, second = sd.encode_text(["a " * 14 + "heart", "a " * 14 + "taco"])
-    assert first.shape == (2 * WINDOW, sd.unet.config.cross_attention_dim[0])
+    assert first.shape == (2 * WINDOW, sd.model.outline.unet.config.cross_attention_dim[0])
     np.testing.assert_array_equal(first[:WINDOW], second[:WINDOW])
     assert np.abs(np.asarray(first[WINDOW:] - second[WINDOW:])).max() > 0.1
     np.testing.assert_allclose(sd.encode_text("a " * 14)[0], first[:WINDOW], atol=1e-5)

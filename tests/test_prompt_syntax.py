@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdjax.errors import ConfigError
-from sdjax.prompt_syntax import at_each_step, emphasis, without_loras
+from sdjax.text.syntax import at_each_step, emphasis, without_loras
 
 UP, DOWN = 1.1, 1 / 1.1
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import micro
 import pytest
 
-from sdjax import config, config_file, generate
+from sdjax import generate
+from sdjax.train import config, config_file
 from sdjax.train.loop import train
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ from pathlib import Path
 import micro
 import pytest
 
-from sdjax import config_file
+from sdjax.train import config_file
 from sdjax.train.loop import train
 
 ROOT = Path(__file__).parent.parent

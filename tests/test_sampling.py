@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from pictures import SCHEDULERS, STOCHASTIC
 
-from sdjax import sampling
 from sdjax.diffusion import NoiseSchedule, to_denoised
+from sdjax.draw import sampling
 from sdjax.errors import ConfigError
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -113,7 +113,7 @@ def keys_of(count):
 
 def ours(config, sampler, steps, *, karras=False, strength=None):
     schedule = NoiseSchedule.from_config(config)
-    plan = sampling.plan(schedule, sampler, steps, karras=karras, strength=strength or 1.0)
+    plan = sampling.tabulate(schedule, sampler, steps, karras=karras, strength=strength or 1.0)
     noise = jnp.asarray(NOISE)
     state = (
         sampling.initial(plan, noise)
@@ -302,7 +302,7 @@ def perfect_step(plan, state, keys, i):
 def test_a_perfect_denoiser_keeps_every_step_on_its_level(sampler):
     """With x0 known exactly, the way from noise to x0 is a straight line that every deterministic sampler follows."""
     strength = 1.0 if sampler in ("lms", "pndm") else 0.8  # these two follow diffusers off the line at first
-    plan = sampling.plan(NoiseSchedule.from_config(CONFIGS["sd1"]), sampler, 10, strength=strength)
+    plan = sampling.tabulate(NoiseSchedule.from_config(CONFIGS["sd1"]), sampler, 10, strength=strength)
     image, noise = jnp.asarray(IMAGE), jnp.asarray(NOISE)
     state = sampling.initial_from_image(plan, image, noise)
     for i in range(int(plan.length)):
@@ -314,7 +314,7 @@ def test_a_perfect_denoiser_keeps_every_step_on_its_level(sampler):
 
 
 def test_noised_runs_from_the_first_level_to_the_image_itself():
-    plan = sampling.plan(NoiseSchedule.from_config(CONFIGS["sdxl"]), "heun", 6, strength=0.5)
+    plan = sampling.tabulate(NoiseSchedule.from_config(CONFIGS["sdxl"]), "heun", 6, strength=0.5)
     image, noise = jnp.asarray(IMAGE), jnp.asarray(NOISE)
     np.testing.assert_array_equal(sampling.noised(plan, plan.length, image, noise), image)
     np.testing.assert_array_equal(
@@ -330,7 +330,7 @@ def test_noised_runs_from_the_first_level_to_the_image_itself():
 )
 def test_a_plan_counts_evaluations_not_steps(sampler, name, evaluations):
     name, *few = name.split("<")
-    plan = sampling.plan(NoiseSchedule.from_config(CONFIGS[name]), sampler, 3 if few else 12)
+    plan = sampling.tabulate(NoiseSchedule.from_config(CONFIGS[name]), sampler, 3 if few else 12)
     assert plan.length == evaluations
 
 
@@ -346,7 +346,7 @@ def test_samplers_steps_strengths_and_spacings_share_one_program():
     results = []
     for sampler in sampling.SAMPLERS:
         for steps, strength in ((3, 1.0), (8, 0.5)):
-            plan = sampling.plan(schedule, sampler, steps, strength=strength, karras=sampler in KARRAS)
+            plan = sampling.tabulate(schedule, sampler, steps, strength=strength, karras=sampler in KARRAS)
             results.append(np.asarray(simple_run(plan, sampling.initial(plan, noise), keys)))
     assert simple_run._cache_size() == 1
     assert len({result.tobytes() for result in results}) == len(results)
@@ -355,7 +355,7 @@ def test_samplers_steps_strengths_and_spacings_share_one_program():
 @pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "unipc", "pndm"])
 def test_a_python_loop_of_steps_equals_sample(sampler):
     schedule = NoiseSchedule.from_config(CONFIGS["emoji"])
-    plan = sampling.plan(schedule, sampler, 6)
+    plan = sampling.tabulate(schedule, sampler, 6)
     state, keys = sampling.initial(plan, jnp.asarray(NOISE)), keys_of(2)
     whole = simple_run(plan, state, keys)
     for i in range(int(plan.length)):
@@ -365,7 +365,7 @@ def test_a_python_loop_of_steps_equals_sample(sampler):
 
 @pytest.mark.parametrize("sampler", sampling.SAMPLERS)
 def test_an_image_does_not_depend_on_its_batch(sampler):
-    plan = sampling.plan(NoiseSchedule.from_config(CONFIGS["sd1"]), sampler, 4)
+    plan = sampling.tabulate(NoiseSchedule.from_config(CONFIGS["sd1"]), sampler, 4)
     keys, noise = keys_of(3), jnp.asarray(NOISE)
 
     def draw(noise, keys):
@@ -384,7 +384,7 @@ def thresholded_run(plan, state, keys):
 
 def test_dynamic_thresholding_is_image_by_image():
     config = CONFIGS["sd1"] | {"thresholding": True, "sample_max_value": 3.0}
-    plan = sampling.plan(NoiseSchedule.from_config(config), "dpmpp_2m", 2)
+    plan = sampling.tabulate(NoiseSchedule.from_config(config), "dpmpp_2m", 2)
     noise = jnp.asarray(NOISE)
 
     def draw(scale):
@@ -408,7 +408,7 @@ def test_zero_terminal_snr_stays_finite(sampler, prediction_type):
 
 
 def test_half_precision_denoisers_leave_the_state_in_float32():
-    plan = sampling.plan(NoiseSchedule.from_config(CONFIGS["sd1"]), "dpmpp_2m", 3)
+    plan = sampling.tabulate(NoiseSchedule.from_config(CONFIGS["sd1"]), "dpmpp_2m", 3)
     state = sampling.initial(plan, jnp.asarray(NOISE, jnp.bfloat16))
     result = jax.eval_shape(lambda: sampling.sample(lambda x, level: x.astype(jnp.bfloat16), plan, state, keys_of(2)))
     assert state.latents.dtype == result.dtype == jnp.float32
@@ -416,7 +416,7 @@ def test_half_precision_denoisers_leave_the_state_in_float32():
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_sampling_lowers_for_every_platform(platform):
-    plan = sampling.plan(NoiseSchedule.from_config({}), "euler_a", 3)
+    plan = sampling.tabulate(NoiseSchedule.from_config({}), "euler_a", 3)
     drawn = jax.jit(lambda plan, state, keys: sampling.sample(lambda x, level: x / 2, plan, state, keys))
     traced = drawn.trace(plan, sampling.initial(plan, jnp.asarray(NOISE)), keys_of(2))
     assert "while" in traced.lower(lowering_platforms=(platform,)).as_text()
@@ -447,6 +447,6 @@ def test_sampling_lowers_for_every_platform(platform):
 def test_what_cannot_be_had_is_named(sampler, how, config, names):
     schedule = NoiseSchedule.from_config(CONFIGS["sd1"] | config)
     with pytest.raises(ConfigError) as raised:
-        sampling.plan(schedule, sampler, how.pop("steps", 10), **how)
+        sampling.tabulate(schedule, sampler, how.pop("steps", 10), **how)
     for name in names:
         assert name in str(raised.value)

@@ -11,9 +11,11 @@ import pytest
 from micro import TOKENIZER, make_images, make_model, quick_compilation, settings
 
 import sdjax
+from sdjax import loading
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.embedding_file import save_embedding
-from sdjax.prompt import Tokenizer
+from sdjax.model import Model
+from sdjax.text.tokenizer import Tokenizer
 from sdjax.textual_inversion import decay_norm, initial_rows, templates, typical_norm
 from sdjax.train.made import NOTHING
 from sdjax.train.stages import plan_run, prepare
@@ -115,41 +117,46 @@ def model(request, tmp_path_factory):
 
 def new_rows(model, vectors, seed=0):
     random = np.random.default_rng(seed)
-    return {name: random.normal(size=(vectors, 16)).astype(np.float32) for name in model.text_models}
+    return {name: random.normal(size=(vectors, 16)).astype(np.float32) for name in model.model.outline.text_models}
 
 
 def test_vectors_stand_where_the_word_does(model):
     """A word with the vectors of known tokens gives what these give."""
-    tables = {name: model.params[name]["embeddings"]["token_embedding"]["embedding"] for name in model.text_models}
-    ids = model.tokenizers["tokenizer"].words("red heart")
+    tables = {
+        name: model.params[name]["embeddings"]["token_embedding"]["embedding"]
+        for name in model.model.outline.text_models
+    }
+    ids = model.model.outline.tokenizers["tokenizer"].words("red heart")
     same = {name: np.asarray(table)[np.array(ids)] for name, table in tables.items()}
     own = model.with_embedding({"<w>": same})
-    for got, wanted in zip(own.encode_prompts(["a <w>, ok"]), model.encode_prompts(["a red heart, ok"]), strict=True):
+    for got, wanted in zip(
+        own.model.encode_prompts(["a <w>, ok"]), model.model.encode_prompts(["a red heart, ok"]), strict=True
+    ):
         np.testing.assert_allclose(got, wanted, atol=1e-6)
-    assert not model.placeholders and model.tokenizers["tokenizer"].words("<w>") != own.tokenizers["tokenizer"].words(
+    assert not model.model.placeholders and model.model.outline.tokenizers["tokenizer"].words(
         "<w>"
-    )
+    ) != own.model.outline.tokenizers["tokenizer"].words("<w>")
 
 
 def test_calls_add_up_and_a_saved_folder_gives_the_same(model, tmp_path):
     one, two = new_rows(model, 2), new_rows(model, 1, seed=1)
     save_embedding(tmp_path / "a.safetensors", "<w>", one)
     own = model.with_embedding(tmp_path / "a.safetensors").with_embedding({"x": two}, token="Plana2")
-    for name, rows in own.placeholders.items():
+    for name, rows in own.model.placeholders.items():
         np.testing.assert_array_equal(rows, np.concatenate([one[name], two[name]]))
-    wanted = own.encode_prompts(PROMPTS)
+    wanted = own.model.encode_prompts(PROMPTS)
     other = model.with_embedding({"Plana2": two}).with_embedding({"<w>": one})
     own.save(tmp_path / "saved")
     saved = sdjax.load(tmp_path / "saved")
     for same in (other, saved):
-        for got, expected in zip(same.encode_prompts(PROMPTS), wanted, strict=True):
+        for got, expected in zip(same.model.encode_prompts(PROMPTS), wanted, strict=True):
             np.testing.assert_array_equal(got, expected)
     again = saved.with_embedding({"<later>": one})
-    assert not saved.placeholders and len(again.placeholders["text_encoder"]) == 2
+    assert not saved.model.placeholders and len(again.model.placeholders["text_encoder"]) == 2
     again.save(tmp_path / "again")
     prompts = ["<later> <w>", "plana2 <later>"]
     for got, expected in zip(
-        sdjax.load(tmp_path / "again").encode_prompts(prompts), again.encode_prompts(prompts), strict=True
+        sdjax.load(tmp_path / "again").model.encode_prompts(prompts), again.model.encode_prompts(prompts), strict=True
     ):
         np.testing.assert_array_equal(got, expected)
 
@@ -160,33 +167,33 @@ def test_rows_go_where_the_tokenizer_numbers_them(model, tmp_path):
     config = tmp_path / "padded" / "text_encoder" / "config.json"
     settings = json.loads(config.read_text())
     config.write_text(json.dumps(settings | {"vocab_size": settings["vocab_size"] + 1}))
-    sd = dataclass_with_wider_table(sdjax.loading.outline(tmp_path / "padded"), model)
-    own = sd.with_embedding({"<w>": new_rows(model, 2)})
+    wider = Model(loading.outline(tmp_path / "padded"), params_with_a_wider_table(model))
+    own = wider.with_embedding({"<w>": new_rows(model, 2)})
     own.save(tmp_path / "saved")
     saved = sdjax.load(tmp_path / "saved")
-    assert saved.text_models["text_encoder"].config.vocab_size == settings["vocab_size"] + 2
-    for got, expected in zip(saved.encode_prompts(PROMPTS), own.encode_prompts(PROMPTS), strict=True):
+    assert saved.model.outline.text_models["text_encoder"].config.vocab_size == settings["vocab_size"] + 2
+    for got, expected in zip(saved.model.encode_prompts(PROMPTS), own.encode_prompts(PROMPTS), strict=True):
         np.testing.assert_array_equal(got, expected)
 
 
-def dataclass_with_wider_table(outline, model):
+def params_with_a_wider_table(model):
     params = dict(model.params)
     text = params["text_encoder"]
     table = text["embeddings"]["token_embedding"]["embedding"]
     wider = jnp.concatenate([table, jnp.ones((1, table.shape[1]), table.dtype)])
     params["text_encoder"] = {**text, "embeddings": {**text["embeddings"], "token_embedding": {"embedding": wider}}}
-    return dataclasses.replace(outline, params=params)
+    return params
 
 
 def test_the_pooled_vector_is_the_end_tokens(model):
     """Old configs say eos_token_id 2 and mean the largest id: the end token's, not a new word's."""
-    if not model.is_sdxl:
+    if not model.model.outline.is_sdxl:
         return
     name = "text_encoder_2"
-    module = model.text_models[name]
+    module = model.model.outline.text_models[name]
     old = module.clone(config=dataclasses.replace(module.config, eos_token_id=2))
     ids = np.array([[5, 2263, 9, 2262, 1]])
-    variables = model.with_embedding({"<w>": new_rows(model, 1)}).variables(name)
+    variables = model.with_embedding({"<w>": new_rows(model, 1)}).model.variables(name)
     context, pooled = jax.jit(old.apply)(variables, ids)
     last = context[0, 3] @ variables["params"]["text_projection"]["kernel"]
     np.testing.assert_allclose(pooled[0], last, rtol=1e-4, atol=1e-5)
@@ -241,8 +248,8 @@ def test_diffusers_gives_the_same_context(model, tmp_path, word, vectors):
 
     rows = new_rows(model, vectors)
     save_embedding(tmp_path / "plana.safetensors", word, rows)
-    pipeline = theirs(model.folder.path)
-    if model.is_sdxl:
+    pipeline = theirs(model.model.outline.folder.path)
+    if model.model.outline.is_sdxl:
         tensors = load_file(tmp_path / "plana.safetensors")
         for key, number in (("clip_l", ""), ("clip_g", "_2")):
             pipeline.load_textual_inversion(
@@ -256,21 +263,21 @@ def test_diffusers_gives_the_same_context(model, tmp_path, word, vectors):
     own = model.with_embedding(tmp_path / "plana.safetensors")
     prompts = [f"a {word} on red", "heart", f"{word}, {word}"]
     wanted = their_context(pipeline, prompts)
-    for got, expected in zip(own.encode_prompts(prompts), wanted, strict=False):
+    for got, expected in zip(own.model.encode_prompts(prompts), wanted, strict=False):
         np.testing.assert_allclose(got, expected, atol=1e-4)
     # A folder we save is read by them, and one they save by us. (They give a word with capitals all of its vectors only
     # if it comes from a folder of ours.)
     own = own.with_embedding({"Two2": new_rows(model, 2, seed=2)}) if vectors == 1 else own
     own.save(tmp_path / "ours")
     read = their_context(theirs(tmp_path / "ours"), [*prompts, "a Two2"])
-    for got, expected in zip(read, own.encode_prompts([*prompts, "a Two2"]), strict=False):
+    for got, expected in zip(read, own.model.encode_prompts([*prompts, "a Two2"]), strict=False):
         np.testing.assert_allclose(got, expected, atol=1e-4)
-    shutil.copytree(model.folder.path, tmp_path / "theirs")
+    shutil.copytree(model.model.outline.folder.path, tmp_path / "theirs")
     for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
         if hasattr(pipeline, name):
             shutil.rmtree(tmp_path / "theirs" / name)
             getattr(pipeline, name).save_pretrained(tmp_path / "theirs" / name)
-    for got, expected in zip(sdjax.load(tmp_path / "theirs").encode_prompts(prompts), wanted, strict=False):
+    for got, expected in zip(sdjax.load(tmp_path / "theirs").model.encode_prompts(prompts), wanted, strict=False):
         np.testing.assert_allclose(got, expected, atol=1e-4)
 
 

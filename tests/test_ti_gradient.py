@@ -26,7 +26,7 @@ def test_gradient_of_the_rows_is_pytorchs(tmp_path, sdxl):
     rng = np.random.default_rng(0)
     latents, noise = (rng.normal(size=(4, 8, 8, 4)).astype(np.float32) for _ in range(2))
     timesteps = np.array([10, 300, 600, 990])
-    ids = recipe.model.tokenize(CAPTIONS)
+    ids = recipe.outline.tokenize(CAPTIONS)
     batch = {**ids, "moments": np.zeros((4, 8, 8, 8), np.float32)}
     draws = Draws(latents, noise, jnp.asarray(timesteps), jnp.zeros(()), jnp.zeros(()))
 
@@ -36,7 +36,7 @@ def test_gradient_of_the_rows_is_pytorchs(tmp_path, sdxl):
         return jnp.mean(distance(recipe, variables(recipe, trainable, ready.frozen), batch, draws))
 
     value, gradient = loss(ready.state.trainable)
-    their_value, theirs = pytorch(folder, recipe.model, ready.state.trainable, ids, latents, noise, timesteps)
+    their_value, theirs = pytorch(folder, recipe.outline, ready.state.trainable, ids, latents, noise, timesteps)
     assert float(value) == pytest.approx(their_value, rel=1e-4)
     for name, rows in gradient["textual_inversion"].items():
         assert oracle.error(rows, theirs[name]) <= 1e-3, name

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from sdjax import loading
-from sdjax.config_file import parse_args
 from sdjax.data import records
-from sdjax.prompt import Tokenizer
+from sdjax.text.tokenizer import Tokenizer
 from sdjax.tiny import recipe
+from sdjax.train.config_file import parse_args
 
 ALL = recipe.subjects()
 TEXTS = [text for subject in ALL if subject.name not in recipe.WITHHELD for text in recipe.captions(subject)]
@@ -150,10 +150,11 @@ def test_untrained_model_loads_and_its_branches_start_at_zero(tmp_path):
         assert not np.any(np.asarray(ends["kernel"]))
     kernel = np.asarray(unet["mid_block"]["resnets_0"]["conv1"]["kernel"])
     assert np.std(kernel) * np.sqrt(9 * 128) == pytest.approx(1, abs=0.02)
-    assert sd.schedule.prediction_type == "v_prediction"
+    assert sd.model.outline.schedule.prediction_type == "v_prediction"
     # The whole vocabulary is larger than these two captions': weights in float16, and a tokenizer below 100 kB.
     whole = 2 * (
-        sum(counts.values()) + (512 + recipe.MERGES + 2 - sd.text_models["text_encoder"].config.vocab_size) * 128
+        sum(counts.values())
+        + (512 + recipe.MERGES + 2 - sd.model.outline.text_models["text_encoder"].config.vocab_size) * 128
     )
     assert whole + 100_000 < 12_000_000
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from sdjax import config_file
 from sdjax.errors import ConfigError
-from sdjax.train import checkpoint
+from sdjax.train import checkpoint, config_file
 from sdjax.train.loop import train
 from sdjax.train.stages import plan_runs
 

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 import sdjax
-from sdjax import diffusion, drawing, lora
+from sdjax import diffusion, trees
 from sdjax.data.dataset import make_batch
 from sdjax.data.holes import make_holes
 from sdjax.data.images import Size, Window, read_image
+from sdjax.draw import loop
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.lora_file import load_lora
 from sdjax.train import stages
@@ -81,7 +82,7 @@ def test_training_sees_what_drawing_sees(prepared):
     size = Size(16, 16)
     pixels = np.stack([read_image(record.path, size)[0] for record in images.records]) / np.float32(255)
     holes = np.stack([make_holes(r, size, [Window()], count=1, full=0, seed=0)[0, 0] for r in images.records])
-    seen = drawing._mask_channels(sdjax.load(run.config.model), pixels, holes.astype(np.float32))
+    seen = loop._mask_channels(sdjax.load(run.config.model), pixels, holes.astype(np.float32))
     np.testing.assert_array_equal(seen[..., :1], images.arrays["hole"][:, 0])
     # The scaling factor is 1.
     np.testing.assert_allclose(seen[..., 1:], images.arrays["kept"][:, 0], atol=1e-5)
@@ -124,15 +125,15 @@ def asked(prepared):
         draws = Draws(latents, noise, jnp.asarray([10, 300, 600, 900]), jnp.zeros(4), jnp.zeros_like(noise))
         unet = Answering(answer)
         stage = dataclasses.replace(plan.stage, **changes)
-        recipe = plan.recipe._replace(model=dataclasses.replace(run.model, unet=unet), stage=stage)
+        recipe = plan.recipe._replace(outline=dataclasses.replace(run.outline, unet=unet), stage=stage)
 
         def errors(answer, batch=batch, **options):
             unet.answer = answer
             return distance(recipe, {"unet": {}}, batch, draws, **options)
 
-        target = diffusion.target(run.model.schedule, latents, noise, draws.timesteps)
+        target = diffusion.target(run.outline.schedule, latents, noise, draws.timesteps)
         errors(answer)
-        noisy = diffusion.add_noise(run.model.schedule, latents, noise, draws.timesteps)
+        noisy = diffusion.add_noise(run.outline.schedule, latents, noise, draws.timesteps)
         return errors, (answer, noisy, unet.inputs), batch, np.square(answer - target)
 
     return ask
@@ -185,7 +186,7 @@ def test_lora_and_words_are_trained_exported_and_resumed_to_the_same_bits(settin
     output = Path(config.output)
     exported = output / "export" / "style"
     adapter = load_lora(exported / "lora.safetensors", sdjax.load(config.model).params)
-    assert all(np.abs(layer["up"]).max() > 0 for _, layer in lora.layers(adapter["unet"], "up"))
+    assert all(np.abs(layer["up"]).max() > 0 for _, layer in trees.layers(adapter["unet"], "up"))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     losses = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
     assert len(losses) == 2 and losses[0] != losses[1]

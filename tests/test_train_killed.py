@@ -11,8 +11,7 @@ import time
 import micro
 import pytest
 
-from sdjax import config_file
-from sdjax.train import checkpoint
+from sdjax.train import checkpoint, config_file
 
 STEPS = 16
 

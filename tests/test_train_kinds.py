@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import sdjax
-from sdjax import lora, textual_inversion
+from sdjax import textual_inversion, trees
 from sdjax.errors import ConfigError
 from sdjax.formats.embedding_file import load_embedding
 from sdjax.formats.lora_file import load_lora
@@ -74,7 +74,7 @@ def exported(finished, stage):
 
 
 def words_of(folder, base):
-    width = {"text_encoder": base.text_models["text_encoder"].config.hidden_size}
+    width = {"text_encoder": base.model.outline.text_models["text_encoder"].config.hidden_size}
     found = [load_embedding(path, width) for path in folder.glob("*.safetensors") if "lora" not in path.name]
     return {word: rows["text_encoder"] for file in found for word, rows in file.items()}
 
@@ -97,7 +97,7 @@ def test_every_export_holds_what_there_is_so_far(finished):
 def test_only_the_trained_words_move(finished, base):
     words, style, both = (words_of(exported(finished, stage), base) for stage in ("words", "style", "both"))
     start = np.asarray(base.params["text_encoder"]["embeddings"]["token_embedding"]["embedding"])
-    red, circle = (start[number] for number in base.tokenizers["tokenizer"].words("red circle"))
+    red, circle = (start[number] for number in base.model.outline.tokenizers["tokenizer"].words("red circle"))
     assert words["<plana>"].shape == (2, 16) and words["<sky>"].shape == (1, 16)
     assert 0 < np.abs(words["<plana>"] - np.stack([red, circle])).max() < 3
     # clip_ti_decay with a rate of 0.01 draws the norm all the way.
@@ -115,7 +115,7 @@ def test_only_the_trained_words_move(finished, base):
 def test_an_adapter_is_trained_further_not_added_to(finished, base):
     style, both = (load_lora(exported(finished, s) / "lora.safetensors", base.params) for s in ("style", "both"))
     assert set(style) == {"unet"} and set(both) == {"unet", "text_encoder"}
-    first, second = (dict(lora.layers(tree["unet"], "down")) for tree in (style, both))
+    first, second = (dict(trees.layers(tree["unet"], "down")) for tree in (style, both))
     assert first.keys() == second.keys()
     moved = [np.abs(first[path]["up"] - second[path]["up"]).max() for path in first]
     assert all(first[path]["down"].shape == second[path]["down"].shape for path in first) and min(moved) > 0

@@ -19,10 +19,10 @@ import pytest
 from PIL import Image
 
 import sdjax
-from sdjax import config_file, loading, lora
+from sdjax import loading, lora, trees
 from sdjax.errors import ConfigError, DataError, TrainingStopped
 from sdjax.formats.lora_file import load_lora
-from sdjax.train import checkpoint
+from sdjax.train import checkpoint, config_file
 from sdjax.train.__main__ import main
 from sdjax.train.loop import train
 
@@ -119,7 +119,7 @@ def test_the_export_is_the_trained_adapter_in_both_namings(finished, place):
         for name in ("lora.safetensors", "pytorch_lora_weights.safetensors")
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), merged(sd, kohya), merged(sd, peft))
-    assert all(np.abs(layer["up"]).max() > 0 for _, layer in lora.layers(kohya, "down"))
+    assert all(np.abs(layer["up"]).max() > 0 for _, layer in trees.layers(kohya, "down"))
     assert "style" in (output / "export" / "style" / "README.md").read_text()
     assert (output / "export" / "style" / "samples.png").exists()
 
@@ -230,8 +230,8 @@ def test_two_stages_add_up_and_resume_between(place, settings, tmp_path):
     )
     assert set(first) == {"unet"} and set(second) == {"unet", "text_encoder", "text_encoder_2"}
     # The second adapter holds the first, ranks side by side.
-    for path, layer in lora.layers(first, "down"):
-        whole = dict(lora.layers(second, "down"))[path]
+    for path, layer in trees.layers(first, "down"):
+        whole = dict(trees.layers(second, "down"))[path]
         rank = layer["down"].shape[-1]
         np.testing.assert_array_equal(whole["down"][..., :rank], layer["down"])
         assert whole["down"].shape[-1] == 2 * rank
@@ -348,7 +348,7 @@ def test_bfloat16_with_remat_and_accumulation_trains_under_pmap(settings):
         parallel={"mode": "pmap", "mesh": {"data": 2}},
     )
     assert train(config) == 0
-    tree = load_lora(f"{config.output}/export/style", loading.outline(config.model).params)
+    tree = load_lora(f"{config.output}/export/style", loading.outline(config.model).shapes)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 

@@ -1,4 +1,4 @@
-"""Cached arrays + a plan -> the batches of a run, made ahead of time in the background."""
+"""Cached arrays + a order -> the batches of a run, made ahead of time in the background."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int64, Shaped
 
 from sdjax.data.cache import Arrays, Images, Texts
-from sdjax.data.plan import Choice, Plan, beside, choose
+from sdjax.data.order import Choice, Order, beside, choose
 from sdjax.data.records import Record
 from sdjax.errors import ConfigError
 
@@ -64,35 +64,35 @@ def join(images: Images, texts: Texts) -> Bucket:
     return Bucket(images.arrays, np.array(rows, np.int64), images.records)
 
 
-def make_batch(dataset: Dataset, plan: Plan, number: int) -> Batch:
-    """Batch `number` of the plan, for an optimizer step; every array has B rows.
+def make_batch(dataset: Dataset, order: Order, number: int) -> Batch:
+    """Batch `number` of the order, for an optimizer step; every array has B rows.
 
     `moments [B, h, w, 2C]` or `pixels [B, H, W, 3]`, `mask [B, h, w, 1]` if the data set has masks, for inpainting
     `hole [B, h, w, 1]` and perhaps `kept [B, h, w, C]`, the texts, and `index [B]` (int32: place in the batch), which
     an example's randomness is drawn from so that it does not depend on the device it lands on. With class images B is
-    twice the plan's: as many of them follow, and `weight [B]` makes the mean over all of weight times error the mean
+    twice the order's: as many of them follow, and `weight [B]` makes the mean over all of weight times error the mean
     over the images plus the prior's weight times that over class images.
     """
-    choice = choose(plan, number)
-    parts = [_gather(dataset, dataset.buckets[choice.bucket], plan, choice)]
+    choice = choose(order, number)
+    parts = [_gather(dataset, dataset.buckets[choice.bucket], order, choice)]
     if dataset.prior is not None:
         other = dataset.prior.buckets[choice.bucket]
-        order = beside(plan, len(other.repeats))
-        parts.append(_gather(dataset, other, order, choose(order, number)))
+        class_order = beside(order, len(other.repeats))
+        parts.append(_gather(dataset, other, class_order, choose(class_order, number)))
         for part, weight in zip(parts, (2.0, 2.0 * dataset.prior.weight), strict=True):
-            part["weight"] = np.full(plan.batch_size, weight, np.float32)
+            part["weight"] = np.full(order.batch_size, weight, np.float32)
     batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts[1:] else parts[0]
-    return {**batch, "index": np.arange(len(parts) * plan.batch_size, dtype=np.int32)}
+    return {**batch, "index": np.arange(len(parts) * order.batch_size, dtype=np.int32)}
 
 
-def _gather(dataset: Dataset, bucket: Bucket, plan: Plan, choice: Choice) -> Batch:
-    flips = 2 if plan.flip else 1
+def _gather(dataset: Dataset, bucket: Bucket, order: Order, choice: Choice) -> Batch:
+    flips = 2 if order.flip else 1
     batch = {}
     for name, array in bucket.arrays.items():
-        holes, hole = (plan.holes, choice.hole) if name in ("hole", "kept") else (1, 0)
-        views = plan.crops * holes * flips
+        holes, hole = (order.holes, choice.hole) if name in ("hole", "kept") else (1, 0)
+        views = order.crops * holes * flips
         if array.shape[1] != views:
-            raise ConfigError(f"the plan wants {views} views of each image, but the cache holds {array.shape[1]}")
+            raise ConfigError(f"the order wants {views} views of each image, but the cache holds {array.shape[1]}")
         view = (choice.crop * holes + hole) * flips + choice.flip
         batch[name] = np.asarray(array[choice.example, view])
     if dataset.texts:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, UInt8
 from PIL import Image, ImageColor, ImageOps
 
 from sdjax.errors import DataError
@@ -111,6 +111,26 @@ def read_mask(
 def to_float(image: UInt8[np.ndarray, "*S"]) -> Float32[np.ndarray, "*S"]:
     """0..255 -> -1..1, the range the VAE takes."""
     return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """The image in RGB; what is transparent becomes white."""
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def pixels(image: Image.Image, size: Size) -> Float32[np.ndarray, "H W 3"]:
+    """An image as values in [0, 1], resized (Lanczos) if it has another size; what is transparent becomes white."""
+    image = on_white(image)
+    if image.size != (size.width, size.height):
+        image = image.resize((size.width, size.height), Image.Resampling.LANCZOS)
+    return np.asarray(image, np.float32) / 255
+
+
+def picture(values: Float[np.ndarray, "H W 3"]) -> Image.Image:
+    """An image from values in [0, 1]."""
+    return Image.fromarray(np.round(np.asarray(values) * 255).astype(np.uint8))
 
 
 def _read(path: str | Path, use: Callable[[Image.Image], T]) -> T:

@@ -13,8 +13,9 @@ import numpy as np
 
 from sdjax.errors import DataError
 from sdjax.formats.parameter_names import listing, to_state_dict
-from sdjax.formats.safetensors_file import save_safetensors, sync_folder
+from sdjax.formats.safetensors_file import save_safetensors
 from sdjax.formats.weights_file import read_tensors
+from sdjax.runtime.whole_file import sync_folder
 
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")

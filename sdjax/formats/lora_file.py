@@ -23,7 +23,7 @@ from sdjax.formats.lora_peft import read_peft, write_peft
 from sdjax.formats.parameter_names import listing
 from sdjax.formats.safetensors_file import save_safetensors
 from sdjax.formats.weights_file import read_tensors
-from sdjax.lora import layers, nest
+from sdjax.trees import layers, nest
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from sdjax.formats.ldm_names import ldm_name, ldm_prefixes
 from sdjax.formats.lora_layer import TorchAdapter, scalar
 from sdjax.formats.parameter_names import listing, module_name
 from sdjax.formats.safetensors_file import encode
-from sdjax.lora import Path, layers
+from sdjax.trees import Path, layers
 
 _READ_PREFIXES = {
     "unet": ("lora_unet_",),

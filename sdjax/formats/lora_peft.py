@@ -12,7 +12,7 @@ import numpy as np
 from sdjax.errors import DataError
 from sdjax.formats.lora_layer import TorchAdapter, scalar
 from sdjax.formats.parameter_names import listing, module_name
-from sdjax.lora import Path, layers
+from sdjax.trees import Path, layers
 
 _ADAPTER = r"(?:\.(?!weight$)\w+)?"  # PEFT's adapter name, as in lora_A.default.weight
 _SPELLINGS = (

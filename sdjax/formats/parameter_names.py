@@ -6,7 +6,7 @@ expected tree, never guessed from the file.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 
 from sdjax.errors import DataError
 from sdjax.formats.safetensors_file import is_floating
-from sdjax.lora import Path, nest
+from sdjax.trees import Path, leaves, nest
 
 _INDEXED = re.compile(
     r"(down_blocks|up_blocks|attentions|resnets|transformer_blocks|downsamplers|upsamplers|layers|net|to_out)_(\d+)"
@@ -29,15 +29,6 @@ _ALIGNMENT = 64  # bytes; XLA's CPU backend then takes a host array as it is, wi
 def module_name(path: Path) -> str:
     """`("up_blocks_0", "attentions_1", "proj_in")` -> `"up_blocks.0.attentions.1.proj_in"`."""
     return ".".join(_INDEXED.sub(r"\1.\2", part) if _INDEXED.fullmatch(part) else part for part in path)
-
-
-def leaves(tree: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The leaves of a tree of nested dicts with their paths, in the tree's own order."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, (*path, name))
-        else:
-            yield (*path, name), value
 
 
 def listing(names: Iterable[str]) -> str:

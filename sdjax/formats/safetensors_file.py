@@ -10,14 +10,14 @@ import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from sdjax.errors import DataError
+from sdjax.runtime.whole_file import replacing
 
 _MAX_HEADER = 100_000_000  # bytes, the reference implementation's limit
 _MAX_RANK = 16
@@ -132,31 +132,6 @@ def encode(
     for name in names:
         contiguous = np.ascontiguousarray(tensors[name], dtype=targets[name])
         yield contiguous.reshape(-1).view(np.uint8).data
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes `path`'s place once it is whole and on the disk; on any error `path` is untouched."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_head(path: Path) -> tuple[int, int, bytes]:

@@ -6,6 +6,7 @@ A layer looks for its adapter in the Flax collection `lora`, at its own path bes
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,19 @@ class Compute:
         """The platform computed for: the one asked for, else JAX's default backend."""
         backend = self.platform or jax.default_backend()
         return "gpu" if backend in ("cuda", "rocm") else backend
+
+
+def variables(params: Any, *, lora: Any = None, rows: Any = None) -> dict[str, Any]:
+    """The Flax variable collections that a model is applied to.
+
+    params: its weights. lora: an adapter tree. rows: the vectors [K, D] of new words, for a text model.
+    """
+    collections = {"params": params}
+    if lora is not None:
+        collections["lora"] = lora
+    if rows is not None:
+        collections["placeholder"] = {"embeddings": {"token_embedding": {"rows": rows}}}
+    return collections
 
 
 class Dense(nn.Module):

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from sdjax import command
-from sdjax.config_file import parse_args
+from sdjax.runtime import command
+from sdjax.train.config_file import parse_args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def _run(argv: Sequence[str]) -> int:
     # JAX is imported only now, so that --help and a mistyped flag answer at once.
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from sdjax import compilation_cache, host_memory
+    from sdjax.runtime import compilation_cache, host_memory
     from sdjax.train.loop import train
     from sdjax.train.parallel import divide_cpu
 

@@ -5,7 +5,7 @@ here: measures of pooled pixels, of colour alone and of edges make up for what a
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8
 
 from sdjax.models import vae
-
-if TYPE_CHECKING:
-    from sdjax.train.step import Recipe
+from sdjax.train.config import Stage
 
 POOL = 4
 """Side of the squares of pixels that the pooled measures average over."""
@@ -24,19 +22,18 @@ SHIFT = 4
 
 
 def loss(
-    recipe: "Recipe", trainable: Mapping[str, PyTree], frozen: PyTree, batch: Mapping[str, Array], key: PRNGKeyArray
+    stage: Stage, module: vae.AutoencoderKL, params: PyTree, batch: Mapping[str, Array], key: PRNGKeyArray
 ) -> Float[Array, ""]:
     """Mean loss over a batch of `pixels` [B, H, W, 3] (8 bits) with `index` [B], which the random numbers hang on."""
-    stage, module = recipe.stage, recipe.model.vae
     images = batch["pixels"].astype(jnp.float32) / 127.5 - 1
     keys = jax.vmap(lambda index: jax.random.split(jax.random.fold_in(key, index)))(batch["index"])
     if stage.vae_augment:
         images = jax.vmap(_augment)(keys[:, 0], images)
-    moments = jnp.asarray(module.apply({"params": trainable["vae"]}, images, method="encode"))
+    moments = jnp.asarray(module.apply({"params": params}, images, method="encode"))
     shape = (*moments.shape[1:-1], moments.shape[-1] // 2)
     noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys[:, 1])
     latents = vae.posterior_sample(moments, noise)
-    decoded = jnp.asarray(module.apply({"params": trainable["vae"]}, latents, method="decode"))
+    decoded = jnp.asarray(module.apply({"params": params}, latents, method="decode"))
     terms = measures(decoded, images) | {"kl": jnp.mean(divergence(moments))}
     return jnp.sum(jnp.stack([weight * terms[name] for name, weight in stage.vae_loss.items()]))
 

@@ -11,15 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree, UInt8
 
-from sdjax import drawing, inpainting
 from sdjax.data import cache
 from sdjax.data.dataset import Dataset, Prior, join
 from sdjax.data.images import Size, to_float
 from sdjax.data.records import Record, images_below, scan
+from sdjax.draw import inpainting
+from sdjax.draw.pipeline import StableDiffusion
 from sdjax.errors import DataError
-from sdjax.formats.safetensors_file import replacing
-from sdjax.models import vae
-from sdjax.text_encoding import collections, encode_ids
+from sdjax.model import Model
+from sdjax.models import layers, vae
+from sdjax.runtime.whole_file import replacing
+from sdjax.text.encoding import encode_ids
 from sdjax.train.made import Made, base_weights
 from sdjax.train.stages import Run, StagePlan
 
@@ -79,7 +81,7 @@ def class_images(run: Run, plan: StagePlan, earlier: Made) -> tuple[Record, ...]
     Those missing in prior_path are drawn by the model that the stage starts from, one file at a time, so that a run
     that is killed here goes on with the next. Picture n has seed n.
     """
-    stage, model = plan.stage, plan.recipe.model
+    stage, outline = plan.stage, plan.recipe.outline
     folder = Path(stage.prior_path or Path(run.config.output) / "prior" / stage.name)
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"drawn-{seed:05d}.png" for seed in range(stage.prior_count)]
@@ -87,8 +89,8 @@ def class_images(run: Run, plan: StagePlan, earlier: Made) -> tuple[Record, ...]
     wanted = max(0, stage.prior_count - len(own))
     missing = [seed for seed in range(wanted) if not (folder / names[seed]).is_file()]
     if missing:
-        params = {part: base_weights(model, part, earlier) for part in model.params}
-        sd = dataclasses.replace(model, params=params, placeholders=earlier.rows)
+        params = {part: base_weights(outline, part, earlier) for part in outline.shapes}
+        sd = StableDiffusion(Model(outline, params, earlier.rows))
         with _bar(f"{stage.name}: drawing class images", len(missing)) as bar:
             for seed in missing:
                 (picture,) = sd.text2image(
@@ -108,19 +110,19 @@ def class_images(run: Run, plan: StagePlan, earlier: Made) -> tuple[Record, ...]
 
 def _image_encoder(run: Run, plan: StagePlan, earlier: Made, folder: Path) -> Callable[..., cache.Images]:
     """`encode(kind, records, views, masked=False)`: images of one shape with their masks, cached or made now."""
-    model = plan.recipe.model
-    factor, sees_kept = model.vae.config.factor, drawing.for_inpainting(model)
-    weights = functools.cache(lambda: base_weights(model, "vae", earlier))
+    outline = plan.recipe.outline
+    factor, sees_kept = outline.vae.config.factor, outline.is_inpainting
+    weights = functools.cache(lambda: base_weights(outline, "vae", earlier))
     weights_digest = f"{run.fingerprint} {run.config.dtype} {earlier.digest('vae')}"
 
     def moments(images: UInt8[np.ndarray, "B H W 3"]) -> Array:
-        return _moments(model.vae, weights(), to_float(images))
+        return _moments(outline.vae, weights(), to_float(images))
 
     def holes(images: UInt8[np.ndarray, "B H W 3"], hidden: Bool[np.ndarray, "B H W"]) -> dict[str, Any]:
         made: dict[str, Any] = {"hole": inpainting.cells(hidden.astype(np.float32), factor)}
         if sees_kept:  # the same as in drawing: grey is 0
             kept = np.where(hidden[..., None], np.float32(0), to_float(images))
-            made["kept"] = vae.posterior_mean(_moments(model.vae, weights(), kept))
+            made["kept"] = vae.posterior_mean(_moments(outline.vae, weights(), kept))
         return made
 
     def encode(kind: str, records: Sequence[Record], views: cache.Views, *, masked: bool = False) -> cache.Images:
@@ -146,7 +148,7 @@ def _image_encoder(run: Run, plan: StagePlan, earlier: Made, folder: Path) -> Ca
                     progress=lambda done, _: bar.update(done - bar.n),
                     **options,
                 )
-        return cache.cache_masks(images, views, model.vae.config.factor, folder=folder) if masked else images
+        return cache.cache_masks(images, views, outline.vae.config.factor, folder=folder) if masked else images
 
     return encode
 
@@ -166,31 +168,31 @@ def _learned_everywhere(images: cache.Images) -> cache.Images:
 
 def _encode_texts(run: Run, plan: StagePlan, captions: Sequence[str], earlier: Made, folder: Path) -> cache.Texts:
     """Context (and SDXL's pooled vector) of each caption; only its token ids if the text models are trained."""
-    recipe, model = plan.recipe, plan.recipe.model
-    zeroed = model.is_sdxl and bool(model.folder.model_index.get("force_zeros_for_empty_prompt"))
+    recipe, outline = plan.recipe, plan.recipe.outline
+    zeroed = outline.is_sdxl and outline.zeros_empty_prompts
 
     @functools.cache
     def variables() -> dict[str, Any]:
         return {
-            part: collections(base_weights(model, part, earlier), rows=earlier.rows.get(part))
-            for part in model.text_models
+            part: layers.variables(base_weights(outline, part, earlier), rows=earlier.rows.get(part))
+            for part in outline.text_models
         }
 
     def encode(captions: list[str]) -> dict[str, Any]:
         arrays: dict[str, Any] = {"empty": np.array([not caption for caption in captions])} if zeroed else {}
-        ids = model.tokenize(captions, chunks=plan.windows)
+        ids = outline.tokenize(captions, chunks=plan.chunks)
         if recipe.trains_text:
             return arrays | ids
-        context, pooled = encode_ids(model.text_models, variables(), ids, recipe.hidden)
-        return arrays | {"context": context} | ({"pooled": pooled} if model.is_sdxl else {})
+        context, pooled = encode_ids(outline.text_models, variables(), ids, recipe.hidden)
+        return arrays | {"context": context} | ({"pooled": pooled} if outline.is_sdxl else {})
 
     settings = {
         "ids": recipe.trains_text,
-        "windows": plan.windows,
+        "windows": plan.chunks,
         "words": plan.words,
         "hidden": dataclasses.asdict(recipe.hidden),
         "dtype": run.config.dtype,
-        "earlier": earlier.digest(*model.text_models),
+        "earlier": earlier.digest(*outline.text_models),
         "packing": 2,  # how captions are cut into windows; another rule, another number
     }
     return cache.cache_texts(captions, encode, folder=folder, model=run.fingerprint, settings=settings)

@@ -13,11 +13,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.config import RunConfig
 from sdjax.formats.embedding_file import file_name, save_embedding
 from sdjax.formats.lora_file import save_lora
-from sdjax.formats.safetensors_file import replacing
 from sdjax.loading import load_weights
+from sdjax.model import Model
+from sdjax.runtime.whole_file import replacing
+from sdjax.train.config import RunConfig
 from sdjax.train.made import Made
 from sdjax.train.stages import StagePlan
 
@@ -32,9 +33,9 @@ def export(folder: Path, config: RunConfig, plan: StagePlan, made: Made, grid: P
     model was trained as a whole, with the others as they were; README.md and, if there is one, the grid.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model, metadata = plan.recipe.model, _metadata(config, plan)
+    outline, metadata = plan.recipe.outline, _metadata(config, plan)
     if made.adapters:
-        save_lora(folder / PEFT_FILE, made.adapters, model.params, style="peft")
+        save_lora(folder / PEFT_FILE, made.adapters, outline.shapes, style="peft")
     for word, rows in words(plan, made).items():
         save_embedding(folder / file_name(word), word, rows)
     if made.weights:
@@ -45,7 +46,7 @@ def export(folder: Path, config: RunConfig, plan: StagePlan, made: Made, grid: P
     with replacing(folder / "README.md") as file:
         file.write(_card(config, plan, made, has_grid=grid is not None).encode())
     if made.adapters:
-        save_lora(folder / KOHYA_FILE, made.adapters, model.params, style="kohya", metadata=metadata)
+        save_lora(folder / KOHYA_FILE, made.adapters, outline.shapes, style="kohya", metadata=metadata)
 
 
 def words(plan: StagePlan, made: Made) -> dict[str, dict[str, Any]]:
@@ -59,16 +60,16 @@ def words(plan: StagePlan, made: Made) -> dict[str, dict[str, Any]]:
 
 def _save_model(folder: Path, config: RunConfig, plan: StagePlan, made: Made) -> None:
     """The models trained as a whole with the rest of the base; adapters and new words are files of their own."""
-    model = plan.recipe.model
+    outline = plan.recipe.outline
     params = {
-        part: made.weights[part] if part in made.weights else load_weights(model, part, dtype=jnp.float32)
-        for part in model.params
+        part: made.weights[part] if part in made.weights else load_weights(outline, part, dtype=jnp.float32)
+        for part in outline.shapes
     }
-    scheduler = {**model.folder.scheduler, **model.schedule.config}
-    whole = dataclasses.replace(model, params=params, folder=dataclasses.replace(model.folder, scheduler=scheduler))
+    scheduler = {**outline.folder.scheduler, **outline.schedule.config}
+    outline = dataclasses.replace(outline, folder=dataclasses.replace(outline.folder, scheduler=scheduler))
     temporary = folder.with_name(".model-new")
     shutil.rmtree(temporary, ignore_errors=True)
-    whole.save(temporary, dtype=config.export_dtype)
+    Model(outline, params).save(temporary, dtype=config.export_dtype)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

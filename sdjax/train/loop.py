@@ -14,13 +14,12 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from sdjax import config_file
-from sdjax.config import RunConfig
 from sdjax.data.dataset import make_batch, prefetch
 from sdjax.errors import ConfigError, DataError, TrainingStopped
-from sdjax.formats.safetensors_file import replacing
-from sdjax.train import checkpoint
+from sdjax.runtime.whole_file import replacing
+from sdjax.train import checkpoint, config_file
 from sdjax.train.autoencoder import normalised
+from sdjax.train.config import RunConfig
 from sdjax.train.encoding import encode
 from sdjax.train.export import export
 from sdjax.train.made import NOTHING, Made, result
@@ -169,7 +168,7 @@ class Training:
         made = result(self.plan.recipe, self.start.earlier, state, self.ready.frozen)
         if stage.vae_normalise:
             weights = normalised(
-                self.run.model.vae,
+                self.run.outline.vae,
                 made.weights["vae"],
                 [bucket.arrays["pixels"] for bucket in self.dataset.buckets],
             )

@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from sdjax import lora, textual_inversion
-from sdjax.config import Stage
 from sdjax.errors import ConfigError
 from sdjax.loading import load_weights
-from sdjax.pipeline import StableDiffusion
-from sdjax.text_encoding import TEXT_ENCODERS
+from sdjax.model import Outline
+from sdjax.text.encoding import TEXT_ENCODERS
+from sdjax.train.config import Stage
 from sdjax.train.step import Recipe, State, evaluated, variables
 
 log = logging.getLogger(__name__)
@@ -56,9 +56,9 @@ class Start(NamedTuple):
     """Text model -> vectors of all new words, those of this stage among them."""
 
 
-def base_weights(model: StableDiffusion, part: str, made: Made, *, dtype: Any = None) -> dict[str, Any]:
+def base_weights(outline: Outline, part: str, made: Made, *, dtype: Any = None) -> dict[str, Any]:
     """One model's weights as some stages leave them: its file's, or trained ones, with the adapter merged in."""
-    weights = made.weights[part] if part in made.weights else load_weights(model, part, dtype=dtype)
+    weights = made.weights[part] if part in made.weights else load_weights(outline, part, dtype=dtype)
     return lora.merge(weights, made.adapters[part]) if part in made.adapters else weights
 
 
@@ -77,9 +77,9 @@ def first_rows(
     """
     stage, rows, norms = recipe.stage, {}, {}
     inits = dict(zip(stage.placeholder_tokens, stage.init_tokens, strict=False))
-    for name, module in recipe.model.text_models.items():
+    for name, module in recipe.outline.text_models.items():
         table = np.asarray(params[name]["embeddings"]["token_embedding"]["embedding"], np.float32)
-        tokenizer = recipe.model.tokenizers[TEXT_ENCODERS[name]]
+        tokenizer = recipe.outline.tokenizers[TEXT_ENCODERS[name]]
         vectors = [np.zeros((0, module.config.hidden_size), np.float32)]
         for i, (word, given) in enumerate(words.items()):
             init, count = (inits.get(word), given) if isinstance(given, int) else (np.asarray(given[name]), None)

@@ -17,7 +17,7 @@ import jax
 from jaxtyping import Array
 
 from sdjax.errors import DataError, TrainingStopped
-from sdjax.formats.safetensors_file import replacing
+from sdjax.runtime.whole_file import replacing
 from sdjax.train.stages import Run, StagePlan
 
 log = logging.getLogger(__name__)

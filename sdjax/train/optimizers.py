@@ -17,9 +17,9 @@ import optax
 import optax.contrib
 from jaxtyping import Array, Float, Int, PyTree
 
-from sdjax import lora
-from sdjax.config import Stage
+from sdjax import trees
 from sdjax.errors import ConfigError
+from sdjax.train.config import Stage
 
 log = logging.getLogger(__name__)
 
@@ -243,7 +243,7 @@ def _gathered(transform: optax.GradientTransformation) -> optax.GradientTransfor
             if leaf.size < _SMALL:
                 leaf = leaf.reshape(*(1,) * (leaf.ndim > 1), -1)
             groups.setdefault(place(path, leaf), []).append(leaf)
-        return lora.nest({at: jnp.concatenate(leaves, axis=-1) for at, leaves in groups.items()})
+        return trees.nest({at: jnp.concatenate(leaves, axis=-1) for at, leaves in groups.items()})
 
     def scatter(gathered: Any, like: PyTree) -> PyTree:
         ends: dict[tuple[str, str], int] = {}

@@ -20,8 +20,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from sdjax.compiler_options import compiler_options
 from sdjax.errors import ConfigError
+from sdjax.runtime.compiler_options import compiler_options
 
 
 class TrainStep(Protocol):

@@ -19,19 +19,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
-from sdjax import diffusion, drawing, sampling, textual_inversion
-from sdjax.compiler_options import is_large
-from sdjax.config import Data, RunConfig, Stage
-from sdjax.config_file import flatten
-from sdjax.data import buckets, captions, plan, records
+from sdjax import diffusion, loading, textual_inversion
+from sdjax.data import buckets, captions, order, records
 from sdjax.data.buckets import Buckets
 from sdjax.data.images import Size
 from sdjax.data.records import Record
+from sdjax.draw import sampling
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.embedding_file import load_embedding
-from sdjax.loading import outline
-from sdjax.pipeline import StableDiffusion
-from sdjax.text_encoding import TEXT_ENCODERS
+from sdjax.model import Outline
+from sdjax.runtime.compiler_options import is_large
+from sdjax.train.config import Data, RunConfig, Stage
+from sdjax.train.config_file import flatten
 from sdjax.train.made import NOTHING, Made, Rows, base_weights, beneath, first_rows, result, start
 from sdjax.train.optimizers import make_optimizer
 from sdjax.train.parallel import Parallel, TrainStep, parallelize
@@ -47,8 +46,8 @@ class StagePlan(NamedTuple):
     data: Data
     buckets: Buckets
     held_out: tuple[Record, ...]
-    windows: int
-    """Windows of the text models that the longest caption takes."""
+    chunks: int
+    """Chunks that the longest caption takes."""
     recipe: Recipe
     parallel: Parallel
     state: State
@@ -79,10 +78,10 @@ class StagePlan(NamedTuple):
         """Images an optimizer step takes, class images included."""
         return self.data.batch_size * self.data.accumulation * (2 if self.stage.prior_prompt else 1)
 
-    def batches(self, repeats: tuple[tuple[int, ...], ...], seed: int) -> plan.Plan:
+    def batches(self, repeats: tuple[tuple[int, ...], ...], seed: int) -> order.Order:
         """The order of a data set whose images are shown so often (`Dataset.repeats`); every stage has its own."""
         data = self.data
-        return plan.Plan(
+        return order.Order(
             repeats,
             data.batch_size * data.accumulation,
             seed + (self.number << 32),
@@ -103,7 +102,7 @@ class Run(NamedTuple):
     """A checked run."""
 
     config: RunConfig
-    model: StableDiffusion
+    outline: Outline
     """Without weights: `loading.outline`."""
     fingerprint: str
     """Of the model's weights."""
@@ -131,30 +130,30 @@ def plan_run(config: RunConfig) -> Run:
         _find_images(d, stage, f"stages.{i}", config.seed)
         for i, (d, stage) in enumerate(zip(data, config.stages, strict=True))
     ]
-    model = outline(config.model, config.dtype, variant=config.variant or None)
-    model = dataclasses.replace(
-        model,
+    outline = loading.outline(config.model, config.dtype, variant=config.variant or None)
+    outline = dataclasses.replace(
+        outline,
         schedule=diffusion.altered(
-            model.schedule, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr
+            outline.schedule, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr
         ),
     )
-    model = _with_remat(model) if config.remat else model
-    _check_model(config, model)
-    fingerprint = _fingerprint(model)
+    outline = _with_remat(outline) if config.remat else outline
+    _check_model(config, outline)
+    fingerprint = _fingerprint(outline)
     stages: list[StagePlan] = []
     for number, stage in enumerate(config.stages):
         training, held_out, _ = found[number]
         before = stages[-1] if stages else None
-        stages.append(_plan_stage(config, number, data[number], training, held_out, model, before))
+        stages.append(_plan_stage(config, number, data[number], training, held_out, outline, before))
         shapes = stages[-1].buckets
         repeats = tuple(tuple(record.repeats for record in members) for members in shapes.values())
-        order = stages[-1].batches(repeats, config.seed)
-        log.info("stage %s: %s", stage.name, plan.describe(order, stage.steps, tuple(shapes)))
+        shown = stages[-1].batches(repeats, config.seed)
+        log.info("stage %s: %s", stage.name, order.describe(shown, stage.steps, tuple(shapes)))
     digests = {
         f"fingerprint.data.{stage.name}": images for stage, (_, _, images) in zip(config.stages, found, strict=True)
     }
     identity = flatten(config) | {"fingerprint.model": fingerprint} | digests
-    return Run(config, model, fingerprint, tuple(stages), identity)
+    return Run(config, outline, fingerprint, tuple(stages), identity)
 
 
 def plan_runs(config: RunConfig) -> tuple[Run, ...]:
@@ -170,8 +169,8 @@ def plan_runs(config: RunConfig) -> tuple[Run, ...]:
             earlier = runs[0].stages[own.number - 1].result if own.number else NOTHING
             if beneath(own.stage, earlier).adapters:
                 raise ConfigError(f"{where} stands on a LoRA of its own in each copy; they share one base model")
-        windows = max(own.windows for own in alike)
-        plans.append([own._replace(windows=windows) for own in alike])
+        chunks = max(own.chunks for own in alike)
+        plans.append([own._replace(chunks=chunks) for own in alike])
     return tuple(run._replace(stages=tuple(stages)) for run, stages in zip(runs, zip(*plans, strict=True), strict=True))
 
 
@@ -184,7 +183,9 @@ def prepare(run: Run, stage: StagePlan, earlier: Made, params: Mapping[str, PyTr
     recipe, below = stage.recipe, beneath(stage.stage, earlier)
     parts = recipe.stage.parts
     dtypes = {model: jnp.float32 if parts.get(model) == "weights" else None for model in recipe.models}
-    params = params or {model: base_weights(recipe.model, model, below, dtype=dtypes[model]) for model in recipe.models}
+    params = params or {
+        model: base_weights(recipe.outline, model, below, dtype=dtypes[model]) for model in recipe.models
+    }
     key, _ = stage.keys(run.config.seed)
     new_rows, norms = first_rows(recipe, key, params, stage.new_words) if "textual_inversion" in parts else ({}, {})
     first = jax.jit(functools.partial(start, recipe))(key, params, earlier, new_rows)
@@ -245,21 +246,21 @@ def _with_versions(
     )
 
 
-def _check_model(config: RunConfig, model: StableDiffusion) -> None:
-    drawing.for_inpainting(model)  # or else a standard model: others are refused
-    model.hidden_state(config.clip_skip)
+def _check_model(config: RunConfig, outline: Outline) -> None:
+    _ = outline.is_inpainting  # or else a standard model: others are refused
+    outline.hidden_state(config.clip_skip)
     if config.validation.prompts or any(_holes(config.data_of(stage), stage) for stage in config.stages):
-        sampling.plan(model.schedule, config.validation.sampler, config.validation.steps)
-    for part in model.params:
-        model.folder.tensors(part)  # a truncated or foreign file is refused by its header
+        sampling.tabulate(outline.schedule, config.validation.sampler, config.validation.steps)
+    for part in outline.shapes:
+        outline.folder.tensors(part)  # a truncated or foreign file is refused by its header
 
 
-def _with_remat(model: StableDiffusion) -> StableDiffusion:
+def _with_remat(outline: Outline) -> Outline:
     def remat(module: Any) -> Any:
         return module.clone(compute=dataclasses.replace(module.compute, remat=True))
 
-    texts = {name: remat(module) for name, module in model.text_models.items()}
-    return dataclasses.replace(model, unet=remat(model.unet), text_models=texts)
+    texts = {name: remat(module) for name, module in outline.text_models.items()}
+    return dataclasses.replace(outline, unet=remat(outline.unet), text_models=texts)
 
 
 def _plan_stage(
@@ -268,34 +269,34 @@ def _plan_stage(
     data: Data,
     training: tuple[Record, ...],
     held_out: tuple[Record, ...],
-    model: StableDiffusion,
+    outline: Outline,
     before: StagePlan | None,
 ) -> StagePlan:
     stage = config.stages[number]
     key = f"stages.{number}"
     for part in (*stage.parts, *(stage.lora_parts if "lora" in stage.train else ())):
-        if part not in (*model.params, "textual_inversion"):
-            choices = ", ".join(name for name in model.params if name != "vae")
+        if part not in (*outline.shapes, "textual_inversion"):
+            choices = ", ".join(name for name in outline.shapes if name != "vae")
             raise ConfigError(f"{key}: {config.model} has no {part}; it has {choices}")
-    if stage.vae_normalise and not (model.vae.config.use_quant_conv and model.vae.config.use_post_quant_conv):
+    if stage.vae_normalise and not (outline.vae.config.use_quant_conv and outline.vae.config.use_post_quant_conv):
         raise ConfigError(f"{key}.vae_normalise needs an autoencoder with quant_conv and post_quant_conv")
-    _check_resolution(config, key, data, model)
-    if drawing.for_inpainting(model) and "vae" not in stage.parts and not _holes(data, stage):
+    _check_resolution(config, key, data, outline)
+    if outline.is_inpainting and "vae" not in stage.parts and not _holes(data, stage):
         raise ConfigError(
             f"{key}: {config.model} is made for inpainting: give data.inpaint_masks (4, say) or data.inpaint_mask_path"
         )
     earlier_words = before.words if before else {}
-    new_words = _new_words(stage, key, earlier_words, model)
+    new_words = _new_words(stage, key, earlier_words, outline)
     words = earlier_words | {word: _vectors(given) for word, given in new_words.items()}
     places, first = {}, 0
     for word, vectors in words.items():
         places[word] = range(first, first + vectors)
         first += vectors
     recipe = Recipe(
-        model=_knowing(model, words, key),
+        outline=_knowing(outline, words, key),
         stage=stage,
         optimizer=make_optimizer(stage, stage.parts),
-        hidden=model.hidden_state(config.clip_skip),
+        hidden=outline.hidden_state(config.clip_skip),
         accumulation=data.accumulation,
         rows=tuple(row for word in stage.placeholder_tokens for row in places[word]),
     )
@@ -308,20 +309,22 @@ def _plan_stage(
         return state, result(recipe, earlier, state, {"params": params, **own._asdict()})
 
     whole = {part for part, kind in stage.parts.items() if kind == "weights"}
-    params = {name: _as_float32(model.params[name]) if name in whole else model.params[name] for name in recipe.models}
+    params = {
+        name: _as_float32(outline.shapes[name]) if name in whole else outline.shapes[name] for name in recipe.models
+    }
     count = sum(map(_vectors, new_words.values()))
     new_rows = {
         name: jax.ShapeDtypeStruct((count, module.config.hidden_size), jnp.float32)
-        for name, module in model.text_models.items()
+        for name, module in outline.text_models.items()
     }
     try:
         state, total = jax.eval_shape(shapes, jax.random.key(0), params, earlier, new_rows)
     except ConfigError as e:
         raise ConfigError(f"{key}: {e}") from None
-    assigned = _assign(data, training, key, model)
+    assigned = _assign(data, training, key, outline)
     texts = {caption for record in (*training, *held_out) for caption in record.captions} | {stage.prior_prompt}
-    windows = max(t.chunks(text) for t in recipe.model.tokenizers.values() for text in texts)
-    return StagePlan(number, data, assigned, held_out, windows, recipe, parallel, state, words, new_words, total)
+    chunks = max(t.chunks(text) for t in recipe.outline.tokenizers.values() for text in texts)
+    return StagePlan(number, data, assigned, held_out, chunks, recipe, parallel, state, words, new_words, total)
 
 
 def parallelize_stage(config: RunConfig, data: Data, train_step: TrainStep, recipe: Recipe) -> Parallel:
@@ -336,26 +339,26 @@ def parallelize_stage(config: RunConfig, data: Data, train_step: TrainStep, reci
         mode=config.parallel.mode,
         data=mesh.data,
         fsdp=mesh.fsdp,
-        large=is_large(recipe.model.params),
+        large=is_large(recipe.outline.shapes),
         save_memory=save_memory,
     )
 
 
-def _assign(data: Data, training: tuple[Record, ...], key: str, model: StableDiffusion) -> Buckets:
+def _assign(data: Data, training: tuple[Record, ...], key: str, outline: Outline) -> Buckets:
     """The training images by the shape they are trained at."""
     if not data.buckets:
         return {Size(data.resolution, data.resolution): training}
-    factor = model.vae.config.factor
+    factor = outline.vae.config.factor
     if data.bucket_step % factor:
         raise ConfigError(
-            f"{key}: data.bucket_step = {data.bucket_step} must be a multiple of {factor} for {model.name}"
+            f"{key}: data.bucket_step = {data.bucket_step} must be a multiple of {factor} for {outline.name}"
         )
     sizes = buckets.sizes(data.resolution, step=data.bucket_step, max_aspect=data.bucket_max_aspect)
     return buckets.assign(training, sizes)
 
 
-def _check_resolution(config: RunConfig, key: str, data: Data, model: StableDiffusion) -> None:
-    factor, native = model.vae.config.factor, model.unet.config.sample_size * model.vae.config.factor
+def _check_resolution(config: RunConfig, key: str, data: Data, outline: Outline) -> None:
+    factor, native = outline.vae.config.factor, outline.unet.config.sample_size * outline.vae.config.factor
     if data.resolution % factor:
         raise ConfigError(
             f"{key}: data.resolution = {data.resolution} must be a multiple of {factor} for {config.model}"
@@ -368,11 +371,11 @@ def _check_resolution(config: RunConfig, key: str, data: Data, model: StableDiff
         log.warning("%s: resolution %d, but the model was trained at %d", key, data.resolution, native)
 
 
-def _new_words(stage: Stage, key: str, earlier: Mapping[str, int], model: StableDiffusion) -> dict[str, Rows | int]:
+def _new_words(stage: Stage, key: str, earlier: Mapping[str, int], outline: Outline) -> dict[str, Rows | int]:
     """The words a stage adds to those of earlier stages: how many vectors each has, or those of a file."""
     counts = stage.vectors_per_token * (len(stage.placeholder_tokens) if len(stage.vectors_per_token) == 1 else 1)
     inits = stage.init_tokens or ("",) * len(counts)
-    widths = {name: module.config.hidden_size for name, module in model.text_models.items()}
+    widths = outline.text_widths
     words: dict[str, Rows | int] = {}
     for word, count, init in zip(stage.placeholder_tokens, counts, inits, strict=False):
         if word in earlier:
@@ -390,26 +393,22 @@ def _vectors(given: Rows | int) -> int:
     return given if isinstance(given, int) else len(next(iter(given.values())))
 
 
-def _knowing(model: StableDiffusion, words: Mapping[str, int], key: str) -> StableDiffusion:
-    """The model with the words in its tokenizers."""
-    tokenizers = dict(model.tokenizers)
+def _knowing(outline: Outline, words: Mapping[str, int], key: str) -> Outline:
+    """The outline with the words in its tokenizers."""
     try:
-        for name, module in model.text_models.items():
-            own = tokenizers[TEXT_ENCODERS[name]]
-            tokenizers[TEXT_ENCODERS[name]] = own.with_placeholders(words, first=module.config.vocab_size)
+        return outline.with_words(words)
     except ConfigError as e:
         raise ConfigError(f"{key}.placeholder_tokens: {e}") from None
-    return dataclasses.replace(model, tokenizers=tokenizers)
 
 
 def _as_float32(shapes: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shapes)
 
 
-def _fingerprint(model: StableDiffusion) -> str:
+def _fingerprint(outline: Outline) -> str:
     """Digest of the weight files' sizes and of 256 KiB at 16 even places: a training changes every one of them."""
     digest = hashlib.sha256()
-    for part, files in sorted(model.folder.weights.items()):
+    for part, files in sorted(outline.folder.weights.items()):
         for path in files:
             size = path.stat().st_size
             digest.update(f"{part} {size}".encode())

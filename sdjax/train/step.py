@@ -28,11 +28,11 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from sdjax import diffusion, lora, textual_inversion
-from sdjax.config import Stage
-from sdjax.models import vae
-from sdjax.pipeline import StableDiffusion
-from sdjax.text_encoding import HiddenState, collections, encode_ids
+from sdjax.model import Outline
+from sdjax.models import layers, vae
+from sdjax.text.encoding import HiddenState, encode_ids, zeroed
 from sdjax.train import autoencoder
+from sdjax.train.config import Stage
 from sdjax.train.optimizers import Optimizer, ema
 from sdjax.train.parallel import TrainStep
 
@@ -54,8 +54,8 @@ class State(NamedTuple):
 class Recipe(NamedTuple):
     """What a step computes, fixed for a stage."""
 
-    model: StableDiffusion
-    """The outline: modules, schedule and settings; its weights come as `frozen`."""
+    outline: Outline
+    """The modules and the noise schedule; the weights come as `frozen`."""
     stage: Stage
     optimizer: Optimizer
     hidden: HiddenState
@@ -66,14 +66,14 @@ class Recipe(NamedTuple):
     @property
     def trains_text(self) -> bool:
         """Whether the context changes during training and must be computed in each step."""
-        return any(part in self.model.text_models or part == "textual_inversion" for part in self.stage.parts)
+        return any(part in self.outline.text_models or part == "textual_inversion" for part in self.stage.parts)
 
     @property
     def models(self) -> tuple[str, ...]:
         """The models a step computes with."""
         if "vae" in self.stage.parts:
             return ("vae",)
-        return ("unet", *(self.model.text_models if self.trains_text else ()))
+        return ("unet", *(self.outline.text_models if self.trains_text else ()))
 
 
 class Draws(NamedTuple):
@@ -105,7 +105,7 @@ def variables(recipe: Recipe, trainable: Mapping[str, PyTree], frozen: PyTree) -
         rows = frozen["rows"].get(name)
         if "textual_inversion" in trainable and rows is not None:
             rows = rows.at[np.array(recipe.rows)].set(trainable["textual_inversion"][name])
-        made[name] = collections(
+        made[name] = layers.variables(
             trainable[name] if kind == "weights" else frozen["params"][name],
             lora=lora.join(trainable[name], frozen["scales"][name]) if kind == "lora" else None,
             rows=rows,
@@ -121,7 +121,7 @@ def make_train_step(recipe: Recipe) -> TrainStep:
     batch holds A times as many examples, which are taken in A parts; the gradient is their exact mean, in float32. A
     step whose loss or gradient is not finite leaves the weights and the optimizer as they were and only counts.
     """
-    loss_of = autoencoder.loss if "vae" in recipe.stage.parts else _loss
+    loss_of = _autoencoder_loss if "vae" in recipe.stage.parts else _loss
 
     def train_step(
         state: State,
@@ -170,17 +170,17 @@ def distance(
     A U-Net made for inpainting sees hole and kept image and learns the whole picture. A standard one does not, and in
     drawing all but the hole is overwritten after each step, so it learns the hole alone (but for `unmasked_weight`).
     """
-    stage, schedule = recipe.stage, recipe.model.schedule
+    stage, schedule = recipe.stage, recipe.outline.schedule
     noise = draws.noise
     if stage.input_perturbation and not plain:
         noise = noise + stage.input_perturbation * draws.perturbation
     noisy = diffusion.add_noise(schedule, draws.latents, noise, draws.timesteps)
     inputs = noisy
     if "kept" in batch:
-        kept = vae.scale_latents(recipe.model.vae.config, batch["kept"])
+        kept = vae.scale_latents(recipe.outline.vae.config, batch["kept"])
         inputs = jnp.concatenate([noisy, batch["hole"], kept], axis=-1)
     context, added = _conditions(recipe, models, batch)
-    output = recipe.model.unet.apply(models["unet"], inputs, draws.timesteps.astype(jnp.float32), context, added)
+    output = recipe.outline.unet.apply(models["unet"], inputs, draws.timesteps.astype(jnp.float32), context, added)
     target = diffusion.target(schedule, draws.latents, draws.noise, draws.timesteps)
     kind = "l2" if plain else stage.loss
     threshold = diffusion.huber_threshold(schedule, draws.timesteps, stage.huber_c, stage.huber_schedule)
@@ -200,11 +200,17 @@ def _loss(recipe: Recipe, trainable: dict[str, PyTree], frozen: PyTree, batch: B
             keys = _dropout_keys(draws.dropout, i, batch.get(part))
             models[part] |= {"lora": lora.with_dropout(models[part]["lora"], stage.lora_dropout, keys)}
     weight = diffusion.loss_weight(
-        recipe.model.schedule, draws.timesteps, min_snr_gamma=stage.min_snr_gamma or None, debiased=stage.debiased
+        recipe.outline.schedule, draws.timesteps, min_snr_gamma=stage.min_snr_gamma or None, debiased=stage.debiased
     )
     if "weight" in batch:
         weight = weight * batch["weight"]
     return jnp.mean(weight * distance(recipe, models, batch, draws))
+
+
+def _autoencoder_loss(
+    recipe: Recipe, trainable: dict[str, PyTree], frozen: PyTree, batch: Batch, key: PRNGKeyArray
+) -> Array:
+    return autoencoder.loss(recipe.stage, recipe.outline.vae, trainable["vae"], batch, key)
 
 
 def _draw(recipe: Recipe, batch: Batch, key: PRNGKeyArray) -> Draws:
@@ -217,7 +223,7 @@ def _draw(recipe: Recipe, batch: Batch, key: PRNGKeyArray) -> Draws:
         shape = (height, width, channels // 2)
         latents = vae.posterior_sample(moments, jax.random.normal(keys[0], shape, jnp.float32))
         return Draws(
-            vae.scale_latents(recipe.model.vae.config, latents),
+            vae.scale_latents(recipe.outline.vae.config, latents),
             diffusion.noise(
                 keys[1],
                 shape,
@@ -242,7 +248,7 @@ def _draw(recipe: Recipe, batch: Batch, key: PRNGKeyArray) -> Draws:
 
 def timestep_bounds(recipe: Recipe) -> tuple[int, int]:
     """First time step trained and the one after the last; at least one lies between."""
-    count = len(recipe.model.schedule.alphas_cumprod)
+    count = len(recipe.outline.schedule.alphas_cumprod)
     low, high = (round(share * count) for share in recipe.stage.timestep_range)
     low = min(low, count - 1)
     return low, max(high, low + 1)
@@ -252,18 +258,17 @@ def _conditions(
     recipe: Recipe, models: Mapping[str, Any], batch: Batch
 ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None]:
     """Context and SDXL's added conditions: from the cache, or through the text models when they are trained."""
-    model = recipe.model
+    outline = recipe.outline
     if recipe.trains_text:
-        ids = {name: batch[name] for name in model.text_models}
-        context, pooled = encode_ids(model.text_models, models, ids, recipe.hidden)
+        ids = {name: batch[name] for name in outline.text_models}
+        context, pooled = encode_ids(outline.text_models, models, ids, recipe.hidden)
     else:
         context, pooled = batch["context"], batch.get("pooled")
     if "empty" in batch:
-        context = jnp.where(batch["empty"][:, None, None], jnp.zeros((), context.dtype), context)
-        if pooled is not None:
-            pooled = jnp.where(batch["empty"][:, None], jnp.zeros((), pooled.dtype), pooled)
-    height, width = (side * model.vae.config.factor for side in batch["moments"].shape[1:3])
-    return context, None if pooled is None else model.added_conditions(pooled, height, width)
+        context = zeroed(context, batch["empty"])
+        pooled = None if pooled is None else zeroed(pooled, batch["empty"])
+    height, width = (side * outline.vae.config.factor for side in batch["moments"].shape[1:3])
+    return context, None if pooled is None else outline.added_conditions(pooled, height, width)
 
 
 def _dropout_keys(keys: Key[Array, " B"], part: int, ids: Int[Array, "B n T"] | None) -> Key[Array, " N"]:

@@ -1,6 +1,5 @@
 """How a stage is doing: the loss on held-out images, and pictures, with the same noise and seeds each time."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ from jaxtyping import Array, Float, Int, PyTree
 from PIL import Image, ImageDraw, ImageFont
 
 from sdjax import lora
-from sdjax.config import Validation
 from sdjax.data.dataset import Bucket, Dataset
 from sdjax.data.images import Size, read_image
+from sdjax.draw.pipeline import StableDiffusion
 from sdjax.formats.png_parameters import save_png
 from sdjax.loading import load_weights
+from sdjax.model import Model
 from sdjax.models import vae
-from sdjax.pipeline import StableDiffusion
+from sdjax.train.config import Validation
 from sdjax.train.made import NOTHING, Made, base_weights, result
 from sdjax.train.metrics import Metrics
 from sdjax.train.stages import Ready, Run, StagePlan
@@ -134,22 +134,22 @@ class Validator:
             name: lora.merge(own["params"], own["lora"]) if "lora" in own else own["params"]
             for name, own in models.items()
         }
-        for part in recipe.model.params.keys() - params.keys():
-            params[part] = base_weights(recipe.model, part, self._earlier)
+        for part in recipe.outline.shapes.keys() - params.keys():
+            params[part] = base_weights(recipe.outline, part, self._earlier)
         rows = result(recipe, self._earlier, state, frozen).rows
-        return dataclasses.replace(recipe.model, params=params, placeholders=rows)
+        return StableDiffusion(Model(recipe.outline, params, rows))
 
     def _base(self) -> StableDiffusion:
         """The model before the first stage."""
         at_hand = self._ready.frozen["params"] if self._earlier == NOTHING else {}
-        model = self._run.model
-        params = {part: at_hand[part] if part in at_hand else load_weights(model, part) for part in model.params}
-        return dataclasses.replace(model, params=params)
+        outline = self._run.outline
+        params = {part: at_hand[part] if part in at_hand else load_weights(outline, part) for part in outline.shapes}
+        return StableDiffusion(Model(outline, params))
 
 
 def _masked_pictures(bucket: Bucket, plan: StagePlan, *, count: int) -> list[tuple[str, Image.Image, Image.Image]]:
     """Some held-out images with their captions and their masks, which cover whole latents."""
-    size, factor = Size(plan.data.resolution, plan.data.resolution), plan.recipe.model.vae.config.factor
+    size, factor = Size(plan.data.resolution, plan.data.resolution), plan.recipe.outline.vae.config.factor
     rows = range(0, len(bucket.records), -(-len(bucket.records) // count))
     found = []
     for row, record in ((row, bucket.records[row]) for row in rows):
@@ -173,7 +173,7 @@ def make_held_out_reconstruction(
     @jax.jit
     def errors(trainable: PyTree, pixels: Array) -> Float[Array, " B"]:
         images = pixels.astype(jnp.float32) / 127.5 - 1
-        decoded = jnp.asarray(recipe.model.vae.apply({"params": trainable["vae"]}, images))
+        decoded = jnp.asarray(recipe.outline.vae.apply({"params": trainable["vae"]}, images))
         return jnp.mean(jnp.square(jnp.clip(decoded, -1, 1) - images), axis=(1, 2, 3))
 
     def loss(trainable: Mapping[str, PyTree], frozen: PyTree) -> float:
@@ -195,7 +195,7 @@ def make_held_out_errors(recipe: Recipe, settings: Validation) -> HeldOutErrors:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.seed), row), timestep)
             return jax.random.normal(key, shape, jnp.float32)
 
-        latents = vae.scale_latents(recipe.model.vae.config, vae.posterior_mean(batch["moments"]))
+        latents = vae.scale_latents(recipe.outline.vae.config, vae.posterior_mean(batch["moments"]))
         draws = Draws(
             latents=latents,
             noise=jax.vmap(lambda row: noise(row, latents.shape[1:]))(batch["index"]),

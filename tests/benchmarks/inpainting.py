@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import sdjax
-from sdjax import grids
-from sdjax.inpainting import on_white
+from sdjax.draw import grids
+from sdjax.draw.inpainting import on_white
 from sdjax.tiny import recipe
 
 

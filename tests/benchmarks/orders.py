@@ -26,10 +26,12 @@ import numpy as np
 from PIL import Image
 
 import sdjax
-from sdjax import compilation_cache, config_file, diffusion, host_memory
+from sdjax import diffusion
 from sdjax.data.images import Size
-from sdjax.grids import sheet
+from sdjax.draw.grids import sheet
+from sdjax.runtime import compilation_cache, host_memory
 from sdjax.tiny import recipe
+from sdjax.train import config_file
 from sdjax.train.loop import train
 
 WORD = "<thing>"
@@ -113,8 +115,8 @@ def held_out_loss(sd, images, captions, levels=(125, 375, 625, 875)):
     for level in levels:
         noise = jax.random.normal(jax.random.key(level), latents.shape)
         steps = np.full(len(images), level, np.int32)
-        noisy = diffusion.add_noise(sd.schedule, latents, noise, steps)
-        target = diffusion.target(sd.schedule, latents, noise, steps)
+        noisy = diffusion.add_noise(sd.model.outline.schedule, latents, noise, steps)
+        target = diffusion.target(sd.model.outline.schedule, latents, noise, steps)
         losses.append(float(np.mean(np.square(sd.predict(noisy, steps, context) - target))))
     return sum(losses) / len(losses)
 

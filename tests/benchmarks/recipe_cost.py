@@ -23,8 +23,7 @@ import numpy as np
 from jax.extend import core
 from safetensors.numpy import save_file
 
-from sdjax import config_file
-from sdjax.train import stages
+from sdjax.train import config_file, stages
 from sdjax.train.made import NOTHING, beneath
 from sdjax.train.made import start as start_of
 from sdjax.train.step import _loss, make_train_step
@@ -105,7 +104,7 @@ def operations(jaxpr) -> int:
 
 def batch_of(plan: stages.StagePlan, count: int):
     """The shapes of a batch of so many examples, as `data.dataset.make_batch` gives it."""
-    model, data, recipe = plan.recipe.model, plan.data, plan.recipe
+    model, data, recipe = plan.recipe.outline, plan.data, plan.recipe
     side = data.resolution // model.vae.config.factor
     batch = {
         "moments": jax.ShapeDtypeStruct((count, side, side, 8), jnp.float32),
@@ -127,15 +126,15 @@ def stage_cost(run: stages.Run, number: int) -> dict[str, float]:
     recipe, earlier = plan.recipe, run.stages[number - 1].result if number else NOTHING
     whole = [part for part, kind in recipe.stage.parts.items() if kind == "weights"]
 
-    modules = {"unet": recipe.model.unet, **recipe.model.text_models}
+    modules = {"unet": recipe.outline.unet, **recipe.outline.text_models}
 
     def shapes(part, dtype):
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), recipe.model.params[part])
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), recipe.outline.params[part])
 
-    computed = {part: shapes(part, modules[part].compute.dtype) for part in recipe.models}
+    computed = {part: shapes(part, modules[part].compute.dtype) for part in recipe.outlines}
     params = computed | {part: shapes(part, jnp.float32) for part in whole}
     words = sum(map(stages._vectors, plan.new_words.values()))
-    widths = {name: module.config.hidden_size for name, module in recipe.model.text_models.items()}
+    widths = {name: module.config.hidden_size for name, module in recipe.outline.text_models.items()}
     new_rows = {name: jax.ShapeDtypeStruct((words, width), jnp.float32) for name, width in widths.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     first = jax.eval_shape(lambda *a: start_of(recipe, *a), key, params, beneath(recipe.stage, earlier), new_rows)

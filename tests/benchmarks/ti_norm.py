@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sdjax import compilation_cache, config_file, host_memory
+from sdjax.runtime import compilation_cache, host_memory
+from sdjax.train import config_file
 from sdjax.train.loop import train
 
 COLOURS = {"on": "#1f77b4", "off": "#d62728"}

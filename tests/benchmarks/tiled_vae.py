@@ -25,10 +25,11 @@ from PIL import Image
 from unet_step import random_params
 
 import sdjax
-from sdjax import grids, host_memory
-from sdjax.inpainting import on_white
+from sdjax.draw import grids
+from sdjax.draw.inpainting import on_white
 from sdjax.models import vae
-from sdjax.tiling import Tiling, windows
+from sdjax.models.tiling import Tiling, windows
+from sdjax.runtime import host_memory
 
 WHOLE = {"tiny": 704, "sd15": 1024}  # the largest sizes decoded whole here; far larger ones take all memory
 COMPILING = "/jax/core/compile/backend_compile_duration"
@@ -50,7 +51,7 @@ def apart(args):
     coded = np.abs(np.asarray(parts.encode_image(pixels)) - np.asarray(latents))
     whole, tiled = (255 * np.asarray(each.decode_latents(latents)[0]) for each in (sd, parts))
     difference = np.abs(whole - tiled).mean(axis=-1)
-    factor = sd.vae.config.factor
+    factor = sd.model.outline.vae.config.factor
     places = windows(args.size // factor, Tiling(args.tile, args.overlap), factor)
     covered = np.zeros(args.size, int)
     for start, length in places:
@@ -80,8 +81,10 @@ def cost(args):
         sd = dataclasses.replace(sd, vae=vae.AutoencoderKL(config), params=params)
     if args.tile:
         sd = sd.with_tiled_vae(args.tile, args.overlap)
-    side = args.size // sd.vae.config.factor
-    latents = sd.vae.config.scaling_factor * jax.random.normal(jax.random.key(1), (1, side, side, 4), jnp.float32)
+    side = args.size // sd.model.outline.vae.config.factor
+    latents = sd.model.outline.vae.config.scaling_factor * jax.random.normal(
+        jax.random.key(1), (1, side, side, 4), jnp.float32
+    )
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     loaded = peak()
     spent.clear()

@@ -144,7 +144,7 @@ def measure(source: str, data: Path, args: argparse.Namespace) -> dict[str, np.n
     )
     sheet = dict(zip(asked[:24], drawn[:24], strict=True))
 
-    listed = Path(sd.folder.path) / "names.txt"
+    listed = Path(sd.model.outline.folder.path) / "names.txt"
     known = set(listed.read_text("utf-8").splitlines()) if listed.exists() else set(trained)
     ordered = by_hash(trained)
     for label, names in (("retrieval", [n for n in ordered if n in known]), ("retrieval_all", ordered)):

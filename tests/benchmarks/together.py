@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from sdjax import compilation_cache, config_file, host_memory
+from sdjax.runtime import compilation_cache, host_memory
+from sdjax.train import config_file
 
 CONCEPTS = ("cat-face", "time", "zodiac", "keycap", "family", "animal-bug", "face-tongue", "alphanum")
 

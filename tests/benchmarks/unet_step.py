@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sdjax import host_memory, lora
-from sdjax.compiler_options import is_large
-from sdjax.config import Stage
+from sdjax import lora
 from sdjax.models.layers import Compute
 from sdjax.models.unet import UNet, UNetConfig, abstract_params
+from sdjax.runtime import host_memory
+from sdjax.runtime.compiler_options import is_large
+from sdjax.train.config import Stage
 from sdjax.train.optimizers import make_optimizer
 from sdjax.train.parallel import divide_cpu, parallelize
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
 
-class Plan(NamedTuple):
+class Order(NamedTuple):
     """What the order depends on."""
 
     repeats: tuple[tuple[int, ...], ...]
@@ -58,52 +58,52 @@ class Choice(NamedTuple):
     """Of the crop, drawn at random."""
 
 
-def choose(plan: Plan, number: int) -> Choice:
+def choose(order: Order, number: int) -> Choice:
     """The examples of batch `number` (0 is the first)."""
-    bucket, turn = _turn(tuple(map(sum, plan.repeats)), number)
-    repeats = np.asarray(plan.repeats[bucket])
+    bucket, turn = _turn(tuple(map(sum, order.repeats)), number)
+    repeats = np.asarray(order.repeats[bucket])
     entries = np.repeat(np.arange(len(repeats)), repeats)
     showing = np.arange(len(entries)) - np.repeat(np.cumsum(repeats) - repeats, repeats)  # 0, 1, ... of its repeats
     size = len(entries)
-    position = np.arange(plan.batch_size) + turn * plan.batch_size
+    position = np.arange(order.batch_size) + turn * order.batch_size
     epoch, place = position // size, position % size
-    entry = np.empty(plan.batch_size, np.int64)
-    flip = np.zeros(plan.batch_size, bool)
-    drop = np.zeros(plan.batch_size, bool)
-    version = np.zeros(plan.batch_size, np.int64)
-    hole = np.zeros(plan.batch_size, np.int64)
+    entry = np.empty(order.batch_size, np.int64)
+    flip = np.zeros(order.batch_size, bool)
+    drop = np.zeros(order.batch_size, bool)
+    version = np.zeros(order.batch_size, np.int64)
+    hole = np.zeros(order.batch_size, np.int64)
     for e in np.unique(epoch):
         here = epoch == e
         at = place[here]
-        bits = functools.partial(_bits, plan.seed + (bucket << 64), int(e), size=size)
+        bits = functools.partial(_bits, order.seed + (bucket << 64), int(e), size=size)
         entry[here] = np.argsort(bits(purpose=0), kind="stable")[at]
-        if plan.flip:
+        if order.flip:
             flip[here] = bits(purpose=1)[at] >= 2**63
-        if plan.caption_dropout:
-            drop[here] = bits(purpose=2)[at] < plan.caption_dropout * 2.0**64
-        if plan.versions > 1:
-            version[here] = bits(purpose=3)[at] % np.uint64(plan.versions)
-        if plan.holes > 1:
-            hole[here] = bits(purpose=4)[at] % np.uint64(plan.holes)
+        if order.caption_dropout:
+            drop[here] = bits(purpose=2)[at] < order.caption_dropout * 2.0**64
+        if order.versions > 1:
+            version[here] = bits(purpose=3)[at] % np.uint64(order.versions)
+        if order.holes > 1:
+            hole[here] = bits(purpose=4)[at] % np.uint64(order.holes)
     example = entries[entry]
-    crop = (epoch * repeats[example] + showing[entry]) % plan.crops
+    crop = (epoch * repeats[example] + showing[entry]) % order.crops
     return Choice(bucket, example, flip, drop, crop, version, hole)
 
 
-def beside(plan: Plan, count: int) -> Plan:
-    """The order in which `count` class images (in one bucket) go along with the plan's batches."""
-    return Plan(((1,) * count,), plan.batch_size, plan.seed + (1 << 128), plan.flip, holes=plan.holes)
+def beside(order: Order, count: int) -> Order:
+    """The order in which `count` class images (in one bucket) go along with the order's batches."""
+    return Order(((1,) * count,), order.batch_size, order.seed + (1 << 128), order.flip, holes=order.holes)
 
 
-def describe(plan: Plan, batches: int, names: Sequence[object] = ()) -> str:
+def describe(order: Order, batches: int, names: Sequence[object] = ()) -> str:
     """What a run over `batches` batches will see, for the log; `names` are those of the buckets, if there are any."""
-    images = sum(map(len, plan.repeats))
-    text = f"{images} images" + (f" ({plan.size} with repeats)" if plan.size != images else "")
-    text += f", {plan.batch_size} a batch: {batches * plan.batch_size / plan.size:.4g} epochs"
+    images = sum(map(len, order.repeats))
+    text = f"{images} images" + (f" ({order.size} with repeats)" if order.size != images else "")
+    text += f", {order.batch_size} a batch: {batches * order.batch_size / order.size:.4g} epochs"
     if len(names) > 1:
-        counts = ", ".join(f"{len(own)} at {name}" for name, own in zip(names, plan.repeats, strict=True))
+        counts = ", ".join(f"{len(own)} at {name}" for name, own in zip(names, order.repeats, strict=True))
         text += f"; {len(names)} shapes: {counts}"
-    small = [str(name) for name, own in zip(names or [""], plan.repeats, strict=True) if sum(own) < plan.batch_size]
+    small = [str(name) for name, own in zip(names or [""], order.repeats, strict=True) if sum(own) < order.batch_size]
     if small:
         text += "; fewer images than a batch holds" + (f" at {', '.join(small)}" if len(names) > 1 else "")
         text += ", so each such batch repeats some" if len(names) > 1 else ", so each batch repeats some"

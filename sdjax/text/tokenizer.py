@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sdjax.errors import ConfigError, DataError
-from sdjax.prompt_syntax import Sections, Span
+from sdjax.text.syntax import Sections, Span
 
 COMMA_BACKTRACK = 20  # tokens that may follow a comma into the next window, as in A1111
 

@@ -2,7 +2,7 @@
 
 Each sampler is linear in what it has seen: the latents, the denoised latents, a few remembered arrays and fresh
 noise. So a sampler is its published recurrence, run once on the host (`solvers`) on row vectors that stand for
-those arrays, and what comes out is one small matrix an evaluation: the `Plan`. The device does only `denoise` and that
+those arrays, and what comes out is one small matrix an evaluation: the `Table`. The device does only `denoise` and that
 linear combination, the same for every sampler, so that another sampler, step count, strength or spacing changes
 numbers and compiles nothing.
 """
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from sdjax.draw.solvers import HISTORY, ONLY, SAMPLERS, Task
 from sdjax.errors import ConfigError
-from sdjax.solvers import HISTORY, ONLY, SAMPLERS, Task
 
 
 class Level(NamedTuple):
@@ -32,7 +32,7 @@ class Level(NamedTuple):
 Denoise = Callable[[Float[Array, "B ..."], Level], Float[Array, "B ..."]]
 
 
-class Plan(NamedTuple):
+class Table(NamedTuple):
     """All numbers of one sampling run, padded to N entries, one for each evaluation of the denoiser.
 
     levels: where each evaluation happens, [N]; past the end alpha = 1 and sigma = 0.
@@ -60,7 +60,7 @@ class State(NamedTuple):
 
 
 class Schedule(Protocol):
-    """What `plan` reads of a `diffusion.NoiseSchedule`."""
+    """What `table` reads of a `diffusion.NoiseSchedule`."""
 
     @property
     def alphas_cumprod(self) -> np.ndarray: ...
@@ -72,7 +72,7 @@ class Schedule(Protocol):
     def config(self) -> Mapping[str, Any]: ...
 
 
-def plan(
+def tabulate(
     schedule: Schedule,
     sampler: str,
     steps: int,
@@ -80,10 +80,10 @@ def plan(
     karras: bool = False,
     strength: float = 1.0,
     max_steps: int = 1000,
-) -> Plan:
+) -> Table:
     """Work out a sampling run on the host.
 
-    steps: in 1..max_steps, which sets the padding: plans of one max_steps share one compiled program. heun evaluates
+    steps: in 1..max_steps, which sets the padding: tables of one max_steps share one compiled program. heun evaluates
     2 steps - 1 times, pndm once or, without skip_prk_steps, nine times more than steps.
     strength: in (0, 1]; below 1 the first steps are left out, as in diffusers' img2img.
     karras: the noise levels of Karras et al. 2022, equation 5; also taken if the scheduler config asks for them.
@@ -130,7 +130,7 @@ def plan(
         levels[:, i] = level
         mix[i, : len(rows)] = rows
     scaled = method.scaled_start and options["timestep_spacing"] != "leading"
-    return Plan(
+    return Table(
         levels=Level(*(jnp.asarray(row, jnp.float32) for row in levels)),
         mix=jnp.asarray(mix, jnp.float32),
         length=jnp.asarray(len(entries), jnp.int32),
@@ -142,54 +142,54 @@ def plan(
     )
 
 
-def initial(plan: Plan, noise: Float[Array, "B ..."]) -> State:
+def initial(table: Table, noise: Float[Array, "B ..."]) -> State:
     """Start from unit noise alone."""
-    return _start(plan.start_scale * noise.astype(jnp.float32))
+    return _start(table.start_scale * noise.astype(jnp.float32))
 
 
-def initial_from_image(plan: Plan, latents: Float[Array, "B ..."], noise: Float[Array, "B ..."]) -> State:
-    """Start from an image's latents, noised to the plan's first level."""
-    return _start(noised(plan, 0, latents, noise))
+def initial_from_image(table: Table, latents: Float[Array, "B ..."], noise: Float[Array, "B ..."]) -> State:
+    """Start from an image's latents, noised to the table's first level."""
+    return _start(noised(table, 0, latents, noise))
 
 
 def noised(
-    plan: Plan, i: int | Int[Array, ""], latents: Float[Array, "B ..."], noise: Float[Array, "B ..."]
+    table: Table, i: int | Int[Array, ""], latents: Float[Array, "B ..."], noise: Float[Array, "B ..."]
 ) -> Float[Array, "B ..."]:
-    """True latents, float32, at the level evaluation i starts from; unchanged at i = plan.length, the end."""
-    return plan.levels.alpha[i] * latents.astype(jnp.float32) + plan.levels.sigma[i] * noise.astype(jnp.float32)
+    """True latents, float32, at the level evaluation i starts from; unchanged at i = table.length, the end."""
+    return table.levels.alpha[i] * latents.astype(jnp.float32) + table.levels.sigma[i] * noise.astype(jnp.float32)
 
 
-def step(denoise: Denoise, state: State, i: int | Int[Array, ""], plan: Plan, keys: Key[Array, " B"]) -> State:
-    """One evaluation of the denoiser, the i-th of the plan, and what the sampler makes of it.
+def step(denoise: Denoise, state: State, i: int | Int[Array, ""], table: Table, keys: Key[Array, " B"]) -> State:
+    """One evaluation of the denoiser, the i-th of the table, and what the sampler makes of it.
 
     keys: one for each image; image b's noise is normal(fold_in(keys[b], i)), so it does not depend on its neighbours.
     Initial noise must come from another key than those folds, such as keys[b] itself.
     """
     latents = state.latents
-    level = Level(*(values[i] for values in plan.levels))
+    level = Level(*(values[i] for values in table.levels))
     denoised = denoise(latents, level).astype(jnp.float32)
     noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), latents.shape[1:], jnp.float32))(keys)
-    terms = [latents, *state.history, denoised, _limited(denoised, plan), noise]
+    terms = [latents, *state.history, denoised, _limited(denoised, table), noise]
     # A sum written out, not a matrix product: accelerators round those to bfloat16 or TF32.
-    columns = jnp.reshape(plan.mix[i].T, (len(terms), 1 + HISTORY) + (1,) * latents.ndim)
+    columns = jnp.reshape(table.mix[i].T, (len(terms), 1 + HISTORY) + (1,) * latents.ndim)
     mixed = functools.reduce(jnp.add, (column * term for column, term in zip(columns, terms, strict=True)))
     return State(mixed[0], mixed[1:])
 
 
-def sample(denoise: Denoise, plan: Plan, state: State, keys: Key[Array, " B"]) -> Float[Array, "B ..."]:
-    """Run the whole plan in one loop on the device and return the latents, float32."""
-    return jax.lax.fori_loop(0, plan.length, lambda i, state: step(denoise, state, i, plan, keys), state).latents
+def sample(denoise: Denoise, table: Table, state: State, keys: Key[Array, " B"]) -> Float[Array, "B ..."]:
+    """Run the whole table in one loop on the device and return the latents, float32."""
+    return jax.lax.fori_loop(0, table.length, lambda i, state: step(denoise, state, i, table, keys), state).latents
 
 
 def _start(latents: Float[Array, "B ..."]) -> State:
     return State(latents, jnp.zeros((HISTORY, *latents.shape), jnp.float32))
 
 
-def _limited(denoised: Float[Array, "B ..."], plan: Plan) -> Float[Array, "B ..."]:
+def _limited(denoised: Float[Array, "B ..."], table: Table) -> Float[Array, "B ..."]:
     """Clipped, or dynamically thresholded image by image (Saharia et al. 2022, section 2.3)."""
-    if plan.threshold is None:
-        return jnp.clip(denoised, -plan.clip, plan.clip)
-    quantile, largest = plan.threshold
+    if table.threshold is None:
+        return jnp.clip(denoised, -table.clip, table.clip)
+    quantile, largest = table.threshold
     bound = jnp.quantile(jnp.abs(denoised).reshape(denoised.shape[0], -1), quantile, axis=1)
     bound = jnp.clip(bound, 1.0, largest).reshape((-1,) + (1,) * (denoised.ndim - 1))
     return jnp.clip(denoised, -bound, bound) / bound

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sdjax.errors import DataError
 from sdjax.models import clip
 
 TEXT_ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -25,29 +24,6 @@ class HiddenState:
     final_norm: bool
 
 
-def collections(params: Any, *, lora: Any = None, rows: Any = None) -> dict[str, Any]:
-    """A model's Flax collections: its weights, an adapter, and the vectors of new words, the latter where given."""
-    variables = {"params": params}
-    if lora is not None:
-        variables["lora"] = lora
-    if rows is not None:
-        variables["placeholder"] = {"embeddings": {"token_embedding": {"rows": rows}}}
-    return variables
-
-
-def with_rows(params: Mapping[str, Any], rows: Float[Array, "K D"], first: int, *, what: str) -> dict[str, Any]:
-    """A text model's parameters with new words' rows in its table, from row `first` on (what lay there is unused).
-
-    Raises DataError, which names `what`, for a table of fewer rows.
-    """
-    table = params["embeddings"]["token_embedding"]["embedding"]
-    if first > len(table):
-        raise DataError(f"{what}: a tokenizer of {first} words for a table of {len(table)} rows")
-    parts = [table[:first], jnp.asarray(rows, table.dtype), table[first + len(rows) :]]
-    table = {"embedding": jnp.concatenate(parts)}
-    return {**params, "embeddings": {**params["embeddings"], "token_embedding": table}}
-
-
 def encode_ids(
     text_models: Mapping[str, clip.TextModel],
     variables: Mapping[str, Any],
@@ -59,13 +35,22 @@ def encode_ids(
 ) -> tuple[Float[Array, "B n*T D"], Float[Array, "B P"]]:
     """Token ids by text model -> context (the models' widths side by side) and the last model's pooled vector.
 
-    Pure, so that training differentiates through it. variables: by text model, as of `collections`.
+    Pure, so that training differentiates through it. variables: by text model, see `models.layers.variables`.
     Windows are encoded one by one and laid end to end; the pooled vector is the first window's.
     weights: of each token's part of the context, by text model; None: all 1. restore_mean: as of `emphasised`.
     """
     own = {name: variables[name] for name in text_models}
     weighting = None if weights is None else (dict(weights), np.bool_(restore_mean))
     return _encode_ids(tuple(text_models.items()), hidden, own, dict(ids), weighting)
+
+
+def zeroed(values: Float[Array, "B ..."], empty: Bool[Array | np.ndarray, " B"]) -> Float[Array, "B ..."]:
+    """A context or pooled vectors, with zeros for the prompts that are empty.
+
+    SDXL was trained with zeros where the prompt was dropped, not with an encoded empty text.
+    """
+    mask = jnp.asarray(empty).reshape(-1, *(1,) * (values.ndim - 1))
+    return jnp.where(mask, jnp.zeros((), values.dtype), values)
 
 
 def emphasised(

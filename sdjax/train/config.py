@@ -1,46 +1,33 @@
 """A run's settings: frozen dataclasses, and the rules that no single field can state.
 
-`sdjax.config_file` fills them from a TOML file and flags. Paths are relative to the current directory. TOML knows no
+`train.config_file` fills them from a TOML file and flags. Paths are relative to the current directory. TOML knows no
 null, so a text that may be absent is empty, and a number that may be absent is left out.
 """
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Literal, get_type_hints
 
+from sdjax.draw.settings import Guidance, SamplerName, Steps
 from sdjax.errors import ConfigError
+from sdjax.settings import (
+    Count,
+    Dtype,
+    FileName,
+    Fraction,
+    LoraTargets,
+    NotNegative,
+    Positive,
+    Range,
+    Seed,
+    Text,
+    Whole,
+    wrong,
+)
 
+Resolution = Annotated[int, Range(8, 4096, multiple=8)]
 
-class Rule(NamedTuple):
-    """What a number must satisfy: `low <= x <= high` (`low < x` if `above`) and `x % multiple == 0`."""
-
-    low: float
-    high: float = math.inf
-    multiple: int = 1
-    above: bool = False
-
-    def broken_by(self, value: float) -> str | None:
-        """What `value` should have been, or None if it obeys."""
-        if value < self.low or value > self.high or (self.above and value == self.low):
-            bounds = f"{'above' if self.above else 'at least'} {self.low:g}"
-            return bounds if math.isinf(self.high) else f"{bounds} and at most {self.high:g}"
-        if self.multiple > 1 and value % self.multiple:
-            return f"a multiple of {self.multiple}"
-        return None
-
-
-Count = Annotated[int, Rule(1)]
-Whole = Annotated[int, Rule(0)]
-Fraction = Annotated[float, Rule(0, 1)]
-Positive = Annotated[float, Rule(0, above=True)]
-NotNegative = Annotated[float, Rule(0)]
-Resolution = Annotated[int, Rule(8, 4096, multiple=8)]
-Seed = Annotated[int, Rule(0, 2**32 - 1)]
-Text = Annotated[str, "not empty"]
-
-LoraTargets = Literal["attention", "attention+ff", "transformer", "linear", "conv"]
 Kind = Literal["lora", "textual_inversion", "unet", "text_encoder", "text_encoder_2", "vae"]
 """What `train` may name: bypasses, embeddings of new words, or all weights of a model."""
 
@@ -75,9 +62,9 @@ class Data:
     """Random crops of each image, cached and taken in turn; 0: the middle."""
     buckets: bool = False
     """Keep each image's shape: batches of several sizes of about resolution x resolution pixels, planned up front."""
-    bucket_step: Annotated[int, Rule(8, 512, multiple=8)] = 64
+    bucket_step: Annotated[int, Range(8, 512, multiple=8)] = 64
     """Sides of a bucket are multiples of this, in pixels."""
-    bucket_max_aspect: Annotated[float, Rule(1, 8)] = 2.0
+    bucket_max_aspect: Annotated[float, Range(1, 8)] = 2.0
     """Long side of a bucket over its short one, at most."""
     shuffle_tags: bool = False
     """Shuffle a caption's comma-separated tags."""
@@ -99,7 +86,7 @@ class Data:
     """Folder of images held out of training, instead of a share of path."""
     validation_count: Whole = 0
     """Images of path held out of training."""
-    validation_fraction: Annotated[float, Rule(0, 0.9)] = 0.0
+    validation_fraction: Annotated[float, Range(0, 0.9)] = 0.0
     """Share of the images of path held out of training, 0 to 0.9."""
     cache: str = ""
     """Folder for cached latents and prompt embeddings; empty: OUTPUT/cache."""
@@ -120,7 +107,7 @@ VAE_LOSS = {"l1": 1.0, "l2": 1.0, "pooled": 0.5, "chroma": 1.0, "gradient": 0.5,
 class Stage:
     """One leg of a run: what is trained, for how long and how."""
 
-    name: Annotated[str, "file name"]
+    name: FileName
     """Name of the stage, used for its files."""
     train: tuple[Kind, ...]
     """What is trained: lora, textual_inversion, or all weights of unet, text_encoder, text_encoder_2, or vae alone."""
@@ -152,7 +139,7 @@ class Stage:
     """Strength: the adapter is scaled by alpha / rank. Left out: alpha = rank."""
     lora_targets: LoraTargets | tuple[str, ...] = "attention"
     """Layers that get an adapter: a set by name, or a list of regular expressions over their paths."""
-    lora_dropout: Annotated[float, Rule(0, 0.99)] = 0.0
+    lora_dropout: Annotated[float, Range(0, 0.99)] = 0.0
     """Share of the adapter's inputs dropped in training, 0 to 0.99."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
@@ -160,7 +147,7 @@ class Stage:
     """Learn the magnitude of each output on its own (DoRA)."""
     lora_plus_ratio: Positive = 1.0
     """LoRA+: learning rate of the up matrices as a multiple of the part's."""
-    ema_decay: Annotated[float, Rule(0, 0.999999)] = 0.0
+    ema_decay: Annotated[float, Range(0, 0.999999)] = 0.0
     """Decay of a moving average of what is trained, which is what is drawn and exported (0.999 is usual); 0: none."""
     optimizer: Literal["adamw", "adafactor", "lion", "prodigy", "schedule_free"] = "adamw"
     """Optimizer."""
@@ -178,7 +165,7 @@ class Stage:
     """Optimizer steps in which the learning rate rises from 0 to its peak."""
     weight_decay: NotNegative = 1e-2
     """Decoupled weight decay."""
-    betas: tuple[Annotated[float, Rule(0, 0.999999)], Annotated[float, Rule(0, 0.999999)]] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Range(0, 0.999999)], Annotated[float, Range(0, 0.999999)]] = (0.9, 0.999)
     """Decay rates of the first and second moment (adamw, lion, prodigy, schedule_free)."""
     eps: Positive = 1e-8
     """Epsilon of adamw, prodigy and schedule_free."""
@@ -248,13 +235,11 @@ class Validation:
     """What the pictures should not show."""
     every: Whole = 0
     """Optimizer steps between validations; 0: only at the start and the end of a stage."""
-    steps: Count = 20
+    steps: Steps = 20
     """Sampler steps of a picture."""
-    guidance: NotNegative = 7.5
+    guidance: Guidance = 7.5
     """Guidance scale; 1: none."""
-    sampler: Literal["ddim", "pndm", "lms", "heun", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm"] = (
-        "dpmpp_2m"
-    )
+    sampler: SamplerName = "dpmpp_2m"
     """Sampler."""
     seed: Seed = 0
     """Seed of the first picture and of the noise of the held-out loss."""
@@ -280,9 +265,9 @@ class Checkpoint:
 class Mesh:
     """Devices along each axis; -1 takes what is left."""
 
-    data: Annotated[int, Rule(-1)] = -1
+    data: Annotated[int, Range(-1)] = -1
     """Copies of the model, each with its part of the batch; -1: all devices."""
-    fsdp: Annotated[int, Rule(-1)] = 1
+    fsdp: Annotated[int, Range(-1)] = 1
     """Devices over which the weights and what is trained are split."""
 
 
@@ -293,7 +278,7 @@ class Parallel:
     mode: Literal["jit", "pmap"] = "jit"
     """jit over a mesh, or pmap (the data axis only)."""
     mesh: Mesh = Mesh()
-    cpu_devices: Annotated[int, Rule(1)] = 1
+    cpu_devices: Annotated[int, Range(1)] = 1
     """As how many devices the command sees the CPU; for small models one a core: a third faster than one in all."""
 
 
@@ -301,7 +286,7 @@ class Parallel:
 class Copy:
     """One of several trainings that run at once: what it has of its own; the rest is the run's."""
 
-    name: Annotated[str, "file name"]
+    name: FileName
     """Names its folder within the run's."""
     seed: Seed | None = None
     """Left out: the run's."""
@@ -325,9 +310,9 @@ class RunConfig:
     stages: tuple[Stage, ...]
     seed: Seed = 0
     """Seed of all randomness."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """Number type of the computation; what is trained stays float32."""
-    export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    export_dtype: Dtype = "float32"
     """Number type of the models that are exported as a whole."""
     clip_skip: Count | None = None
     """Text model layer used, counted from the end: 1 last, 2 penultimate. Left out: the model's own."""
@@ -491,8 +476,3 @@ def _check_data(data: Data, key: str) -> None:
         raise ConfigError(f"{key}: {' and '.join(given)} both say what is held out: choose one")
     if data.inpaint_masks and data.inpaint_mask_path:
         raise ConfigError(f"{key}: inpaint_masks are random and inpaint_mask_path holds own masks: choose one")
-
-
-def wrong(key: str, value: Any, expected: str) -> ConfigError:
-    """The error for a value that breaks a rule."""
-    return ConfigError(f"{key} = {value!r}: expected {expected}")

@@ -7,11 +7,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdjax.data.plan import Plan, beside, choose, describe
+from sdjax.data.order import Order, beside, choose, describe
 
 BUCKETS = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=12).map(tuple), min_size=1, max_size=4).map(tuple)
 PLANS = st.builds(
-    Plan,
+    Order,
     repeats=BUCKETS,
     batch_size=st.integers(1, 16),
     seed=st.integers(0, 2**32 - 1),
@@ -26,91 +26,91 @@ FIELDS = ("example", "flip", "drop", "crop", "version", "hole")
 
 def plain(size, batch_size, seed, **settings):
     """One bucket, no repeats."""
-    return Plan(((1,) * size,), batch_size, seed, **settings)
+    return Order(((1,) * size,), batch_size, seed, **settings)
 
 
-def stream(plan, batches, field="example", bucket=0):
+def stream(order, batches, field="example", bucket=0):
     """What one bucket shows in so many batches of all."""
-    choices = [choose(plan, n) for n in range(batches)]
-    empty = getattr(choose(plan, 0), field)[:0]
+    choices = [choose(order, n) for n in range(batches)]
+    empty = getattr(choose(order, 0), field)[:0]
     return np.concatenate([empty, *(getattr(c, field) for c in choices if c.bucket == bucket)])
 
 
-def batches_for(plan, examples, bucket):
+def batches_for(order, examples, bucket):
     """So many batches of all that the bucket has shown at least so many examples."""
-    return -(-(-(-examples // plan.batch_size) * plan.size) // sum(plan.repeats[bucket]))
+    return -(-(-(-examples // order.batch_size) * order.size) // sum(order.repeats[bucket]))
 
 
 @given(PLANS, st.data())
 @settings(max_examples=50, deadline=None)
-def test_every_epoch_shows_every_image_as_often_as_it_says(plan, data):
-    bucket = data.draw(st.integers(0, len(plan.repeats) - 1))
-    expected = np.repeat(np.arange(len(plan.repeats[bucket])), plan.repeats[bucket])
-    seen = stream(plan, batches_for(plan, 2 * len(expected), bucket), bucket=bucket)
+def test_every_epoch_shows_every_image_as_often_as_it_says(order, data):
+    bucket = data.draw(st.integers(0, len(order.repeats) - 1))
+    expected = np.repeat(np.arange(len(order.repeats[bucket])), order.repeats[bucket])
+    seen = stream(order, batches_for(order, 2 * len(expected), bucket), bucket=bucket)
     for epoch in seen[: 2 * len(expected)].reshape(2, -1):
         np.testing.assert_array_equal(np.sort(epoch), expected)
 
 
 @given(PLANS, st.integers(0, 200))
 @settings(max_examples=50, deadline=None)
-def test_buckets_take_turns_by_their_shares(plan, batches):
+def test_buckets_take_turns_by_their_shares(order, batches):
     """Each has had its share of the batches at any time, rounded down or up."""
-    buckets = [choose(plan, n).bucket for n in range(batches)]
-    for bucket, own in enumerate(plan.repeats):
-        share = batches * sum(own) / plan.size
+    buckets = [choose(order, n).bucket for n in range(batches)]
+    for bucket, own in enumerate(order.repeats):
+        share = batches * sum(own) / order.size
         assert np.floor(share) <= buckets.count(bucket) <= np.ceil(share)
 
 
 @given(PLANS, st.integers(0, 60))
 @settings(max_examples=50, deadline=None)
-def test_every_image_is_seen_as_often_as_its_share_to_within_a_batch(plan, batches):
-    for bucket, own in enumerate(plan.repeats):
-        shown = np.bincount(stream(plan, batches, bucket=bucket).astype(int), minlength=len(own))
+def test_every_image_is_seen_as_often_as_its_share_to_within_a_batch(order, batches):
+    for bucket, own in enumerate(order.repeats):
+        shown = np.bincount(stream(order, batches, bucket=bucket).astype(int), minlength=len(own))
         for count, repeats in zip(shown, own, strict=True):
-            expected = batches * plan.batch_size * repeats / plan.size
-            assert abs(count - expected) < plan.batch_size + repeats
+            expected = batches * order.batch_size * repeats / order.size
+            assert abs(count - expected) < order.batch_size + repeats
 
 
 @given(PLANS, st.integers(1, 16), st.data())
 @settings(max_examples=50, deadline=None)
-def test_the_stream_does_not_depend_on_the_batch_size(plan, other_size, data):
+def test_the_stream_does_not_depend_on_the_batch_size(order, other_size, data):
     """So neither accumulation nor the number of devices changes what is seen when."""
-    bucket = data.draw(st.integers(0, len(plan.repeats) - 1))
-    other = plan._replace(batch_size=other_size)
-    length = 2 * sum(plan.repeats[bucket]) + 1
-    batches, others = batches_for(plan, length, bucket), batches_for(other, length, bucket)
+    bucket = data.draw(st.integers(0, len(order.repeats) - 1))
+    other = order._replace(batch_size=other_size)
+    length = 2 * sum(order.repeats[bucket]) + 1
+    batches, others = batches_for(order, length, bucket), batches_for(other, length, bucket)
     for field in FIELDS:
         np.testing.assert_array_equal(
-            stream(plan, batches, field, bucket)[:length], stream(other, others, field, bucket)[:length]
+            stream(order, batches, field, bucket)[:length], stream(other, others, field, bucket)[:length]
         )
 
 
 @given(PLANS, st.integers(0, 100))
 @settings(max_examples=50, deadline=None)
-def test_a_batch_is_a_pure_function_of_its_number(plan, number):
-    for a, b in zip(choose(plan, number), choose(plan, number), strict=True):
+def test_a_batch_is_a_pure_function_of_its_number(order, number):
+    for a, b in zip(choose(order, number), choose(order, number), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @given(PLANS)
 @settings(max_examples=50, deadline=None)
-def test_flips_and_drops_only_when_asked(plan):
-    choice = choose(plan, 0)
-    assert (choice.crop < plan.crops).all()
-    assert (choice.version < plan.versions).all()
-    assert (choice.hole < plan.holes).all()
-    if not plan.flip:
+def test_flips_and_drops_only_when_asked(order):
+    choice = choose(order, 0)
+    assert (choice.crop < order.crops).all()
+    assert (choice.version < order.versions).all()
+    assert (choice.hole < order.holes).all()
+    if not order.flip:
         assert not choice.flip.any()
-    if plan.caption_dropout == 0:
+    if order.caption_dropout == 0:
         assert not choice.drop.any()
-    if plan.caption_dropout == 1:
+    if order.caption_dropout == 1:
         assert choice.drop.all()
 
 
 def test_crops_are_taken_in_turn():
-    plan = Plan(((1, 3, 2),), 4, 5, crops=4)
-    example, crop = stream(plan, 18), stream(plan, 18, "crop")
-    for image, repeats in enumerate(plan.repeats[0]):
+    order = Order(((1, 3, 2),), 4, 5, crops=4)
+    example, crop = stream(order, 18), stream(order, 18, "crop")
+    for image, repeats in enumerate(order.repeats[0]):
         shown = crop[example == image].reshape(-1, repeats)  # an epoch a row
         turns = np.arange(shown.size).reshape(-1, repeats) % 4
         np.testing.assert_array_equal(np.sort(shown, axis=1), np.sort(turns, axis=1))
@@ -118,36 +118,36 @@ def test_crops_are_taken_in_turn():
 
 
 def test_versions_and_holes_are_drawn_anew_each_time():
-    plan = plain(300, 300, 1, versions=3, holes=3, caption_dropout=0.5)
-    versions, holes = stream(plan, 6, "version"), stream(plan, 6, "hole")
+    order = plain(300, 300, 1, versions=3, holes=3, caption_dropout=0.5)
+    versions, holes = stream(order, 6, "version"), stream(order, 6, "hole")
     assert np.bincount(3 * versions + holes).min() > 150  # each with each
     assert np.bincount(versions).min() > 500
     assert (versions[:300] != versions[300:600]).any()
-    assert np.bincount(versions[stream(plan, 6, "drop")]).min() > 230  # whether or not the caption is dropped
+    assert np.bincount(versions[stream(order, 6, "drop")]).min() > 230  # whether or not the caption is dropped
 
 
 def test_buckets_do_not_share_their_order():
-    plan = Plan(((1,) * 40, (1,) * 40), 40, 3)
-    first, second = (choose(plan, n) for n in (0, 1))
+    order = Order(((1,) * 40, (1,) * 40), 40, 3)
+    first, second = (choose(order, n) for n in (0, 1))
     assert {first.bucket, second.bucket} == {0, 1}
     assert (first.example != second.example).any()
 
 
 def test_class_images_go_along_in_an_order_of_their_own():
-    plan = Plan(((1, 2), (1,)), 3, 7, flip=True, caption_dropout=1.0, crops=2, versions=4, holes=5)
-    order = beside(plan, 5)
-    seen = stream(order, 5)
+    order = Order(((1, 2), (1,)), 3, 7, flip=True, caption_dropout=1.0, crops=2, versions=4, holes=5)
+    classes = beside(order, 5)
+    seen = stream(classes, 5)
     np.testing.assert_array_equal(np.bincount(seen), [3] * 5)
-    choice = choose(order, 0)
+    choice = choose(classes, 0)
     assert choice.bucket == 0
     assert not choice.drop.any()
     assert not (choice.crop.any() or choice.version.any())
-    assert set(stream(order, 20, "hole")) == set(range(5))
+    assert set(stream(classes, 20, "hole")) == set(range(5))
 
 
 def test_shares_are_as_asked():
-    plan = plain(1000, 1000, 3, flip=True, caption_dropout=0.1)
-    flips, drops = stream(plan, 10, "flip"), stream(plan, 10, "drop")
+    order = plain(1000, 1000, 3, flip=True, caption_dropout=0.1)
+    flips, drops = stream(order, 10, "flip"), stream(order, 10, "drop")
     assert 0.48 < flips.mean() < 0.52
     assert 0.09 < drops.mean() < 0.11
     # Independent of each other and of the epoch.
@@ -156,33 +156,33 @@ def test_shares_are_as_asked():
 
 
 def test_epochs_and_seeds_differ():
-    plan = plain(100, 100, 0)
-    assert (choose(plan, 0).example != choose(plan, 1).example).any()
-    assert (choose(plan, 0).example != choose(plan._replace(seed=1), 0).example).any()
+    order = plain(100, 100, 0)
+    assert (choose(order, 0).example != choose(order, 1).example).any()
+    assert (choose(order, 0).example != choose(order._replace(seed=1), 0).example).any()
 
 
 def test_the_order_is_fixed_for_all_time():
-    plan = plain(10, 5, 42, flip=True)
-    choice = choose(plan, 3)
+    order = plain(10, 5, 42, flip=True)
+    choice = choose(order, 3)
     assert choice.example.tolist() == [9, 6, 8, 0, 1]
     assert choice.flip.tolist() == [False, False, True, False, False]
-    with_holes = choose(plan._replace(holes=4), 3)
+    with_holes = choose(order._replace(holes=4), 3)
     assert [a.tolist() for a in with_holes[1:-1]] == [a.tolist() for a in choice[1:-1]]
 
 
 def test_another_process_draws_the_same():
-    plan = Plan(((1, 2, 1), (4,)), 8, 7, True, 0.5, 3, 3, 3)
-    code = f"from sdjax.data.plan import *; print([str(x) for n in range(9) for x in choose({plan!r}, n)])"
+    order = Order(((1, 2, 1), (4,)), 8, 7, True, 0.5, 3, 3, 3)
+    code = f"from sdjax.data.order import *; print([str(x) for n in range(9) for x in choose({order!r}, n)])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str([str(x) for n in range(9) for x in choose(plan, n)])
+    assert done.stdout.strip() == str([str(x) for n in range(9) for x in choose(order, n)])
 
 
 def test_what_a_run_sees_is_said():
     assert describe(plain(64, 4, 0), 300) == "64 images, 4 a batch: 18.75 epochs"
     for names in ([], ["64x64"]):
         assert describe(plain(3, 4, 0), 10, names).endswith("than a batch holds, so each batch repeats some")
-    plan = Plan(((1,) * 6, (1, 2)), 4, 0)
-    assert describe(plan, 18, ["512x512", "448x576"]) == (
+    order = Order(((1,) * 6, (1, 2)), 4, 0)
+    assert describe(order, 18, ["512x512", "448x576"]) == (
         "8 images (9 with repeats), 4 a batch: 8 epochs; 2 shapes: 6 at 512x512, 2 at 448x576; "
         "fewer images than a batch holds at 448x576, so each such batch repeats some"
     )

@@ -4,7 +4,6 @@ A mask is white where to paint. What is painted is pasted onto the original: whe
 0, the picture keeps its pixels exactly, so the soft edge of `mask_blur` lies inside the mask.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,34 +11,9 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageFilter
 
+from sdjax.data.images import on_white
+from sdjax.draw.settings import PictureSettings
 from sdjax.errors import ConfigError
-
-FILLS = ("original", "noise", "blurred", "constant")
-
-
-@dataclasses.dataclass(frozen=True)
-class Inpainting:
-    """How a masked region is painted and pasted. Lengths are pixels of the picture. ConfigError for a bad value.
-
-    mask_grow: the mask is widened by so much. mask_blur: width of the soft edge, inside the mask.
-    fill: what the region starts from where strength is below 1: the original, noise, the blurred surroundings, or
-    constant latents (A1111's masked content: original, latent noise, fill, latent nothing).
-    only_masked: crop the region with `padding` around it, draw that at height x width (default the model's own size)
-    and paste it back.
-    """
-
-    mask_grow: int = 0
-    mask_blur: int = 4
-    fill: str = "original"
-    only_masked: bool = False
-    padding: int = 32
-
-    def __post_init__(self) -> None:
-        for name in ("mask_grow", "mask_blur", "padding"):
-            if not 0 <= (value := getattr(self, name)) <= 1024:
-                raise ConfigError(f"{name} = {value}: must lie in 0..1024 pixels")
-        if self.fill not in FILLS:
-            raise ConfigError(f"fill = {self.fill!r}: choices are {', '.join(FILLS)}")
 
 
 class Box(NamedTuple):
@@ -66,12 +40,12 @@ class Frame(NamedTuple):
     mask: Float[np.ndarray, "H W"]
     box: Box
     drawn: tuple[int, int]
-    options: Inpainting
+    settings: PictureSettings
 
     def canvas(self) -> tuple[Float[np.ndarray, "h w 3"], Float[np.ndarray, "h w"]]:
         """Pixels in 0..1 and mask of what is drawn."""
         pixels, mask = self.original[self.box.slices], self.mask[self.box.slices]
-        if self.options.only_masked:
+        if self.settings["only_masked"]:
             height, width = self.drawn
             pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
             mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))
@@ -84,12 +58,12 @@ class Frame(NamedTuple):
         """The whole picture with what was painted, 0..1, in its place."""
         original, mask = self.original[self.box.slices], self.mask[self.box.slices]
         height, width = mask.shape
-        if self.options.only_masked:
+        if self.settings["only_masked"]:
             picture = Image.fromarray(np.round(painted * 255).astype(np.uint8))
             values = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS), np.float32)
         else:
             values = painted[:height, :width] * np.float32(255)
-        weight = soft_edge(mask, self.options.mask_blur)[..., None]
+        weight = soft_edge(mask, self.settings["mask_blur"])[..., None]
         kept = mask == 0
         blended = np.clip(np.round(original + weight * (values - original)), 0, 255).astype(np.uint8)
         whole = self.original.copy()
@@ -100,7 +74,7 @@ class Frame(NamedTuple):
 def make_frame(
     image: Image.Image,
     mask: Image.Image | None,
-    options: Inpainting,
+    settings: PictureSettings,
     *,
     size: tuple[int, int] | None,
     native: int,
@@ -119,27 +93,27 @@ def make_frame(
         raise ConfigError(f"the mask is a {type(mask).__name__}: give a PIL image, white where to paint")
     grey = _transparency(image) if mask is None else _brightness(mask)
     picture = on_white(image)
-    if size is not None and not options.only_masked and picture.size != (size[1], size[0]):
+    if size is not None and not settings["only_masked"] and picture.size != (size[1], size[0]):
         picture = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
     if grey.size != picture.size:
         grey = grey.resize(picture.size, Image.Resampling.BILINEAR)
     if grey.getbbox() is None:
         raise ConfigError("the mask is black all over: nothing is to be painted; white is where to paint")
-    for _ in range(options.mask_grow):
+    for _ in range(settings["mask_grow"]):
         grey = grey.filter(ImageFilter.MaxFilter(3))
     drawn = size or (native, native)
     box = Box(0, 0, *picture.size)
-    if options.only_masked:
-        box = _around(Box(*(grey.getbbox() or box)), options.padding, drawn[1] / drawn[0], picture.size)
+    if settings["only_masked"]:
+        box = _around(Box(*(grey.getbbox() or box)), settings["padding"], drawn[1] / drawn[0], picture.size)
     elif size is None:
         drawn = (-(-picture.height // multiple) * multiple, -(-picture.width // multiple) * multiple)
-    return Frame(np.asarray(picture), np.asarray(grey, np.float32) / 255, box, drawn, options)
+    return Frame(np.asarray(picture), np.asarray(grey, np.float32) / 255, box, drawn, settings)
 
 
 def make_frames(
     images: Sequence[Image.Image],
     masks: Sequence[Image.Image | None],
-    options: Inpainting,
+    settings: PictureSettings,
     *,
     size: tuple[int | None, int | None],
     native: int,
@@ -148,12 +122,12 @@ def make_frames(
     """A frame an image, as of `make_frame`, all drawn at one size; masks: one, or one each."""
     height, width = size
     if height or width:
-        own = (native, native) if options.only_masked else (images[0].height, images[0].width)
+        own = (native, native) if settings["only_masked"] else (images[0].height, images[0].width)
         wanted = (height or own[0] // multiple * multiple, width or own[1] // multiple * multiple)
     else:
         wanted = None
     pairs = zip(images, list(masks) * (len(images) // len(masks)), strict=True)
-    frames = [make_frame(*pair, options, size=wanted, native=native, multiple=multiple) for pair in pairs]
+    frames = [make_frame(*pair, settings, size=wanted, native=native, multiple=multiple) for pair in pairs]
     if len({frame.drawn for frame in frames}) > 1:
         raise ConfigError("images of several sizes: give height and width to draw them at, or one call each")
     return frames
@@ -222,13 +196,6 @@ def cells(mask: Float[np.ndarray, "B H W"], factor: int) -> Float[np.ndarray, "B
     batch, height, width = mask.shape
     blocks = mask.reshape(batch, height // factor, factor, width // factor, factor)
     return blocks.max(axis=(2, 4))[..., None]
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """RGB; transparency becomes white."""
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
 
 
 def _brightness(mask: Image.Image) -> Image.Image:

@@ -8,18 +8,17 @@ import dataclasses
 import difflib
 import io
 import json
-import math
 import re
 import sys
 import tomllib
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
-from sdjax.config import Data, Rule, RunConfig, Stage, check, wrong
 from sdjax.errors import ConfigError
+from sdjax.settings import join, read_record
+from sdjax.train.config import Data, RunConfig, Stage, check
 
 
 class Arguments(NamedTuple):
@@ -42,7 +41,7 @@ def from_table(table: Mapping[str, Any]) -> RunConfig:
 
     Raises ConfigError with the dotted key, what was given, the rule and the choices.
     """
-    config = _record(RunConfig, table, "")
+    config = read_record(RunConfig, table)
     check(config)
     return config
 
@@ -58,7 +57,7 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             for name, inner in value.items():
-                yield from walk(_join(key, name), inner)
+                yield from walk(join(key, name), inner)
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             for number, inner in enumerate(value):
                 yield from walk(f"{key}.{number}", inner)
@@ -79,84 +78,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return dict(value) if isinstance(value, dict) else value
-
-
-def _record(cls: type, table: Any, key: str) -> Any:
-    if not isinstance(table, Mapping):
-        raise wrong(key, table, "a table")
-    hints = get_type_hints(cls, include_extras=True)
-    for name in table:
-        if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            advice = f"did you mean {_join(key, near[0])}?" if near else f"choices: {', '.join(hints)}"
-            raise ConfigError(f"unknown key {_join(key, name)}: {advice}")
-    missing = [
-        _join(key, f.name)
-        for f in dataclasses.fields(cls)
-        if f.name not in table and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"missing: {', '.join(missing)}")
-    return cls(**{name: _value(hints[name], value, _join(key, name)) for name, value in table.items()})
-
-
-def _value(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the type `hint` wants it, or ConfigError."""
-    kind, arguments = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _record(hint, value, key)  # type: ignore[arg-type]
-    if kind is Annotated:
-        return _annotated(arguments, value, key)
-    if kind is Literal:
-        if value not in arguments or not isinstance(value, str):
-            raise wrong(key, value, f"one of {', '.join(arguments)}")
-        return value
-    if kind in (Union, types.UnionType):
-        # `X | None`, `number | table` or `name | list`: the value's own shape picks the branch.
-        container = dict if isinstance(value, Mapping) else tuple if isinstance(value, (list, tuple)) else None
-        branch = next((a for a in arguments if container and get_origin(a) is container), arguments[0])
-        return _value(branch, value, key)
-    if kind is dict:
-        if not isinstance(value, Mapping):
-            raise wrong(key, value, "a table")
-        return {name: _value(arguments[1], inner, _join(key, name)) for name, inner in value.items()}
-    if kind is tuple:
-        return _sequence(arguments, value, key)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise wrong(key, value, {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[hint])
-    return value
-
-
-def _annotated(arguments: tuple[Any, ...], value: Any, key: str) -> Any:
-    hint, rule = arguments
-    value = _value(hint, value, key)
-    if isinstance(rule, Rule):
-        expected = rule.broken_by(value)
-    elif rule == "file name":
-        expected = None if re.fullmatch(r"[\w.-]*\w[\w.-]*", value) else "a name of letters, digits, '_', '-' and '.'"
-    else:
-        expected = None if value else "not empty"
-    if expected:
-        raise wrong(key, value, expected)
-    return value
-
-
-def _sequence(arguments: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
-    if type(value) in (str, int, float) and arguments[-1] is Ellipsis:
-        value = [value]  # one value may stand for a list of one
-    if not isinstance(value, (list, tuple)):
-        raise wrong(key, value, "a list")
-    if arguments[-1] is Ellipsis:
-        return tuple(_value(arguments[0], item, f"{key}.{i}") for i, item in enumerate(value))
-    if len(value) != len(arguments):
-        raise wrong(key, value, f"a list of {len(arguments)}")
-    return tuple(_value(hint, item, f"{key}.{i}") for i, (hint, item) in enumerate(zip(arguments, value, strict=True)))
-
-
-def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name
 
 
 # ------------------------------------------------------------------------------------------------------ files and flags
@@ -190,10 +111,10 @@ def _toml_lines(table: dict[str, Any], key: str) -> Iterator[str]:
             yield f"{_toml_key(name)} = {_toml_value(value)}"
     for name, value in inner.items():
         if value:
-            yield from ("", f"[{_join(key, _toml_key(name))}]", *_toml_lines(value, _join(key, _toml_key(name))))
+            yield from ("", f"[{join(key, _toml_key(name))}]", *_toml_lines(value, join(key, _toml_key(name))))
     for name, items in lists.items():
         for item in items:
-            yield from ("", f"[[{_join(key, name)}]]", *_toml_lines(item, _join(key, name)))
+            yield from ("", f"[[{join(key, name)}]]", *_toml_lines(item, join(key, name)))
 
 
 def _toml_key(name: str) -> str:

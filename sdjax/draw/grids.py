@@ -2,30 +2,23 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from sdjax.draw.settings import declarations, from_text
 from sdjax.errors import ConfigError
-
-GRIDDED: dict[str, type] = {
-    "prompt": str, "negative_prompt": str, "seed": int, "variation_seed": int, "variation_strength": float,
-    "steps": int, "guidance": float, "guidance_rescale": float, "sampler": str, "clip_skip": int, "strength": float,
-    "mask_grow": int, "mask_blur": int, "fill": str, "padding": int, "hires_steps": int, "hires_strength": float,
-    "hires_upscaler": str, "lora": str,
-}  # fmt: skip
-"""Settings a grid may vary, which all leave the pictures' size."""
 
 
 class Axis(NamedTuple):
     """A setting and its values, as `--grid-x steps=10,20` gives them."""
 
     name: str
-    values: tuple[object, ...]
+    values: tuple[Any, ...]
 
     @property
     def labels(self) -> list[str]:
-        values = _told_apart([str(file) for file in self.values]) if self.name == "lora" else self.values
+        values = _told_apart([file for (file,) in self.values]) if self.name == "lora" else self.values
         return [f"{self.name}: {value}" for value in values]
 
 
@@ -43,15 +36,13 @@ def _told_apart(files: Sequence[str]) -> list[str]:
 
 
 def parse_axis(text: str) -> Axis:
-    """`NAME=VALUE,VALUE`. Raises ConfigError."""
+    """The axis of `NAME=VALUE,VALUE`. Raises ConfigError."""
     name, equals, values = text.partition("=")
     name = name.strip().replace("-", "_")
-    if not equals or name not in GRIDDED:
-        raise ConfigError(f"grid {text!r}: give NAME=VALUE,VALUE with a name of {', '.join(GRIDDED)}")
-    try:
-        return Axis(name, tuple(GRIDDED[name](value.strip()) for value in values.split(",")))
-    except ValueError:
-        raise ConfigError(f"grid {text!r}: {name} takes {GRIDDED[name].__name__} values") from None
+    names = [name for name, (_, declared) in declarations().items() if declared.axis]
+    if not equals or name not in names:
+        raise ConfigError(f"grid {text!r}: give NAME=VALUE,VALUE with a name of {', '.join(names)}")
+    return Axis(name, tuple(from_text(name, value.strip(), f"grid {text!r}: {name}") for value in values.split(",")))
 
 
 def sheet(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:

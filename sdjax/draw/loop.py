@@ -1,0 +1,265 @@
+"""Drawing: a request becomes final latents, in one compiled program a shape, and the latents become pictures."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from PIL import Image
+
+from sdjax import diffusion
+from sdjax.data.images import Size, picture, pixels
+from sdjax.draw import conditioning, inpainting, sampling
+from sdjax.draw.conditioning import Condition
+from sdjax.draw.inpainting import Frame
+from sdjax.draw.request import Request
+from sdjax.draw.settings import changed, labelled
+from sdjax.errors import ConfigError
+from sdjax.formats.png_parameters import parameters_text
+from sdjax.model import Model, Outline
+from sdjax.models import unet
+from sdjax.runtime.compiler_options import compiler_options, is_large
+
+
+class Given(NamedTuple):
+    """What the model paints around, [B, h, w, *] each.
+
+    kept: true latents, unit noise and the mask, for a standard model. After each step, the cells that the mask does
+    not free yet are overwritten by the true latents at the noise level of that step. A cell of value v is free for the
+    last share v of the steps (Levin and Fried 2023, "Differential Diffusion"): always if v = 1, never if v = 0.
+    channels: mask and masked latents, for a U-Net that takes them as further input channels.
+    """
+
+    kept: tuple[Array, Array, Array] | None = None
+    channels: Array | None = None
+
+
+NOTHING_GIVEN = Given()
+
+
+def check(outline: Outline, request: Request) -> None:
+    """Raises ConfigError for a request that the model cannot draw."""
+    for each in (request, request.second_pass(outline)):
+        if each is not None:
+            each.sampler_table(outline)
+            conditioning.groups(outline, each)
+
+
+def text2image(model: Model, request: Request) -> list[Image.Image]:
+    """Draws pictures from noise, with a second pass over the enlarged pictures if the request has one."""
+    table, larger = _table(model, request), request.second_pass(model.outline)
+    second = larger and _table(model, larger)  # checked before the first pass is drawn
+    latents = sample_latents(model, request, table, sampling.initial(table, request.noise(model.outline)))
+    if larger is None or second is None:
+        return pictures(model, request, latents)
+    noise = larger.noise(model.outline)
+    if request.settings["hires_upscaler"] == "latent":
+        start = jax.image.resize(jnp.asarray(latents), noise.shape, "bilinear")
+    else:
+        decoded = [picture(values) for values in np.asarray(model.decode_latents(latents))]
+        start = model.encode_image(np.stack([pixels(image, Size(*larger.size)) for image in decoded]))
+    state = sampling.initial_from_image(second, start, noise)
+    return pictures(model, request, sample_latents(model, larger, second, state))
+
+
+def img2img(model: Model, request: Request, images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Draws pictures from images noised to the strength of the request. images: one for all pictures, or one each."""
+    table, noise = _table(model, request), request.noise(model.outline)
+    start = model.encode_image(np.stack([pixels(image, Size(*request.size)) for image in images]))
+    state = sampling.initial_from_image(table, jnp.broadcast_to(start, noise.shape), noise)
+    return pictures(model, request, sample_latents(model, request, table, state))
+
+
+def inpaint(model: Model, request: Request, frames: Sequence[Frame]) -> list[Image.Image]:
+    """Paints masked regions anew; strength 1 starts from noise alone. frames: one for all pictures, or one each."""
+    outline = model.outline
+    table, noise = _table(model, request), request.noise(outline)
+    everyone = lambda array: jnp.broadcast_to(jnp.asarray(array, jnp.float32), (len(noise), *array.shape[1:]))
+    images, masks = (np.stack(arrays) for arrays in zip(*(frame.canvas() for frame in frames), strict=True))
+    latents = everyone(model.encode_image(images))
+    mask = everyone(inpainting.cells(masks, outline.vae.config.factor))
+    state = sampling.initial(table, noise)
+    if request.strength < 1:
+        start, fill = latents, request.settings["fill"]
+        if fill == "blurred":
+            start = everyone(model.encode_image(np.stack(list(map(inpainting.filled, images, masks)))))
+        elif fill != "original":
+            filling = request.second_noise(outline) if fill == "noise" else jnp.zeros_like(start)
+            start = jnp.where(mask > 0, filling, start)
+        state = sampling.initial_from_image(table, start, noise)
+    if outline.is_inpainting:
+        given = Given(channels=everyone(mask_channels(model, images, masks)))
+    else:
+        given = Given(kept=(latents, noise, mask))
+    latents = sample_latents(model, request, table, state, given)
+    whole = list(frames) * (len(noise) // len(frames))
+    return pictures(model, request, latents, [frame.paste for frame in whole])
+
+
+def _table(model: Model, request: Request) -> sampling.Table:
+    """The table of the sampler. Raises ConfigError for a request that the model cannot draw."""
+    count = len(request.prompts)
+    if model.adapters and count != (adapters := len(jax.tree.leaves(model.adapters)[0])):
+        raise ConfigError(f"{adapters} LoRAs for {count} pictures: one each is needed")
+    return request.sampler_table(model.outline)
+
+
+def mask_channels(
+    model: Model, images: Float[np.ndarray, "B H W 3"], masks: Float[np.ndarray, "B H W"]
+) -> Float[Array, "B h w 5"]:
+    """The further input channels of a U-Net made for inpainting: the mask, and the latents of the image in grey there.
+
+    images: in [0, 1]. masks: in [0, 1]; from 0.5 on a pixel is masked.
+    """
+    hard = masks >= 0.5
+    masked = np.where(hard[..., None], np.float32(0.5), images)
+    cells = inpainting.cells(hard.astype(np.float32), model.outline.vae.config.factor)
+    return jnp.concatenate([jnp.asarray(cells), model.encode_image(masked)], axis=-1)
+
+
+def sample_latents(
+    model: Model, request: Request, table: sampling.Table, state: sampling.State, given: Given = NOTHING_GIVEN
+) -> Float[np.ndarray, "B h w 4"]:
+    """The final latents of a request, from the state its table starts with."""
+    if model.outline.is_inpainting and given.channels is None:  # all of the picture is to be painted
+        size = (1, *request.size)
+        blank = mask_channels(model, np.zeros((*size, 3), np.float32), np.ones(size, np.float32))
+        given = given._replace(channels=jnp.broadcast_to(blank, (len(state.latents), *blank.shape[1:])))
+    groups = conditioning.groups(model.outline, request)
+    latents = np.empty(state.latents.shape, np.float32)
+    for group in groups:
+        start, around = state, given
+        if len(groups) > 1:
+            picked = np.array(group.rows)
+            start = sampling.State(state.latents[picked], state.history[:, picked])
+            around = jax.tree.map(lambda leaf, picked=picked: leaf[picked], given)
+        latents[group.rows] = _sample_group(model, request, group, table, start, around)
+    return latents
+
+
+def pictures(
+    model: Model,
+    request: Request,
+    latents: Float[np.ndarray, "B h w 4"],
+    pasting: Sequence[Callable[[Float[np.ndarray, "H W 3"]], Image.Image]] | None = None,
+) -> list[Image.Image]:
+    """Decodes latents to pictures that carry their settings in `info["parameters"]`.
+
+    pasting: for each picture, what makes it from its decoded pixels in [0, 1], in inpainting.
+    """
+    drawn = []
+    for i, values in enumerate(np.asarray(model.decode_latents(latents))):
+        image = pasting[i](values) if pasting else picture(values)
+        fields = png_fields(request, i, model.outline.name, inpainted=pasting is not None)
+        image.info["parameters"] = parameters_text(request.prompts[i], request.negatives[i], fields)
+        drawn.append(image)
+    return drawn
+
+
+def png_fields(request: Request, i: int, name: str, *, inpainted: bool) -> dict[str, Any]:
+    """Label -> value of the settings that A1111 writes into a picture."""
+    settings, (height, width) = request.settings, request.size
+    fields = labelled(settings, ["steps", "sampler", "karras", "guidance"])
+    fields |= {"Seed": request.seeds[i], "Size": f"{width}x{height}", "Model": Path(name).stem}
+    fields |= labelled(settings, changed(settings, ["guidance_rescale"]))
+    fields |= labelled({"strength": request.strength}, ["strength"] if request.strength != 1 else [])
+    fields |= labelled(settings, changed(settings, ["clip_skip", "emphasis"]))
+    if settings["variation_strength"]:
+        fields |= {"Variation seed": request.variation_seeds[i]} | labelled(settings, ["variation_strength"])
+    if settings["hires_scale"] != 1:
+        steps = ["hires_steps"] if settings["hires_steps"] else []
+        fields |= labelled(settings, ["hires_strength", "hires_scale", *steps, "hires_upscaler"])
+    if inpainted:
+        fields |= labelled(settings, [name for name in ("mask_blur", "mask_grow") if settings[name]])
+        fields |= labelled(settings, changed(settings, ["fill", "only_masked"]))
+        fields |= labelled(settings, ["padding"] if settings["only_masked"] else [])
+    return fields
+
+
+def guided_denoise(
+    model: unet.UNet,
+    prediction_type: str,
+    variables: Mapping[str, Any],
+    x: Float[Array, "B h w 4"],
+    level: sampling.Level,
+    *,
+    conditions: Sequence[Condition],
+    weights: Float[Array, "B k"],
+    guidance: Float[Array, ""],
+    rescale: Float[Array, ""],
+    channels: Float[Array, "B h w c"] | None = None,
+) -> Float[Array, "B h w 4"]:
+    """The U-Net as the samplers' `denoise`. Conditions of 1 + k texts (the negative first) are guided, of one are not.
+
+    `out = uncond + guidance (cond - uncond)` (Ho and Salimans 2022, eq. 6), with k > 1 prompts the sum of their
+    weighted differences (Liu et al. 2022, eq. 11), then Lin et al.'s rescale; variables: as of `collections`, for as
+    many examples as each of the conditions has. channels: further ones of the U-Net's input.
+    """
+    latents = x if channels is None else jnp.concatenate([x, channels], axis=-1)
+    outputs = []
+    for context, added in conditions:
+        copies = context.shape[0] // x.shape[0]
+        timesteps = jnp.full((context.shape[0],), level.timestep, jnp.float32)
+        out = model.apply(variables, jnp.tile(latents, (copies, 1, 1, 1)), timesteps, context, added)
+        outputs += jnp.split(jnp.asarray(out, jnp.float32), copies)
+    out, *conds = outputs
+    if conds:
+        uncond = out
+        shift = sum(
+            (weights[:, j, None, None, None] * (cond - uncond) for j, cond in enumerate(conds)),
+            start=jnp.zeros_like(uncond),
+        )
+        whole = conds[0] if len(conds) == 1 else uncond + shift
+        out = diffusion.rescale_guidance(whole, uncond + guidance * shift, rescale)
+    return diffusion.to_denoised(out, x, level.alpha, level.sigma, prediction_type)
+
+
+def _sample_group(
+    model: Model,
+    request: Request,
+    group: conditioning.Group,
+    table: sampling.Table,
+    state: sampling.State,
+    given: Given,
+) -> Float[np.ndarray, "B h w 4"]:
+    """The final latents of one group of pictures."""
+    from tqdm.auto import tqdm
+
+    conditions = conditioning.conditions(model, request, group, int(table.length))
+    variables = model.variables("unet", group.rows * (len(conditions[0][0].context) // len(group.rows)))
+    keys = request.keys[np.array(group.rows)]
+    settings, outline = request.settings, model.outline
+    guidance, rescale = jnp.float32(settings["guidance"]), jnp.float32(settings["guidance_rescale"])
+    sampler_step = _compiled_sampler_step(outline.unet.compute.target, is_large(model.params["unet"]))
+    for i in tqdm(range(int(table.length)), desc=settings["sampler"], disable=not request.progress, leave=False):
+        state = sampler_step(
+            outline.unet, outline.schedule.prediction_type, variables, state, np.int32(i), table,
+            keys, conditions[i], group.weights, guidance, rescale, given,
+        )  # fmt: skip
+    return np.asarray(state.latents)
+
+
+@functools.cache
+def _compiled_sampler_step(platform: str, large: bool):
+    options = compiler_options(platform, large=large)
+    return jax.jit(_sampler_step, static_argnums=(0, 1), donate_argnums=3, compiler_options=options)
+
+
+def _sampler_step(
+    model, prediction_type, variables, state, i, table, keys, conditions, weights, guidance, rescale, given
+):
+    """One evaluation of the denoiser and the sampler's move; the same program for every sampler, seed and setting."""
+    denoise = functools.partial(
+        guided_denoise, model, prediction_type, variables,
+        conditions=conditions, weights=weights, guidance=guidance, rescale=rescale, channels=given.channels,
+    )  # fmt: skip
+    state = sampling.step(denoise, state, i, table, keys)
+    if given.kept is not None:
+        true, noise, mask = given.kept
+        free = mask > 1 - (i + 1) / table.length
+        state = state._replace(latents=jnp.where(free, state.latents, sampling.noised(table, i + 1, true, noise)))
+    return state

@@ -1,0 +1,150 @@
+"""`StableDiffusion`: a loaded model with everything that can be done with it. This is what users hold."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
+
+import numpy as np
+from jaxtyping import Array, Float
+from PIL import Image
+
+from sdjax import loading
+from sdjax.draw import loop
+from sdjax.draw.request import img2img_request, inpaint_request, text2image_request
+from sdjax.draw.settings import InpaintSettings, Settings, TextToImageSettings
+from sdjax.model import Model
+
+
+def load(source: str | os.PathLike, dtype: str = "float32", **how: Unpack[loading.Options]) -> "StableDiffusion":
+    """Loads a model: "tiny" (embedded), a diffusers folder, a .safetensors or .ckpt file of a whole model, or a hub id.
+
+    See `loading.outline` for the arguments and errors.
+    """
+    return StableDiffusion(loading.load(source, dtype, **how))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StableDiffusion:
+    """A model ready to draw. It never changes: methods such as `with_lora` return a new one that shares the weights.
+
+    model: the `Model` with its parameter trees; its modules, tokenizers and schedule are in `model.outline`.
+    """
+
+    model: Model
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Part -> parameter tree: `unet`, `vae`, `text_encoder` and, for SDXL, `text_encoder_2`."""
+        return self.model.params
+
+    # ------------------------------------------------------------------------------------------------ drawing
+
+    def text2image(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] = "",
+        **settings: Unpack[TextToImageSettings],
+    ) -> list[Image.Image]:
+        """Draws `num_images` pictures of each prompt.
+
+        settings: see `draw.settings`. By default 20 steps of dpmpp_2m at guidance 7.5, at the size the model was
+        trained at or that of `latents`. With hires_scale above 1 the picture is drawn small, enlarged and drawn again.
+        Each picture carries its settings in `info["parameters"]`.
+        Raises ConfigError for a setting out of range, before anything is computed.
+        """
+        return loop.text2image(self.model, text2image_request(self.model.outline, prompt, negative_prompt, settings))
+
+    def img2img(
+        self,
+        prompt: str | Sequence[str],
+        image: Image.Image | Sequence[Image.Image],
+        *,
+        strength: float = 0.75,
+        negative_prompt: str | Sequence[str] = "",
+        **settings: Unpack[Settings],
+    ) -> list[Image.Image]:
+        """Redraws an image, or one image for each picture (Meng et al. 2022, SDEdit).
+
+        The image is noised to `strength` of the way, in (0, 1], and drawn from there: steps * strength steps run.
+        settings: see `text2image`. Height and width are by default those of the image, rounded down to multiples of 8.
+        An image of another size is resized.
+        """
+        given = img2img_request(self.model.outline, prompt, negative_prompt, image, settings, strength=strength)
+        return loop.img2img(self.model, *given)
+
+    def inpaint(
+        self,
+        prompt: str | Sequence[str],
+        image: Image.Image | Sequence[Image.Image],
+        mask: Image.Image | Sequence[Image.Image] | None = None,
+        *,
+        strength: float = 1.0,
+        negative_prompt: str | Sequence[str] = "",
+        **settings: Unpack[InpaintSettings],
+    ) -> list[Image.Image]:
+        """Paints an image anew where its mask is white, with a model of 4 or of 9 input channels.
+
+        mask: of any size, stretched over the image. A grey value paints for that share of the steps. Without a mask
+        the transparent part of the image is painted. strength: see `img2img`; 1 starts from noise alone.
+        settings: see `text2image` and `draw.settings.Masking`. A picture keeps the size of its image, and its pixels
+        where the mask is 0. With height and width the image is resized first (or, with only_masked, the region is
+        drawn at that size). Several images must have one size, or only_masked must be set.
+        Raises ConfigError for a mask that leaves nothing to paint.
+        """
+        given = inpaint_request(self.model.outline, prompt, negative_prompt, image, mask, settings, strength=strength)
+        return loop.inpaint(self.model, *given)
+
+    # ------------------------------------------------------------------------------------------------ computing
+
+    def encode_text(self, prompts: str | Sequence[str], clip_skip: int | None = None) -> Float[Array, "B T D"]:
+        """The context of each prompt. A prompt longer than the window of the text model gives T = chunks * window."""
+        return self.model.encode_text(prompts, clip_skip)
+
+    def encode_image(
+        self, images: Sequence[Image.Image] | Float[Array | np.ndarray, "B H W 3"]
+    ) -> Float[Array, "B h w 4"]:
+        """The scaled mean of the posterior. images: pictures of one size, or values in [0, 1]."""
+        return self.model.encode_image(images)
+
+    def decode_latents(self, latents: Float[Array | np.ndarray, "B h w 4"]) -> Float[Array, "B H W 3"]:
+        """Pictures with values in [0, 1]."""
+        return self.model.decode_latents(latents)
+
+    def predict(
+        self, latents: Float[Array, "B h w C"], timesteps: Array, context: Float[Array, "B T D"], **added: Array
+    ) -> Float[Array, "B h w 4"]:
+        """The raw output of the U-Net: noise or velocity, as the model was trained.
+
+        added: SDXL's conditions `text_embeds` and `time_ids`.
+        """
+        return self.model.predict(latents, timesteps, context, **added)
+
+    # ------------------------------------------------------------------------------------------------ changing
+
+    def with_tiled_vae(self, tile: int = 512, overlap: int = 64) -> "StableDiffusion":
+        """The model whose autoencoder works in overlapping tiles, to save memory on large pictures. In pixels."""
+        return StableDiffusion(self.model.with_tiled_vae(tile, overlap))
+
+    def with_lora(self, path: str | os.PathLike | Mapping[str, Any], weight: float = 1.0) -> "StableDiffusion":
+        """The model with a LoRA merged into its weights; see `Model.with_lora`."""
+        return StableDiffusion(self.model.with_lora(path, weight))
+
+    def with_loras(
+        self, paths: Sequence[str | os.PathLike | Mapping[str, Any] | None], weights: Sequence[float] | None = None
+    ) -> "StableDiffusion":
+        """The model that draws `len(paths)` pictures a call, picture i with LoRA i; see `Model.with_loras`."""
+        return StableDiffusion(self.model.with_loras(paths, weights))
+
+    def with_embedding(
+        self, path: str | os.PathLike | Mapping[str, Mapping[str, np.ndarray]], token: str | None = None
+    ) -> "StableDiffusion":
+        """The model that also knows the words of a Textual Inversion; see `Model.with_embedding`."""
+        return StableDiffusion(self.model.with_embedding(path, token))
+
+    def save(self, folder: str | os.PathLike, *, dtype: str | None = None) -> None:
+        """Writes the model as a diffusers folder, or as a single file if the path ends in .safetensors.
+
+        See `Model.save`.
+        """
+        self.model.save(folder, dtype=dtype)

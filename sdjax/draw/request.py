@@ -1,0 +1,240 @@
+"""One call to draw: its prompts, seeds and settings, checked against the model before anything is computed."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from PIL import Image
+
+from sdjax.draw import sampling
+from sdjax.draw.inpainting import Frame, make_frames
+from sdjax.draw.settings import (
+    InpaintSettings,
+    PictureSettings,
+    Settings,
+    Strength,
+    TextToImageSettings,
+    complete,
+)
+from sdjax.errors import ConfigError
+from sdjax.model import Outline
+from sdjax.settings import Seed, read_value
+
+# Folded into the key of a picture for its second noise. Samplers fold in the numbers of their steps, which are smaller.
+_SECOND_NOISE = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One call to draw: a prompt and a seed for each picture, and the settings that all pictures share.
+
+    settings: complete, with height and width in pixels.
+    strength: how much of the noise schedule is run, in (0, 1].
+    latents: unit noise in place of the noise of the seeds.
+    earlier_steps: steps of the pass before this one, from which the steps in prompts count on.
+    """
+
+    prompts: tuple[str, ...]
+    negatives: tuple[str, ...]
+    seeds: tuple[int, ...]
+    variation_seeds: tuple[int, ...]
+    settings: PictureSettings
+    strength: float = 1.0
+    latents: Float[Array, "B h w 4"] | None = None
+    progress: bool = True
+    earlier_steps: int = 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        height, width = self.settings["height"], self.settings["width"]
+        assert height is not None and width is not None
+        return height, width
+
+    @property
+    def keys(self) -> Array:
+        """One key for each picture, from its seed alone."""
+        return _keys(self.seeds)
+
+    def latent_shape(self, outline: Outline) -> tuple[int, int, int, int]:
+        """Shape [B, h, w, C] of the latents."""
+        height, width = (side // outline.vae.config.factor for side in self.size)
+        return len(self.prompts), height, width, outline.vae.config.latent_channels
+
+    def noise(self, outline: Outline) -> Float[Array, "B h w 4"]:
+        """The unit noise that each picture starts from: the given latents, or the noise of its seed."""
+        shape = self.latent_shape(outline)
+        if self.latents is None:
+            noise = _normal(self.keys, shape[1:])
+            if strength := self.settings["variation_strength"]:
+                noise = slerp(noise, _normal(_keys(self.variation_seeds), shape[1:]), strength)
+            return noise
+        latents = jnp.asarray(self.latents, jnp.float32)
+        if latents.shape != shape:
+            raise ConfigError(f"latents have shape {latents.shape}; this call needs {shape}")
+        return latents
+
+    def second_noise(self, outline: Outline) -> Float[Array, "B h w 4"]:
+        """More unit noise from the same seeds."""
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, _SECOND_NOISE))(self.keys)
+        return _normal(keys, self.latent_shape(outline)[1:])
+
+    def second_pass(self, outline: Outline) -> "Request | None":
+        """The request for the pass over the enlarged picture; None without one."""
+        settings, multiple = self.settings, outline.size_multiple
+        if settings["hires_scale"] == 1:
+            return None
+        height, width = (round(side * settings["hires_scale"] / multiple) * multiple for side in self.size)
+        steps = settings["hires_steps"] or settings["steps"]
+        larger: PictureSettings = {**settings, "height": height, "width": width, "steps": steps, "hires_scale": 1.0}
+        return dataclasses.replace(
+            self,
+            settings=larger,
+            strength=settings["hires_strength"],
+            latents=None,
+            earlier_steps=settings["steps"],
+        )
+
+    def sampler_table(self, outline: Outline) -> sampling.Table:
+        """The table of the sampler. Raises ConfigError for settings that this model cannot be drawn with."""
+        settings = self.settings
+        outline.hidden_state(settings["clip_skip"])
+        return sampling.tabulate(
+            outline.schedule,
+            settings["sampler"],
+            settings["steps"],
+            karras=settings["karras"],
+            strength=self.strength,
+        )
+
+
+def slerp(start: Float[Array, "B ..."], end: Float[Array, "B ..."], share: float) -> Float[Array, "B ..."]:
+    """The point a share of the way from start to end on the great circle between them (Shoemake 1985), by example."""
+    axes = tuple(range(1, start.ndim))
+    norm = lambda values: jnp.sqrt(jnp.sum(values**2, axes, keepdims=True))
+    cosine = jnp.sum(start * end, axes, keepdims=True) / (norm(start) * norm(end))
+    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
+    apart = jnp.sin(angle) > 1e-4  # equal or opposite points have no unique great circle
+    sine = jnp.where(apart, jnp.sin(angle), 1.0)
+    curved = (jnp.sin((1 - share) * angle) * start + jnp.sin(share * angle) * end) / sine
+    return jnp.where(apart, curved, (1 - share) * start + share * end)
+
+
+def _keys(seeds: Sequence[int]) -> Array:
+    return jnp.stack([jax.random.key(seed) for seed in seeds])
+
+
+def _normal(keys: Array, shape: tuple[int, ...]) -> Float[Array, "B ..."]:
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+
+
+# ------------------------------------------------------------------------------------------------ making requests
+
+
+def text2image_request(
+    outline: Outline,
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str],
+    settings: TextToImageSettings,
+) -> Request:
+    """The request of `StableDiffusion.text2image`. Without height and width it has the size of `latents`, if given."""
+    factor = outline.vae.config.factor
+    size = (outline.native_size, outline.native_size)
+    if (latents := settings.get("latents")) is not None:
+        size = (latents.shape[1] * factor, latents.shape[2] * factor)
+        settings = {**settings, "height": None, "width": None}
+    return _request(outline, prompt, negative_prompt, settings, size=size)
+
+
+def img2img_request(
+    outline: Outline,
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str],
+    image: Image.Image | Sequence[Image.Image],
+    settings: Settings,
+    *,
+    strength: float,
+) -> tuple[Request, list[Image.Image]]:
+    """The request of `StableDiffusion.img2img` and its images."""
+    images = [image] if isinstance(image, Image.Image) else list(image)
+    size = (max(8, images[0].height // 8 * 8), max(8, images[0].width // 8 * 8))
+    request = _request(outline, prompt, negative_prompt, settings, size=size, strength=strength)
+    _check_count(images, request)
+    return request, images
+
+
+def inpaint_request(
+    outline: Outline,
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str],
+    image: Image.Image | Sequence[Image.Image],
+    mask: Image.Image | Sequence[Image.Image] | None,
+    settings: InpaintSettings,
+    *,
+    strength: float,
+) -> tuple[Request, list[Frame]]:
+    """The request of `StableDiffusion.inpaint` and the frames to paint."""
+    images = [image] if isinstance(image, Image.Image) else list(image)
+    masks: list[Any] = list(mask) if isinstance(mask, list | tuple) else [mask]
+    if len(masks) not in (1, len(images)):
+        raise ConfigError(f"{len(masks)} masks for {len(images)} images: give one, or one each")
+    names = PictureSettings.__optional_keys__
+    frames = make_frames(
+        images,
+        masks,
+        complete({name: value for name, value in settings.items() if name in names}),
+        size=(settings.get("height"), settings.get("width")),
+        native=outline.native_size,
+        multiple=outline.size_multiple,
+    )
+    request = _request(outline, prompt, negative_prompt, settings, size=frames[0].drawn, strength=strength)
+    _check_count(frames, request)
+    return request, frames
+
+
+def _check_count(images: Sequence[object], request: Request) -> None:
+    if len(images) not in (1, len(request.prompts)):
+        raise ConfigError(f"{len(images)} images for {len(request.prompts)} pictures: give one, or one each")
+
+
+def _request(
+    outline: Outline,
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str],
+    settings: Mapping[str, Any],
+    *,
+    size: tuple[int, int],
+    strength: float = 1.0,
+) -> Request:
+    """size: height and width in pixels where the settings have none."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+    given = dict(settings)
+    count = given.pop("num_images", 1)
+    if not prompts or count < 1:
+        raise ConfigError(f"{len(prompts)} prompts times num_images = {count}: at least one picture is needed")
+    if len(negatives) != len(prompts):
+        raise ConfigError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one each")
+    for name, default in zip(("height", "width"), size, strict=True):
+        given[name] = length = given.get(name) or default
+        if length < outline.size_multiple or length % outline.size_multiple:
+            raise ConfigError(f"{name} = {length}: must be a positive multiple of {outline.size_multiple}")
+    repeat = lambda texts: tuple(text for text in texts for _ in range(count))
+    total = len(prompts) * count
+    # As in A1111, variations are of one picture: the second seed counts up instead of the first.
+    varied = bool(given.get("variation_strength"))
+    seeds = _seeds("seed", given.pop("seed", 0), total, counting=not varied)
+    variation_seeds = _seeds("variation_seed", given.pop("variation_seed", 0), total, counting=True)
+    call = {name: given.pop(name) for name in ("latents", "progress") if name in given}
+    strength = read_value(Strength, strength, "strength")
+    return Request(repeat(prompts), repeat(negatives), seeds, variation_seeds, complete(given), strength, **call)
+
+
+def _seeds(name: str, given: int | Sequence[int], count: int, *, counting: bool) -> tuple[int, ...]:
+    seeds = list(given) if isinstance(given, Sequence) else [given + i * counting for i in range(count)]
+    if len(seeds) != count:
+        raise ConfigError(f"{name}: {len(seeds)} for {count} pictures: give one, or one each")
+    return tuple(read_value(Seed, seed, name) for seed in seeds)

@@ -1,0 +1,385 @@
+"""A model: its Flax modules, their parameters, its tokenizers and its noise schedule.
+
+`Outline` is everything about a model except its weights, so settings and prompts can be checked before any weight is
+read. `Model` adds the weights. Neither ever changes: methods such as `with_lora` return a new record.
+"""
+
+import dataclasses
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from PIL import Image
+
+from sdjax import diffusion, lora, textual_inversion
+from sdjax.data.images import Size, pixels
+from sdjax.errors import ConfigError, DataError
+from sdjax.formats.diffusers_folder import ModelFolder, save_folder
+from sdjax.formats.embedding_file import load_embedding
+from sdjax.formats.lora_file import load_lora
+from sdjax.formats.single_file import save_single_file
+from sdjax.models import clip, unet, vae
+from sdjax.models.layers import variables
+from sdjax.models.tiling import Tiling, tiled
+from sdjax.text.encoding import TEXT_ENCODERS, HiddenState, encode_ids
+from sdjax.text.syntax import Sections
+from sdjax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outline:
+    """A model without its weights: modules, parameter shapes, tokenizers, noise schedule.
+
+    shapes: part -> tree of `jax.ShapeDtypeStruct`. The parts are `unet`, `vae`, `text_encoder` and, for SDXL,
+    `text_encoder_2`. folder: the configs and files the model was found in. name: the source it was loaded from.
+    """
+
+    unet: unet.UNet
+    vae: vae.AutoencoderKL
+    text_models: dict[str, clip.TextModel]
+    shapes: dict[str, Any]
+    tokenizers: dict[str, Tokenizer]
+    schedule: diffusion.NoiseSchedule
+    folder: ModelFolder
+    name: str
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether the U-Net takes SDXL's added conditions."""
+        return self.unet.config.addition_embed_type == "text_time"
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the U-Net takes a mask and masked latents beside the latents. ConfigError for any other input."""
+        channels, latent = self.unet.config.in_channels, self.vae.config.latent_channels
+        if channels not in (latent, 2 * latent + 1):
+            choices = f"{latent} or, for inpainting, {2 * latent + 1}"
+            raise ConfigError(f"{self.name}: a U-Net of {channels} input channels; sdjax draws with {choices}")
+        return channels != latent
+
+    @property
+    def zeros_empty_prompts(self) -> bool:
+        """Whether an empty negative prompt means zeros in place of its encoding, as SDXL was trained."""
+        return bool(self.folder.model_index.get("force_zeros_for_empty_prompt"))
+
+    @property
+    def native_size(self) -> int:
+        """Side of the pictures the model was trained on, in pixels."""
+        return self.unet.config.sample_size * self.vae.config.factor
+
+    @property
+    def size_multiple(self) -> int:
+        """The number of pixels that both sides of a picture must be a multiple of."""
+        return max(8, self.vae.config.factor)
+
+    @property
+    def text_widths(self) -> dict[str, int]:
+        """Text model -> width D of its token embeddings."""
+        return {name: model.config.hidden_size for name, model in self.text_models.items()}
+
+    def module(self, part: str) -> Any:
+        """The Flax module of a part."""
+        return {"unet": self.unet, "vae": self.vae, **self.text_models}[part]
+
+    def tokenize(self, prompts: Sequence[str], *, chunks: int | None = None) -> dict[str, Int[np.ndarray, "B n T"]]:
+        """Token ids of each prompt for each text model, in the same number of chunks for all."""
+        count = chunks or self.chunks(prompts)
+        return {name: self.tokenizers[TEXT_ENCODERS[name]].encode(prompts, chunks=count) for name in self.text_models}
+
+    def chunks(self, prompts: Sequence[str | Sections]) -> int:
+        """Chunks that the longest of the prompts takes in any text model."""
+        return max(tokenizer.chunks(prompt) for tokenizer in self.tokenizers.values() for prompt in prompts)
+
+    def hidden_state(self, clip_skip: int | None = None) -> HiddenState:
+        """The state of the text models that is the context. ConfigError for a `clip_skip` beyond their layers."""
+        layers = min(model.config.num_hidden_layers for model in self.text_models.values())
+        if clip_skip is not None and not 1 <= clip_skip <= layers:
+            raise ConfigError(f"clip_skip = {clip_skip}: must lie in 1 (last layer)..{layers}")
+        return HiddenState(clip_skip or (2 if self.is_sdxl else 1), final_norm=not self.is_sdxl)
+
+    def added_conditions(self, pooled: Float[Array, "B P"], height: int, width: int) -> dict[str, Array] | None:
+        """SDXL's added conditions for pictures of one size in pixels; None for other models.
+
+        The sizes are original, crop and target, in that order.
+        """
+        if not self.is_sdxl:
+            return None
+        sizes = jnp.asarray([height, width, 0, 0, height, width], jnp.float32)
+        return {"text_embeds": pooled, "time_ids": jnp.broadcast_to(sizes, (pooled.shape[0], 6))}
+
+    def with_words(self, words: Mapping[str, int]) -> "Outline":
+        """The outline whose tokenizers know new words. words: word -> number of vectors. ConfigError for a clash."""
+        tokenizers = dict(self.tokenizers)
+        for name, model in self.text_models.items():
+            tokenizer = tokenizers[TEXT_ENCODERS[name]]
+            tokenizers[TEXT_ENCODERS[name]] = tokenizer.with_placeholders(words, first=model.config.vocab_size)
+        return dataclasses.replace(self, tokenizers=tokenizers)
+
+    def load_words(
+        self, source: str | os.PathLike | Mapping[str, Mapping[str, np.ndarray]], token: str | None = None
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """Reads the words of a Textual Inversion that fit this model: word -> text model -> vectors [n, D].
+
+        See `Model.with_embedding` for the arguments and errors.
+        """
+        widths = self.text_widths
+        words = dict(source) if isinstance(source, Mapping) else load_embedding(source, widths)
+        if token is not None:
+            if len(words) != 1:
+                raise ConfigError(f"token = {token!r} names one word; {source} holds {', '.join(words)}")
+            words = dict(zip([token], words.values(), strict=True))
+        for word, rows in words.items():
+            shapes = {name: np.shape(vectors) for name, vectors in rows.items()}
+            if shapes.keys() != widths.keys() or any(len(shape) != 2 for shape in shapes.values()):
+                raise DataError(
+                    f"the word {word!r} has vectors for {', '.join(rows)}; {self.name} has {', '.join(widths)}"
+                )
+            if any(shape[1] != widths[name] for name, shape in shapes.items()):
+                raise DataError(f"the word {word!r} has vectors {shapes}; the widths of {self.name} are {widths}")
+        return {word: dict(rows) for word, rows in words.items()}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model with its weights.
+
+    params: part -> parameter tree.
+    placeholders: text model -> vectors [K, D] of the new words its tokenizer has learned.
+    adapters: part -> LoRA tree with a leading axis, one adapter for each picture of a call (see `with_loras`).
+    tiling: how the autoencoder divides large pictures; None computes them whole.
+    """
+
+    outline: Outline
+    params: dict[str, Any]
+    placeholders: dict[str, Float[Array, "K D"]] = dataclasses.field(default_factory=dict)
+    adapters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tiling: Tiling | None = None
+
+    # ------------------------------------------------------------------------------------------------ computing
+
+    def variables(self, part: str, pictures: Sequence[int] | None = None) -> dict[str, Any]:
+        """The Flax variable collections of a part.
+
+        pictures: for each example of the batch, the number of the picture whose adapter it uses. None: no adapters.
+        """
+        adapter = self.adapters.get(part) if pictures is not None else None
+        if adapter is not None:
+            adapter = jax.tree.map(lambda leaf: leaf[np.array(pictures)], adapter)
+        return variables(self.params[part], rows=self.placeholders.get(part), lora=adapter)
+
+    def encode_text(self, prompts: str | Sequence[str], clip_skip: int | None = None) -> Float[Array, "B T D"]:
+        """The context of each prompt. A prompt longer than the window of the text model gives T = chunks * window."""
+        return self.encode_prompts([prompts] if isinstance(prompts, str) else list(prompts), clip_skip=clip_skip)[0]
+
+    def encode_prompts(
+        self,
+        prompts: Sequence[str | Sections],
+        *,
+        clip_skip: int | None = None,
+        chunks: int | None = None,
+        pictures: Sequence[int] | None = None,
+        restore_mean: bool = True,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B P"]]:
+        """The context and the pooled vector of each prompt.
+
+        prompts: plain texts, or the weighted sections that `text.syntax.emphasis` returns.
+        chunks: how many chunks to use; by default as many as the longest prompt takes.
+        pictures: for each chunk, the number of the picture whose adapter it uses. None: no adapters.
+        restore_mean: see `text.encoding.emphasised`.
+        """
+        outline = self.outline
+        count = chunks or outline.chunks(prompts)
+        encoded = {
+            name: outline.tokenizers[TEXT_ENCODERS[name]].encode_weighted(prompts, chunks=count)
+            for name in outline.text_models
+        }
+        return encode_ids(
+            outline.text_models,
+            {name: self.variables(name, pictures) for name in outline.text_models},
+            {name: ids for name, (ids, _) in encoded.items()},
+            outline.hidden_state(clip_skip),
+            {name: weights for name, (_, weights) in encoded.items()},
+            restore_mean=restore_mean,
+        )
+
+    def encode_image(
+        self, images: Sequence[Image.Image] | Float[Array | np.ndarray, "B H W 3"]
+    ) -> Float[Array, "B h w 4"]:
+        """The scaled mean of the posterior. images: pictures of one size, or values in [0, 1]."""
+        if not isinstance(images, (Array, np.ndarray)):
+            images = np.stack([pixels(image, Size(image.height, image.width)) for image in images])
+        values = jnp.asarray(images, jnp.float32)
+        encode = functools.partial(_encode_image, self.outline.vae, self.params["vae"])
+        means = [self._in_tiles(encode, values[i : i + 1], encode=True) for i in range(len(values))]
+        return vae.scale_latents(self.outline.vae.config, jnp.concatenate(means))
+
+    def decode_latents(self, latents: Float[Array | np.ndarray, "B h w 4"]) -> Float[Array, "B H W 3"]:
+        """Pictures with values in [0, 1]. They are decoded one at a time, so memory does not grow with the batch."""
+        unscaled = vae.unscale_latents(self.outline.vae.config, jnp.asarray(latents, jnp.float32))
+        decode = functools.partial(_decode_latents, self.outline.vae, self.params["vae"])
+        return jnp.concatenate(
+            [self._in_tiles(decode, unscaled[i : i + 1], encode=False) for i in range(len(unscaled))]
+        )
+
+    def _in_tiles(self, compute: Callable[[Any], Array], values: Array, *, encode: bool) -> Array:
+        if self.tiling is None:
+            return compute(values)
+        config = self.outline.vae.config
+        channels = config.latent_channels if encode else config.out_channels
+        whole = tiled(compute, np.asarray(values), self.tiling, factor=config.factor, encode=encode, channels=channels)
+        return jnp.asarray(whole)
+
+    def predict(
+        self, latents: Float[Array, "B h w C"], timesteps: Array, context: Float[Array, "B T D"], **added: Array
+    ) -> Float[Array, "B h w 4"]:
+        """The raw output of the U-Net: noise or velocity, as the model was trained.
+
+        added: SDXL's conditions `text_embeds` and `time_ids`.
+        """
+        timesteps = jnp.broadcast_to(jnp.asarray(timesteps, jnp.float32), (latents.shape[0],))
+        return _predict(self.outline.unet, self.params["unet"], latents, timesteps, context, added or None)
+
+    # ------------------------------------------------------------------------------------------------ changing
+
+    def with_tiled_vae(self, tile: int = 512, overlap: int = 64) -> "Model":
+        """The model whose autoencoder works in overlapping tiles, to save memory on large pictures. In pixels."""
+        return dataclasses.replace(self, tiling=Tiling(tile, overlap))
+
+    def with_lora(self, path: str | os.PathLike | Mapping[str, Any], weight: float = 1.0) -> "Model":
+        """The model with a LoRA merged into its weights: `W + weight * scale * down up`.
+
+        path: a file (kohya or PEFT keys), or part -> adapter tree. Raises DataError for a file that does not fit.
+        """
+        adapters = path if isinstance(path, Mapping) else load_lora(path, self.params)
+        merged = {part: lora.merge(self.params[part], tree, weight) for part, tree in adapters.items()}
+        return dataclasses.replace(self, params={**self.params, **merged})
+
+    def with_loras(
+        self, paths: Sequence[str | os.PathLike | Mapping[str, Any] | None], weights: Sequence[float] | None = None
+    ) -> "Model":
+        """The model that draws `len(paths)` pictures a call, picture i with LoRA i (None: without a LoRA).
+
+        paths: see `with_lora`. The adapters stay beside the weights, which all pictures share. Merge what the pictures
+        have in common with `with_lora` first. Raises ConfigError for DoRA, which cannot be stacked.
+        """
+        loras = [path if isinstance(path, Mapping) else load_lora(path, self.params) if path else {} for path in paths]
+        weights = [1.0] * len(loras) if weights is None else list(weights)
+        if len(weights) != len(loras) or not loras:
+            raise ConfigError(f"{len(loras)} LoRAs with {len(weights)} weights: give one weight each, or none")
+        parts = dict.fromkeys(part for tree in loras for part in tree)
+        weighted = lambda tree, weight: lora.add([(tree, weight)]) if tree else {}
+        adapters = {
+            part: lora.stack([weighted(tree.get(part), w) for tree, w in zip(loras, weights, strict=True)])
+            for part in parts
+        }
+        return dataclasses.replace(self, adapters=adapters)
+
+    def with_embedding(
+        self, path: str | os.PathLike | Mapping[str, Mapping[str, np.ndarray]], token: str | None = None
+    ) -> "Model":
+        """The model that also knows the words of a Textual Inversion. Several calls add up.
+
+        path: a file of any program, or word -> text model -> vectors [n, D] (an SDXL word has vectors for both text
+        models). token: the word to use in prompts, for a file that holds one word; by default the word in the file.
+        Raises ConfigError for a word that the model knows already, DataError for vectors that do not fit it.
+        """
+        words = self.outline.load_words(path, token)
+        placeholders = dict(self.placeholders)
+        for name in self.outline.text_models:
+            earlier = [placeholders[name]] if name in placeholders else []
+            placeholders[name] = jnp.concatenate(
+                [*earlier, *(jnp.asarray(rows[name], jnp.float32) for rows in words.values())]
+            )
+        outline = self.outline.with_words(textual_inversion.vector_counts(words))
+        return dataclasses.replace(self, outline=outline, placeholders=placeholders)
+
+    def for_inpainting(self) -> "Model":
+        """A standard model whose U-Net also takes the mask and the masked latents, to be trained for inpainting.
+
+        The weights of the further channels are 0, so the model computes what it did before. Stable Diffusion's
+        inpainting models were begun in the same way.
+        """
+        outline = self.outline
+        channels = 2 * outline.vae.config.latent_channels + 1
+        first = self.params["unet"]["conv_in"]
+        more = [(0, channels - outline.unet.config.in_channels) if axis == 2 else (0, 0) for axis in range(4)]
+        params = {**self.params["unet"], "conv_in": {**first, "kernel": jnp.pad(first["kernel"], more)}}
+        config = {**outline.folder.configs["unet"], "in_channels": channels}
+        folder = dataclasses.replace(
+            outline.folder,
+            configs={**outline.folder.configs, "unet": config},
+            model_index={key: value for key, value in outline.folder.model_index.items() if key != "_class_name"},
+        )
+        wider = dataclasses.replace(
+            outline,
+            unet=outline.unet.clone(config=unet.UNetConfig.from_dict(config)),
+            shapes={**outline.shapes, "unet": unet.abstract_params(unet.UNetConfig.from_dict(config))},
+            folder=folder,
+        )
+        return dataclasses.replace(self, outline=wider, params={**self.params, "unet": params})
+
+    # ------------------------------------------------------------------------------------------------ saving
+
+    def save(self, folder: str | os.PathLike, *, dtype: str | None = None) -> None:
+        """Writes the model in the layout of diffusers, with new words in its tokenizers and embedding tables.
+
+        folder: a path that ends in .safetensors gives a single file with CompVis' names instead, as A1111 and ComfyUI
+        keep models. A single file holds no tokenizer, so new words raise ConfigError.
+        dtype: of the weights written; by default as they are.
+        """
+        outline, source = self.outline, self.outline.folder
+        if Path(folder).suffix.lower() in (".safetensors", ".sft"):
+            if words := [word for tokenizer in outline.tokenizers.values() for word in tokenizer.placeholders]:
+                raise ConfigError(
+                    f"{folder}: a single file cannot hold the new words {', '.join(dict.fromkeys(words))}"
+                )
+            save_single_file(
+                folder,
+                configs=source.configs,
+                params=self.params,
+                scheduler=source.scheduler,
+                dtype=dtype and jnp.dtype(dtype),
+            )
+            return
+        configs, params, tokenizers = dict(source.configs), dict(self.params), dict(source.tokenizers)
+        with tempfile.TemporaryDirectory() as temporary:
+            for name, rows in self.placeholders.items():
+                place = TEXT_ENCODERS[name]
+                tokenizer, plain = outline.tokenizers[place], tokenizers[place]
+                tokenizers[place] = Path(temporary) / place
+                first = tokenizer.save(plain, tokenizers[place])
+                params[name] = textual_inversion.with_rows(params[name], rows, first, what=f"{outline.name}: {name}")
+                size = params[name]["embeddings"]["token_embedding"]["embedding"].shape[0]
+                # An eos_token_id of 2 means the largest id, which is now that of a new word.
+                configs[name] = {**configs[name], "vocab_size": size, "eos_token_id": tokenizer.end}
+            save_folder(
+                folder,
+                configs=configs,
+                params=params,
+                tokenizers=tokenizers,
+                scheduler=source.scheduler,
+                model_index=source.model_index,
+                dtype=dtype and jnp.dtype(dtype),
+            )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(model, params, latents, timesteps, context, added):
+    return model.apply({"params": params}, latents, timesteps, context, added)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_image(model, params, pixels):
+    return vae.posterior_mean(model.apply({"params": params}, 2 * pixels - 1, method="encode"))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode_latents(model, params, latents):
+    return jnp.clip(model.apply({"params": params}, latents, method="decode") / 2 + 0.5, 0.0, 1.0)

@@ -1,0 +1,200 @@
+"""How a setting is declared, and how a given value is checked against its declaration.
+
+A setting is a field whose annotation holds its type and its rules:
+
+    steps: Annotated[int, Range(1, 1000)]
+
+Training (`train.config`) and drawing (`draw.settings`) declare their settings this way. `read_value` checks any value
+against such an annotation, whether it comes from TOML, from JSON or from a flag.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import numbers
+import re
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from sdjax.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""Number types that weights can be loaded, computed with and written in."""
+
+
+LoraTargets = Literal["attention", "attention+ff", "transformer", "linear", "conv"]
+"""The sets of layers that a LoRA can adapt, by name; see `lora.TARGETS`."""
+
+
+class Range(NamedTuple):
+    """A number must satisfy `low <= x <= high` (`low < x` if `above`) and `x % multiple == 0`."""
+
+    low: float
+    high: float = math.inf
+    multiple: int = 1
+    above: bool = False
+
+    @property
+    def expected(self) -> str:
+        """The rule in words."""
+        words = f"{'above' if self.above else 'at least'} {self.low:g}"
+        words += f" and at most {self.high:g}" if math.isfinite(self.high) else ""
+        return words + (f", a multiple of {self.multiple}" if self.multiple > 1 else "")
+
+    def allows(self, value: float) -> bool:
+        """Whether the value obeys the rule."""
+        low = value > self.low if self.above else value >= self.low
+        return low and value <= self.high and (self.multiple == 1 or value % self.multiple == 0)
+
+
+class Matching(NamedTuple):
+    """A text must match a regular expression as a whole."""
+
+    pattern: str
+    expected: str
+
+    def allows(self, value: str) -> bool:
+        """Whether the value obeys the rule."""
+        return re.fullmatch(self.pattern, value, re.DOTALL) is not None
+
+
+Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+Positive = Annotated[float, Range(0, above=True)]
+NotNegative = Annotated[float, Range(0)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Text = Annotated[str, Matching(".+", "not empty")]
+FileName = Annotated[str, Matching(r"[\w.-]*\w[\w.-]*", "a name of letters, digits, '_', '-' and '.'")]
+
+
+def wrong(key: str, value: Any, expected: str) -> ConfigError:
+    """The error for a value that breaks a rule."""
+    return ConfigError(f"{key} = {value!r}: expected {expected}")
+
+
+def read_record(cls: type, table: Any, key: str = "") -> Any:
+    """A dataclass or TypedDict from a plain table.
+
+    key: dotted name of the table, which errors begin with. Raises ConfigError for an unknown or missing key and for a
+    value that breaks its rule.
+    """
+    if not isinstance(table, Mapping):
+        raise wrong(key, table, "a table")
+    hints = get_type_hints(cls, include_extras=True)
+    for name in table:
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            advice = f"did you mean {join(key, near[0])}?" if near else f"choices: {', '.join(hints)}"
+            raise ConfigError(f"unknown key {join(key, name)}: {advice}")
+    required = cls.__required_keys__ if is_typeddict(cls) else [f.name for f in _fields(cls) if not _has_default(f)]
+    if missing := [join(key, name) for name in hints if name in required and name not in table]:
+        raise ConfigError(f"missing: {', '.join(missing)}")
+    return cls(**{name: read_value(hints[name], value, join(key, name)) for name, value in table.items()})
+
+
+def read_value(hint: Any, value: Any, key: str) -> Any:
+    """The value as the annotation wants it.
+
+    An int becomes a float where a float is wanted, a list becomes a tuple, and one value may stand for a list of one.
+    Raises ConfigError, which names the key, the value and the rule.
+    """
+    kind, arguments = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return read_record(hint, value, key)  # type: ignore[arg-type]
+    if kind is Annotated:
+        value = read_value(arguments[0], value, key)
+        for rule in arguments[1:]:
+            if isinstance(rule, (Range, Matching)) and value is not None and not rule.allows(value):
+                raise wrong(key, value, rule.expected)
+        return value
+    if kind is Literal:
+        if value not in arguments or not isinstance(value, str):
+            raise wrong(key, value, f"one of {', '.join(arguments)}")
+        return value
+    if kind in (Union, types.UnionType):
+        # For `X | None`, `number | table` or `name | list` the shape of the value picks the branch.
+        if value is None and type(None) in arguments:
+            return None
+        container = dict if isinstance(value, Mapping) else tuple if isinstance(value, (list, tuple)) else None
+        branch = next((a for a in arguments if container and get_origin(a) is container), arguments[0])
+        return read_value(branch, value, key)
+    if kind is dict:
+        if not isinstance(value, Mapping):
+            raise wrong(key, value, "a table")
+        return {name: read_value(arguments[1], inner, join(key, name)) for name, inner in value.items()}
+    if kind is tuple:
+        return _read_sequence(arguments, value, key)
+    # NumPy's numbers are registered as these too.
+    number = {int: numbers.Integral, float: numbers.Real}.get(hint)
+    if number is not None and isinstance(value, number) and not isinstance(value, bool):
+        value = hint(value)
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise wrong(key, value, {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[hint])
+    return value
+
+
+def parse(hint: Any, text: str, key: str) -> Any:
+    """The value of a text such as a flag's: numbers are converted, a list of whole numbers is divided at its commas.
+
+    Raises ConfigError as `read_value` does.
+    """
+    plain = plain_type(hint)
+    value: Any = text
+    with contextlib.suppress(ValueError):  # what is no number is refused below, with the rule
+        if plain in (int, float):
+            value = plain(text)
+        elif get_origin(plain) is tuple and get_args(plain)[0] is int:
+            value = [int(part) for part in text.split(",")]
+    return read_value(hint, value, key)
+
+
+def plain_type(hint: Any) -> Any:
+    """The type of an annotation without its rules, such as `int` for `Annotated[int | None, Range(1)]`."""
+    kind, arguments = get_origin(hint), get_args(hint)
+    if kind in (Annotated, Union, types.UnionType):
+        return plain_type(arguments[0])
+    return str if kind is Literal else hint
+
+
+def choices(hint: Any) -> tuple[str, ...]:
+    """The choices of an annotation such as `Literal["a", "b"]`; empty where any value of the type will do."""
+    kind, arguments = get_origin(hint), get_args(hint)
+    return arguments if kind is Literal else choices(arguments[0]) if kind is Annotated else ()
+
+
+def ranges(hint: Any) -> list[Range]:
+    """The ranges that an annotation states, such as `[Range(1)]` for `Annotated[int, Range(1)] | None`."""
+    if get_origin(hint) is Annotated:
+        inner, *metadata = get_args(hint)
+        return [*ranges(inner), *(rule for rule in metadata if isinstance(rule, Range))]
+    return [rule for argument in get_args(hint) for rule in ranges(argument)]
+
+
+def join(key: str, name: str) -> str:
+    """The dotted key of a name in a table."""
+    return f"{key}.{name}" if key else name
+
+
+def _fields(cls: type) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(cls)  # type: ignore[arg-type]
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def _read_sequence(arguments: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
+    if type(value) in (str, int, float) and arguments[-1] is Ellipsis:
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise wrong(key, value, "a list")
+    if arguments[-1] is Ellipsis:
+        return tuple(read_value(arguments[0], item, f"{key}.{i}") for i, item in enumerate(value))
+    if len(value) != len(arguments):
+        raise wrong(key, value, f"a list of {len(arguments)}")
+    return tuple(
+        read_value(hint, item, f"{key}.{i}") for i, (hint, item) in enumerate(zip(arguments, value, strict=True))
+    )
