@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdjax.data.holes import make_holes, random_hole
-from sdjax.data.images import Size, random_windows
+from sdjax.data.images import Size, random_crops
 from sdjax.data.records import Record
 
 SIZES = st.builds(Size, st.integers(8, 96), st.integers(8, 96))
@@ -52,7 +52,7 @@ def test_they_are_fixed_for_all_time():
 
 def test_every_crop_has_masks_of_its_own():
     record = Record("a.png", None, "")
-    windows = random_windows(3, seed=1, name=record.name)
-    made = make_holes(record, Size(16, 24), windows, count=2, full=0.0, seed=1)
+    crops = random_crops(3, seed=1, name=record.name)
+    made = make_holes(record, Size(16, 24), crops, count=2, full=0.0, seed=1)
     assert made.shape == (3, 2, 16, 24)
     np.testing.assert_array_equal(made[2, 1], hole(1, Size(16, 24), crop=2))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from sdjax.data.images import Size, Window, random_windows, read_mask, read_size, to_float
+from sdjax.data.images import Crop, Size, random_crops, read_mask, read_size, to_float
 from sdjax.data.images import read_image as read_views
 from sdjax.errors import DataError
 
@@ -215,13 +215,13 @@ def gradients(path, size=(48, 16)):
     return path
 
 
-def test_windows_of_any_shape(tmp_path):
+def test_crops_of_any_shape(tmp_path):
     path = gradients(tmp_path / "a.png")
-    left, middle, right, third = read_views(path, Size(16, 16), windows=[Window(0), Window(), Window(1), Window(1 / 4)])
+    left, middle, right, third = read_views(path, Size(16, 16), crops=[Crop(0), Crop(), Crop(1), Crop(1 / 4)])
     for image, start in ((left, 0), (middle, 16), (right, 32), (third, 8)):
         np.testing.assert_allclose(image[0, :, 0], 5 * np.arange(start, start + 16), atol=2)
         np.testing.assert_allclose(image[:, 0, 1], 5 * np.arange(16), atol=2)
-    top, bottom = read_views(path, Size(4, 48), windows=[Window(y=0), Window(y=1)])
+    top, bottom = read_views(path, Size(4, 48), crops=[Crop(y=0), Crop(y=1)])
     assert top.shape == (4, 48, 3)
     np.testing.assert_allclose(top[:, 0, 1], 5 * np.arange(4), atol=2)
     np.testing.assert_allclose(bottom[:, 0, 1], 5 * np.arange(12, 16), atol=2)
@@ -229,16 +229,16 @@ def test_windows_of_any_shape(tmp_path):
     np.testing.assert_allclose(smaller[0, 2:6, 0], 5 * (16.5 + 2 * np.arange(2, 6)), atol=3)
 
 
-def test_random_windows_depend_on_seed_name_and_number_alone():
-    first = random_windows(3, seed=1, name="a.png")
-    assert random_windows(5, seed=1, name="a.png")[:3] == first
-    assert len({*first, *random_windows(3, seed=2, name="a.png"), *random_windows(3, seed=1, name="b.png")}) == 9
-    places = np.array(random_windows(2000, seed=0, name="c"))
+def test_random_crops_depend_on_seed_name_and_number_alone():
+    first = random_crops(3, seed=1, name="a.png")
+    assert random_crops(5, seed=1, name="a.png")[:3] == first
+    assert len({*first, *random_crops(3, seed=2, name="a.png"), *random_crops(3, seed=1, name="b.png")}) == 9
+    places = np.array(random_crops(2000, seed=0, name="c"))
     assert (places >= 0).all()
     assert (places <= 1).all()
     np.testing.assert_allclose(places.mean(0), 0.5, atol=0.03)
     np.testing.assert_allclose(places.std(0), 12**-0.5, atol=0.02)
-    assert random_windows(0, seed=1, name="a") == (Window(),)
+    assert random_crops(0, seed=1, name="a") == (Crop(),)
 
 
 def test_too_small_for_an_oblong(tmp_path):
@@ -270,13 +270,13 @@ def test_a_mask_is_averaged_over_areas(tmp_path):
 
 
 def test_a_mask_of_another_size_covers_the_image(tmp_path):
-    """A stretched mask, and one as large as the image, show the same part in every window."""
+    """A stretched mask, and one as large as the image, show the same part in every crop."""
     large = Image.new("L", (64, 32), 0)
     large.paste(255, (32, 0, 64, 16))
     large.save(tmp_path / "large.png")
     large.resize((16, 8), Image.Resampling.NEAREST).convert("RGB").save(tmp_path / "small.webp", lossless=True)
-    windows = [Window(), Window(1, 1), Window(3 / 4)]
-    a, b = (read_mask(tmp_path / name, Size(4, 4), windows) for name in ("large.png", "small.webp"))
+    crops = [Crop(), Crop(1, 1), Crop(3 / 4)]
+    a, b = (read_mask(tmp_path / name, Size(4, 4), crops) for name in ("large.png", "small.webp"))
     np.testing.assert_allclose(a, b, atol=1e-6)
     np.testing.assert_allclose(a[1][:, :, 0], [[1] * 4] * 2 + [[0] * 4] * 2, atol=1e-6)
 
@@ -290,7 +290,7 @@ def test_black_masks_are_refused_if_nothing_is_left(tmp_path):
     edge.save(tmp_path / "edge.png")
     with pytest.raises(DataError, match=r"edge.png: the mask is all black in what is shown"):
         read_mask(tmp_path / "edge.png", Size(4, 4))
-    assert read_mask(tmp_path / "edge.png", Size(4, 4), [Window(), Window(1)]).max() == 1
+    assert read_mask(tmp_path / "edge.png", Size(4, 4), [Crop(), Crop(1)]).max() == 1
 
 
 def test_the_alpha_channel_as_a_mask(tmp_path):

@@ -16,14 +16,14 @@ import sdjax
 from sdjax import diffusion, trees
 from sdjax.data.dataset import make_batch
 from sdjax.data.holes import make_holes
-from sdjax.data.images import Size, Window, read_image
+from sdjax.data.images import Crop, Size, read_image
 from sdjax.draw import loop
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.lora_file import load_lora
 from sdjax.train import stages
 from sdjax.train.encoding import encode
 from sdjax.train.loop import train
-from sdjax.train.made import NOTHING
+from sdjax.train.results import NOTHING
 from sdjax.train.step import Draws, distance
 
 DATA = {"resolution": 16, "batch_size": 4, "validation_count": 4, "inpaint_masks": 3, "inpaint_full": 0.2}
@@ -81,7 +81,7 @@ def test_training_sees_what_drawing_sees(prepared):
     assert set(images.arrays) == {"moments", "hole", "kept"}
     size = Size(16, 16)
     pixels = np.stack([read_image(record.path, size)[0] for record in images.records]) / np.float32(255)
-    holes = np.stack([make_holes(r, size, [Window()], count=1, full=0, seed=0)[0, 0] for r in images.records])
+    holes = np.stack([make_holes(r, size, [Crop()], count=1, full=0, seed=0)[0, 0] for r in images.records])
     seen = loop._mask_channels(sdjax.load(run.config.model), pixels, holes.astype(np.float32))
     np.testing.assert_array_equal(seen[..., :1], images.arrays["hole"][:, 0])
     # The scaling factor is 1.

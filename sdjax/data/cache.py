@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Shaped, UInt8
 
 from sdjax.data.holes import make_holes
-from sdjax.data.images import Size, Window, random_windows, read_image, read_mask
+from sdjax.data.images import Crop, Size, random_crops, read_image, read_mask
 from sdjax.data.records import Record, file_digest
 from sdjax.errors import DataError
 
@@ -71,9 +71,9 @@ class Views(NamedTuple):
     full: float = 0.0
     """Share of the random ones that hide everything."""
 
-    def windows(self, record: Record) -> tuple[Window, ...]:
+    def crops_of(self, record: Record) -> tuple[Crop, ...]:
         """The crops of an image."""
-        return random_windows(self.crops, seed=self.seed, name=record.name)
+        return random_crops(self.crops, seed=self.seed, name=record.name)
 
     def key(self, records: Iterable[Record], digests: Sequence[str]) -> dict[str, Any]:
         """What identifies the views of these images."""
@@ -114,14 +114,14 @@ def cache_images(
             for i in range(start, min(start + batch_size, len(records))):
                 record = records[i]
                 try:
-                    crops = read_image(record.path, views.size, views.background, views.windows(record))
+                    pictures = read_image(record.path, views.size, views.background, views.crops_of(record))
                 except DataError as e:
                     if on_bad_image == "fail":
                         raise _bad_image(e) from e
                     log.warning("skipped: %s", e)
                     skipped.append(str(e))
                 else:
-                    images.append(_with_mirrored(crops, views.flip))
+                    images.append(_with_mirrored(pictures, views.flip))
                     kept.append(i)
             if not images:
                 pass
@@ -153,7 +153,7 @@ def cache_masks(images: Images, views: Views, factor: int, *, folder: str | Path
 
     def rows() -> Iterator[Mapping[str, np.ndarray]]:
         for record, path, own in zip(images.records, sources, alpha, strict=True):
-            mask = read_mask(path, size, views.windows(record), alpha=own)
+            mask = read_mask(path, size, views.crops_of(record), alpha=own)
             yield {"mask": _with_mirrored(mask, views.flip)[None]}
 
     arrays, _ = _entry(Path(folder), key, rows(), {})
@@ -183,10 +183,10 @@ def cache_holes(
 
     def shown(record: Record) -> list[np.ndarray]:
         """Image and mask, view by view."""
-        windows = views.windows(record)
-        crops = read_image(record.path, views.size, views.background, windows)
-        holes = make_holes(record, views.size, windows, count=views.holes, full=views.full, seed=views.seed)
-        pairs = np.repeat(crops, views.holes, axis=0), holes.reshape(-1, *views.size)
+        crops = views.crops_of(record)
+        pictures = read_image(record.path, views.size, views.background, crops)
+        holes = make_holes(record, views.size, crops, count=views.holes, full=views.full, seed=views.seed)
+        pairs = np.repeat(pictures, views.holes, axis=0), holes.reshape(-1, *views.size)
         return [_with_mirrored(array, views.flip) for array in pairs]
 
     def rows() -> Iterator[Mapping[str, np.ndarray]]:
@@ -240,9 +240,9 @@ def _encoded(
     return {name: np.stack([_storable(view[name]) for view in made], axis=1)[: len(images)] for name in made[0]}
 
 
-def _with_mirrored(crops: Shaped[np.ndarray, "V H W *C"], flip: bool) -> Shaped[np.ndarray, "F H W *C"]:
+def _with_mirrored(pictures: Shaped[np.ndarray, "V H W *C"], flip: bool) -> Shaped[np.ndarray, "F H W *C"]:
     """Each crop, followed by itself mirrored if `flip`."""
-    return np.stack([crops, crops[:, :, ::-1]], axis=1).reshape(-1, *crops.shape[1:]) if flip else crops
+    return np.stack([pictures, pictures[:, :, ::-1]], axis=1).reshape(-1, *pictures.shape[1:]) if flip else pictures
 
 
 def _bad_image(reason: object) -> DataError:

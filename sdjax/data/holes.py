@@ -8,15 +8,15 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image, ImageDraw
 
-from sdjax.data.images import Size, Window, read_mask
+from sdjax.data.images import Crop, Size, read_mask
 from sdjax.data.records import Record
 from sdjax.errors import DataError
 
 
 def make_holes(
-    record: Record, size: Size, windows: Sequence[Window], *, count: int, full: float, seed: int
+    record: Record, size: Size, crops: Sequence[Crop], *, count: int, full: float, seed: int
 ) -> Bool[np.ndarray, "V K H W"]:
-    """`count` masks of each window of an image, True where it is hidden; an image's own is the same each time.
+    """`count` masks of each crop of an image, True where it is hidden; an image's own is the same each time.
 
     full: share of the random masks that hide everything. Raises DataError for an own mask that hides nothing.
     """
@@ -24,10 +24,10 @@ def make_holes(
         return np.stack(
             [
                 np.stack([random_hole(size, full, seed=seed, name=record.name, crop=v, number=k) for k in range(count)])
-                for v in range(len(windows))
+                for v in range(len(crops))
             ]
         )
-    hole = read_mask(record.hole, size, windows)[..., 0] >= 0.5
+    hole = read_mask(record.hole, size, crops)[..., 0] >= 0.5
     if not hole.any():
         raise DataError(f"{record.hole}: the mask is nowhere white in what is shown of the image: nothing is painted")
     return np.repeat(hole[:, None], count, axis=1)

@@ -34,21 +34,21 @@ class Size(NamedTuple):
         return f"{self.width}x{self.height}"
 
 
-class Window(NamedTuple):
+class Crop(NamedTuple):
     """Where a crop lies in what is left over at either side: 0 left and top, 1/2 the middle, 1 right and bottom."""
 
     x: float = 0.5
     y: float = 0.5
 
 
-def random_windows(count: int, *, seed: int, name: str) -> tuple[Window, ...]:
+def random_crops(count: int, *, seed: int, name: str) -> tuple[Crop, ...]:
     """The crops of an image: its middle for `count` 0, else `count` places fixed by seed, name and number."""
 
-    def place(number: int) -> Window:
+    def place(number: int) -> Crop:
         digest = hashlib.sha256(f"{seed} {number} {name}".encode()).digest()
-        return Window(*(int.from_bytes(digest[i : i + 4]) / 2**32 for i in (0, 4)))
+        return Crop(*(int.from_bytes(digest[i : i + 4]) / 2**32 for i in (0, 4)))
 
-    return tuple(place(number) for number in range(count)) or (Window(),)
+    return tuple(place(number) for number in range(count)) or (Crop(),)
 
 
 def read_size(path: str | Path) -> Size:
@@ -64,11 +64,11 @@ def read_size(path: str | Path) -> Size:
 
 
 def read_image(
-    path: str | Path, size: Size, background: str = "white", windows: Sequence[Window] = (Window(),)
+    path: str | Path, size: Size, background: str = "white", crops: Sequence[Crop] = (Crop(),)
 ) -> UInt8[np.ndarray, "V H W 3"]:
-    """Read, turn upright (EXIF), put transparency on `background`, cut each window out, resize (Lanczos).
+    """Read, turn upright (EXIF), put transparency on `background`, cut each crop out, resize (Lanczos).
 
-    A window is the largest part of the image that has the shape of `size`. Palette, grey, CMYK and 16-bit images become
+    A crop is the largest part of the image that has the shape of `size`. Palette, grey, CMYK and 16-bit images become
     8-bit RGB; of an animation the first frame is taken, with a warning. Raises DataError for a missing, truncated or
     foreign file, for decompression and PNG text bombs (Pillow's limits: 89 million pixels, 1 MB a text chunk), and for
     images too small or too narrow (MAX_ENLARGEMENT, MAX_ASPECT).
@@ -83,16 +83,16 @@ def read_image(
     image = _read(path, upright)
     _check_enlargement(path, image, size)
     # Begins at a whole pixel, so that a crop at the image's own scale stays sharp.
-    return _cut(image, size, windows, Image.Resampling.LANCZOS, whole=True)
+    return _cut(image, size, crops, Image.Resampling.LANCZOS, whole=True)
 
 
 def read_mask(
-    path: str | Path, size: Size, windows: Sequence[Window] = (Window(),), *, alpha: bool = False
+    path: str | Path, size: Size, crops: Sequence[Crop] = (Crop(),), *, alpha: bool = False
 ) -> Float32[np.ndarray, "V H W 1"]:
-    """A mask's brightness (or an image's alpha channel), 0 to 1, its windows averaged over areas down to `size`.
+    """A mask's brightness (or an image's alpha channel), 0 to 1, its crops averaged over areas down to `size`.
 
-    A mask of another size than its image is stretched over it, for windows are shares of either. Raises DataError as
-    `read_image` does, for an image without an alpha channel, and for a mask that is black in every window.
+    A mask of another size than its image is stretched over it, for crops are shares of either. Raises DataError as
+    `read_image` does, for an image without an alpha channel, and for a mask that is black in every crop.
     """
 
     def channel(image: Image.Image) -> Image.Image:
@@ -102,7 +102,7 @@ def read_mask(
         return image.convert("RGBA").getchannel("A") if alpha else _rgb(image, "black").convert("L")
 
     # Floats, since 8 bits would round the averages.
-    mask = _cut(_read(path, channel).convert("F"), size, windows, Image.Resampling.BOX, whole=False)[..., None]
+    mask = _cut(_read(path, channel).convert("F"), size, crops, Image.Resampling.BOX, whole=False)[..., None]
     if not mask.any():
         raise DataError(f"{path}: the mask is all black in what is shown of the image: nothing could be learnt from it")
     return np.clip(mask / np.float32(255), 0, 1)
@@ -163,14 +163,14 @@ def _check_enlargement(path: str | Path, image: Image.Image, size: Size) -> None
 
 
 def _cut(
-    image: Image.Image, size: Size, windows: Sequence[Window], resampling: Image.Resampling, *, whole: bool
+    image: Image.Image, size: Size, crops: Sequence[Crop], resampling: Image.Resampling, *, whole: bool
 ) -> np.ndarray:
-    """Each window at `size`: `[V, H, W]` and the channels if there are several. `whole`: begins at a whole pixel."""
+    """Each crop at `size`: `[V, H, W]` and the channels if there are several. `whole`: begins at a whole pixel."""
     scale = min(image.width / size.width, image.height / size.height)
     width, height = size.width * scale, size.height * scale
     boxes = []
-    for window in windows:
-        left, top = (image.width - width) * window.x, (image.height - height) * window.y
+    for crop in crops:
+        left, top = (image.width - width) * crop.x, (image.height - height) * crop.y
         if whole:
             left, top = min(round(left), image.width - width), min(round(top), image.height - height)
         # The rounding of floats must not lead out of the image.
