@@ -18,7 +18,7 @@ def test_notebook(path, tmp_path, monkeypatch):
     nbformat.validate(notebook)
     first, *cells = notebook.cells
     assert f"/blob/main/colab/{path.name})" in first.source and 'MODEL = "tiny"' in "".join(c.source for c in cells)
-    monkeypatch.setenv("XLA_FLAGS", "")  # the tests' own devices are not the notebook's
+    monkeypatch.setenv("XLA_FLAGS", "")  # the notebook must not get the eight devices of the tests
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()

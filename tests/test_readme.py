@@ -1,4 +1,4 @@
-"""What README.md and docs/ say exists: commands, flags, settings, files; what they show runs."""
+"""The commands, flags, settings and files that README.md and docs/ name exist, and the examples they show run."""
 
 import pydoc
 import re
@@ -15,8 +15,6 @@ from sdjax.train.loop import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 
 
@@ -35,6 +33,12 @@ def assert_settings_exist(names: list[str]) -> None:
         record = run
         for part in name.replace("stages.N", "stages.0").split("."):
             record = record[int(part)] if part.isdigit() else getattr(record, part)
+
+
+def flags_of_generate(capsys) -> set[str]:
+    with pytest.raises(SystemExit):
+        generate.main(["--help"])
+    return set(re.findall(r"--[\w-]+", capsys.readouterr().out))
 
 
 def test_the_second_paragraph_holds_two_commands():
@@ -78,26 +82,33 @@ def test_recipes_are_valid_and_open_with_their_command(path):
     assert f"python -m sdjax.train configs/{path.name}" in head
 
 
-def test_settings_in_the_table_exist():
-    table = README.split("The settings used most")[1].split("\n\n")[1]
-    names = [name for row in table.splitlines()[2:] for name in re.findall(r"`([\w.]+)`", row.split("|")[1])]
-    assert len(names) > 20
+def test_settings_in_the_tables_exist():
+    rows = [line.split("|")[1] for line in DOCS["settings.md"].splitlines() if line.startswith("| `")]
+    names = [name for row in rows for name in re.findall(r"`([\w.]+)`", row)]
+    assert len(names) > 50
     assert_settings_exist(names)
 
 
-def test_what_other_programs_flags_are_called_here_exists():
+def test_flags_of_drawing_exist(capsys):
+    flags = re.findall(r"`(--[\w-]+)", DOCS["drawing.md"].split("## Files")[0])
+    assert len(flags) > 10 and set(flags) <= flags_of_generate(capsys)
+
+
+def test_the_settings_and_flags_for_other_programs_flags_exist(capsys):
     training, drawing = DOCS["coming_from.md"].split("## A1111")
     rows = [line.split("|")[2] for line in training.splitlines() if line.startswith("| `")]
     names = [name for row in rows for name in re.findall(r"`([\w.]+)`", row)]
     assert len(names) > 70
     assert_settings_exist(names)
     flags = re.findall(r"`(--[\w-]+)`", drawing)
-    assert len(flags) > 25 and set(flags) <= set(generate._parser()._option_string_actions)
+    assert len(flags) > 25 and set(flags) <= flags_of_generate(capsys)
 
 
-@pytest.mark.parametrize("line", [line for line in README.splitlines() if line.startswith("sdjax generate")])
-def test_commands_parse(line):
-    generate._parser().parse_args(shlex.split(line)[2:])
+def test_the_command_draws(tmp_path, monkeypatch):
+    (line,) = (line for line in README.splitlines() if line.startswith("sdjax generate"))
+    monkeypatch.chdir(tmp_path)
+    assert generate.main([*shlex.split(line)[2:], "--steps", "2"]) == 0
+    assert len(list(tmp_path.glob("outputs/*-*.png"))) == 2 and (tmp_path / "outputs/grid.png").exists()
 
 
 def test_the_python_example_runs(tmp_path, monkeypatch):
@@ -117,7 +128,7 @@ def test_the_library_page_runs(tmp_path, monkeypatch):
 
 
 def test_the_guides_commands_run(tmp_path, monkeypatch):
-    """In their order, as each builds on those before; with two steps of training and few of drawing."""
+    """In their order, because later commands use the files of earlier ones. Two steps of training, two of drawing."""
     few = ["--stages.0.steps", "2", "--stages.0.warmup-steps", "0", "--validation.steps", "1"]
     for name in ("configs", "sdjax"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -137,6 +148,6 @@ def test_the_guides_commands_run(tmp_path, monkeypatch):
     assert not pictures
 
 
-def test_version_is_the_changelogs():
+def test_the_version_is_in_the_changelog():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()

@@ -1,4 +1,4 @@
-"""Recipes in configs/ run on the embedded model: two steps of each stage, with their losses, optimizers and targets."""
+"""The recipes in configs/ run on the embedded model, two steps of each stage, with their losses and optimizers."""
 
 import dataclasses
 from pathlib import Path
@@ -10,7 +10,7 @@ from sdjax.train import config_file
 from sdjax.train.loop import train
 
 ROOT = Path(__file__).parent.parent
-LARGE = ("sd15_style_then_character", "sdxl_full")  # of those for Stable Diffusion; the others are much as they are
+LARGE = ("sd15_style_then_character", "sdxl_full")  # recipes for Stable Diffusion that run here; the others are alike
 RECIPES = [
     path
     for path in sorted((ROOT / "configs").glob("*.toml"))
@@ -53,5 +53,5 @@ def test_recipe_runs(path, tmp_path):
     assert train(config_file.from_table(config_file.to_table(short))) == 0
     for member in short.members():
         for stage in stages:
-            made = {path.name for path in (Path(member.output) / "export" / stage.name).iterdir()}
-            assert "README.md" in made and len(made) > 1
+            files = {path.name for path in (Path(member.output) / "export" / stage.name).iterdir()}
+            assert "README.md" in files and len(files) > 1
