@@ -39,8 +39,8 @@ class Range(NamedTuple):
     @property
     def expected(self) -> str:
         """The rule in words."""
-        words = f"{'above' if self.above else 'at least'} {self.low:g}"
-        words += f" and at most {self.high:g}" if math.isfinite(self.high) else ""
+        words = f"{'above' if self.above else 'at least'} {self.low}"
+        words += f" and at most {self.high}" if math.isfinite(self.high) else ""
         return words + (f", a multiple of {self.multiple}" if self.multiple > 1 else "")
 
     def allows(self, value: float) -> bool:
@@ -165,12 +165,18 @@ def choices(hint: Any) -> tuple[str, ...]:
     return arguments if kind is Literal else choices(arguments[0]) if kind is Annotated else ()
 
 
-def ranges(hint: Any) -> list[Range]:
-    """The ranges that an annotation states, such as `[Range(1)]` for `Annotated[int, Range(1)] | None`."""
+def metadata(hint: Any) -> list[Any]:
+    """Everything that an annotation says of its type: `[Range(1)]` for `Annotated[int, Range(1)] | None`."""
     if get_origin(hint) is Annotated:
-        inner, *metadata = get_args(hint)
-        return [*ranges(inner), *(rule for rule in metadata if isinstance(rule, Range))]
-    return [rule for argument in get_args(hint) for rule in ranges(argument)]
+        inner, *found = get_args(hint)
+        return [*metadata(inner), *found]
+    return [mark for argument in get_args(hint) for mark in metadata(argument)]
+
+
+def contained_types(hint: Any) -> list[Any]:
+    """The plain types in an annotation: `[Stage]` for `tuple[Stage, ...]`."""
+    arguments = get_args(hint)[:1] if get_origin(hint) is Annotated else get_args(hint)
+    return [kind for argument in arguments for kind in contained_types(argument)] if arguments else [hint]
 
 
 def join(key: str, name: str) -> str:

@@ -103,12 +103,12 @@ def test_prompts_count_on_in_the_second_pass(tiny):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"hires_scale": 0.5}, "hires_scale = 0.5: must lie in 1..8"),
-        ({"hires_scale": 2.0, "hires_upscaler": "magic"}, "hires_upscaler = 'magic': choices are latent, lanczos"),
-        ({"hires_scale": 2.0, "hires_strength": 0.0}, "hires_strength = 0.0: must lie above 0"),
-        ({"hires_scale": 2.0, "hires_steps": 5000}, "hires_steps = 5000: must lie in 1..1000"),
+        ({"hires_scale": 0.5}, "hires_scale = 0.5: expected at least 1 and at most 8"),
+        ({"hires_scale": 2.0, "hires_upscaler": "magic"}, "hires_upscaler = 'magic': expected one of latent, lanczos"),
+        ({"hires_scale": 2.0, "hires_strength": 0.0}, "hires_strength = 0.0: expected above 0"),
+        ({"hires_scale": 2.0, "hires_steps": 5000}, "hires_steps = 5000: expected at least 1 and at most 1000"),
         ({"hires_scale": 2.0, "hires_steps": 1}, "strength 0.5 of 1 steps leaves none to run"),
-        ({"variation_strength": 2.0}, "variation_strength = 2.0: must lie in 0..1"),
+        ({"variation_strength": 2.0}, "variation_strength = 2.0: expected at least 0 and at most 1"),
         ({"seed": [1, 2]}, "seed: 2 for 1 pictures"),
     ],
 )

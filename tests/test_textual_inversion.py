@@ -17,7 +17,7 @@ from sdjax.formats.embedding_file import save_embedding
 from sdjax.model import Model
 from sdjax.text.tokenizer import Tokenizer
 from sdjax.textual_inversion import decay_norm, initial_rows, templates, typical_norm
-from sdjax.train.made import NOTHING
+from sdjax.train.results import NOTHING
 from sdjax.train.stages import plan_run, prepare
 
 KEY = jax.random.key(0)

@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 
-from sdjax.train.made import NOTHING
+from sdjax.train.results import NOTHING
 from sdjax.train.stages import plan_run, prepare
 from sdjax.train.step import Draws, distance, variables
 
@@ -22,7 +22,7 @@ def test_gradient_of_the_rows_is_pytorchs(tmp_path, sdxl):
     stage = {"train": ["textual_inversion"], "learning_rate": 1e-2, **WORDS}
     run = plan_run(micro.settings(folder, images, tmp_path / "run", stages=[stage]))
     plan, recipe = run.stages[0], run.stages[0].recipe
-    ready = prepare(run, plan, NOTHING)
+    state, frozen = prepare(run, plan, NOTHING)
     rng = np.random.default_rng(0)
     latents, noise = (rng.normal(size=(4, 8, 8, 4)).astype(np.float32) for _ in range(2))
     timesteps = np.array([10, 300, 600, 990])
@@ -33,10 +33,10 @@ def test_gradient_of_the_rows_is_pytorchs(tmp_path, sdxl):
     @jax.jit
     @jax.value_and_grad
     def loss(trainable):
-        return jnp.mean(distance(recipe, variables(recipe, trainable, ready.frozen), batch, draws))
+        return jnp.mean(distance(recipe, variables(recipe, trainable, frozen), batch, draws))
 
-    value, gradient = loss(ready.state.trainable)
-    their_value, theirs = pytorch(folder, recipe.outline, ready.state.trainable, ids, latents, noise, timesteps)
+    value, gradient = loss(state.trainable)
+    their_value, theirs = pytorch(folder, recipe.outline, state.trainable, ids, latents, noise, timesteps)
     assert float(value) == pytest.approx(their_value, rel=1e-4)
     for name, rows in gradient["textual_inversion"].items():
         assert oracle.error(rows, theirs[name]) <= 1e-3, name

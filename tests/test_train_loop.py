@@ -260,13 +260,13 @@ def test_out_of_memory_gives_advice(settings, monkeypatch):
     def exhausted(*arguments, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte")
 
-    monkeypatch.setattr("sdjax.train.made.load_weights", exhausted)
+    monkeypatch.setattr("sdjax.train.results.load_weights", exhausted)
     with pytest.raises(TrainingStopped, match=r"batch_size.*accumulation.*remat"):
         train(settings(data={"cache": ""}))
 
 
 def test_resuming_nothing_starts_fresh_and_says_so(settings, caplog, monkeypatch):
-    monkeypatch.setattr("sdjax.train.loop._train_stage", lambda trainings: ([t.start for t in trainings], 0))
+    monkeypatch.setattr("sdjax.train.loop._train_stage", lambda trainings: vars(trainings[0]).update(number=99) or 0)
     assert train(settings(), resume=True) == 0
     assert "starting fresh" in caplog.text
 

@@ -12,8 +12,8 @@ import pytest
 from sdjax.data.dataset import make_batch
 from sdjax.train import stages
 from sdjax.train.encoding import encode
-from sdjax.train.made import NOTHING
 from sdjax.train.parallel import parallelize, reduced_bytes
+from sdjax.train.results import NOTHING
 from sdjax.train.step import Draws, _draw, distance, make_train_step, variables
 
 STEPS = 4
@@ -33,8 +33,8 @@ def prepared(tmp_path_factory):
     stage = {"min_snr_gamma": 5.0, "lora_dropout": 0.1}
     run = stages.plan_run(micro.settings(model, images, folder / "run", data=data, stages=[stage]))
     dataset, _ = encode(run, run.stages[0], NOTHING)
-    ready = stages.prepare(run, run.stages[0], NOTHING)
-    return run, run.stages[0], ready._replace(state=jax.tree.map(np.asarray, ready.state)), dataset
+    state, frozen = stages.prepare(run, run.stages[0], NOTHING)
+    return run, run.stages[0], (jax.tree.map(np.asarray, state), frozen), dataset
 
 
 def batch_of(prepared, number):
@@ -47,7 +47,7 @@ def train(prepared, *, accumulation=1, **settings):
     run, plan, ready, _ = prepared
     recipe = plan.recipe._replace(accumulation=accumulation)
     parallel = parallelize(make_train_step(recipe), batch_size=8 // accumulation, **settings)
-    state, frozen = parallel.place_state(ready.state), parallel.place_frozen(ready.frozen)
+    state, frozen = parallel.place_state(ready[0]), parallel.place_frozen(ready[1])
     key = plan.keys(run.config.seed)[1]
     compiled = parallel.step.lower(state, frozen, parallel.place_batch(batch_of(prepared, 0)), key).compile()
     losses = []
@@ -101,8 +101,8 @@ def test_a_new_adapter_changes_nothing(prepared):
         perturbation=jnp.zeros((8, 8, 8, 4), jnp.float32),
     )
     error = jax.jit(functools.partial(distance, plan.recipe))
-    adapted = variables(plan.recipe, ready.state.trainable, ready.frozen)
-    plain = {"unet": {"params": ready.frozen["params"]["unet"]}}
+    adapted = variables(plan.recipe, ready[0].trainable, ready[1])
+    plain = {"unet": {"params": ready[1]["params"]["unet"]}}
     ours, base = (error(models, batch_of(prepared, 0), draws) for models in (adapted, plain))
     np.testing.assert_array_equal(ours, base)
 
@@ -112,15 +112,15 @@ def test_only_what_is_finite_reaches_the_weights_and_only_step_and_place_decide_
     step = jax.jit(make_train_step(plan.recipe))
     key = jax.random.key(0)
     batch = batch_of(prepared, 0)
-    state, metrics = step(ready.state, ready.frozen, batch, key)
+    state, metrics = step(ready[0], ready[1], batch, key)
     assert metrics["finite"]
-    _, again = step(ready.state, ready.frozen, {name: array[::-1] for name, array in batch.items()}, key)
+    _, again = step(ready[0], ready[1], {name: array[::-1] for name, array in batch.items()}, key)
     assert float(again["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
-    _, later = step(ready.state._replace(step=np.int32(1)), ready.frozen, batch, key)
+    _, later = step(ready[0]._replace(step=np.int32(1)), ready[1], batch, key)
     assert float(later["loss"]) != pytest.approx(float(metrics["loss"]), rel=1e-3)
 
     batch["context"][3, 0, 0] = np.nan
-    after, metrics = step(state, ready.frozen, batch, key)
+    after, metrics = step(state, ready[1], batch, key)
     assert not metrics["finite"] and np.isnan(metrics["loss"])
     assert after.step == 2
     jax.tree.map(np.testing.assert_array_equal, after[1:], state[1:])

@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from sdjax.draw.settings import declarations, from_text
 from sdjax.errors import ConfigError
 
+_FONT, _LINE, _GAP = 14, 22, 4  # pixels
+
 
 class Axis(NamedTuple):
     """A setting and its values, as `--grid-x steps=10,20` gives them."""
@@ -56,22 +58,46 @@ def sheet(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.
 
 
 def labelled(pictures: Sequence[Image.Image], columns: Sequence[str], rows: Sequence[str]) -> Image.Image:
-    """Pictures row by row with a label above each column and left of each row; cells are as large as the largest."""
-    font = ImageFont.load_default(14)
-    line, gap = 22, 4
-    margin = max((math.ceil(font.getlength(label)) for label in rows), default=0) + 2 * gap
-    widest = max(math.ceil(font.getlength(label)) for label in columns) + 2 * gap
+    """Pictures row by row, with a label above each column and left of each row. A cell has the size of the largest."""
+    font = ImageFont.load_default(_FONT)
+    margin = max((math.ceil(font.getlength(label)) for label in rows), default=0) + 2 * _GAP
+    widest = max(math.ceil(font.getlength(label)) for label in columns) + 2 * _GAP
     width, height = (max(sizes) for sizes in zip(*(picture.size for picture in pictures), strict=True))
     width = max(width, widest)
-    size = (margin + len(columns) * (width + gap), line + max(len(rows), 1) * (height + gap))
+    size = (margin + len(columns) * (width + _GAP), _LINE + max(len(rows), 1) * (height + _GAP))
     whole = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(whole)
     for x, label in enumerate(columns):
-        pen.text((margin + x * (width + gap) + width / 2, line / 2), label, "black", font, anchor="mm")
+        pen.text((margin + x * (width + _GAP) + width / 2, _LINE / 2), label, "black", font, anchor="mm")
     for y, label in enumerate(rows):
-        pen.text((gap, line + y * (height + gap) + height / 2), label, "black", font, anchor="lm")
+        pen.text((_GAP, _LINE + y * (height + _GAP) + height / 2), label, "black", font, anchor="lm")
     for i, picture in enumerate(pictures):
         y, x = divmod(i, len(columns))
-        left = margin + x * (width + gap) + (width - picture.width) // 2
-        whole.paste(picture, (left, line + y * (height + gap)))
+        left = margin + x * (width + _GAP) + (width - picture.width) // 2
+        whole.paste(picture, (left, _LINE + y * (height + _GAP)))
     return whole
+
+
+def captioned(pictures: Sequence[Image.Image], captions: Sequence[str], *, columns: int) -> Image.Image:
+    """Pictures of one size in rows, each above its caption. Small pictures are enlarged to make room for the text."""
+    factor, gap = -(-192 // pictures[0].width), 6
+    width, height = (side * factor for side in pictures[0].size)
+    columns = min(columns, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    whole = Image.new("RGB", (gap + columns * (width + gap), gap + rows * (height + _LINE + gap)), "white")
+    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(_FONT)
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        y, x = divmod(i, columns)
+        left, top = gap + x * (width + gap), gap + y * (height + _LINE + gap)
+        whole.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
+        pen.text((left, top + height + 2), _shortened(caption, font, width), fill="black", font=font)
+    return whole
+
+
+def _shortened(text: str, font: Any, width: int) -> str:
+    """The text, cut so that it fits into a width in pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."

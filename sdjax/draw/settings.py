@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict, cast, get_type_hints
 
 from sdjax.draw.solvers import SAMPLERS
-from sdjax.settings import Fraction, Range, Seed, choices, parse, ranges, read_record
+from sdjax.settings import Fraction, Range, Seed, choices, metadata, parse, read_record
 
 if TYPE_CHECKING:
     SamplerName = str
@@ -282,7 +282,7 @@ def from_text(name: str, text: str, key: str) -> Any:
 def help_text(name: str) -> str:
     """One line on a setting: what it does, its range and its default."""
     hint, declared = declarations()[name]
-    parts = [declared.help, *(rule.expected for rule in ranges(hint))]
+    parts = [declared.help, *(rule.expected for rule in metadata(hint) if isinstance(rule, Range))]
     parts += [f"one of {', '.join(choices(hint))}"] if choices(hint) else []
     default = declared.unset if declared.default is None else _shown(declared.default)
     return ", ".join(parts) + (f" ({default})" if default else "")

@@ -226,44 +226,7 @@ def _check_same_leaves(place: Path, saved: Mapping[str, Any], tree: PyTree) -> N
         raise DataError(f"{place} does not fit this run: {'; '.join(sorted(differences)[:5])}{more}")
 
 
-# ------------------------------------------------------------------------------------------------------- resuming a run
-
-MAY_CHANGE: dict[str, str] = {
-    r"stages\.\d+\.(steps|learning_rate(\..+)?|lora_plus_ratio|schedule|schedule_\w+|warmup_steps)": "log",
-    r"stages\.\d+\.(weight_decay|betas|eps|clip_norm|lora_dropout|clip_ti_\w+|template)": "log",
-    r"stages\.\d+\.(loss|huber_\w+|min_snr_gamma|debiased|timestep_\w+|noise_offset|multires_noise_\w+)": "log",
-    r"stages\.\d+\.(input_perturbation|masked_loss|unmasked_weight|prior_\w+|vae_\w+(\..+)?)": "log",
-    r"(data|stages\.\d+\.data)\.(batch_size|accumulation|flip|repeats(\..+)?|random_crops|bucket\w+)": "log",
-    r"(data|stages\.\d+\.data)\.(caption_\w+|shuffle_tags|keep_tags|tag_dropout|validation_\w+)": "log",
-    r"dtype|remat|on_nan": "log",
-    r"output|model|variant|export_dtype|validation\..+|checkpoint\..+|parallel\..+": "ignore",
-    r"(data|stages\.\d+\.data)\.(path|mask_path|cache|caption|missing_caption|on_bad_image|background)": "ignore",
-}
-"""Regular expression over a dotted key -> what resuming does when it changed; every other key refuses.
-
-Where files lie is ignored because what is in them has a fingerprint of its own.
-"""
-
-
-def compare_runs(saved: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuse to resume another run: two flat records (`config_file.flatten` plus fingerprints) are compared key by key.
-
-    Changes that MAY_CHANGE allows are logged; DataError lists the others. Values are compared as JSON keeps them. A
-    setting that is younger than the saved run was at its default then.
-    """
-    refused = []
-    for key in sorted(saved.keys() | current.keys()):
-        was = saved[key] if key in saved else defaults.get(key) if key in current else None
-        before, now = (json.dumps(value, sort_keys=True) for value in (was, current.get(key)))
-        if before == now:
-            continue
-        policy = next((p for pattern, p in MAY_CHANGE.items() if re.fullmatch(pattern, key)), "refuse")
-        if policy == "refuse":
-            refused.append(f"{key} was {before}, is {now}")
-        elif policy == "log":
-            log.warning("resuming with another %s: was %s, is %s", key, before, now)
-    if refused:
-        raise DataError(f"cannot resume, the run has changed: {'; '.join(refused)}")
+# ------------------------------------------------------------------------------------------------ lock and signals
 
 
 @contextlib.contextmanager

@@ -5,9 +5,10 @@ null, so a text that may be absent is empty, and a number that may be absent is 
 """
 
 import dataclasses
+import enum
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Literal, TypeVar, get_type_hints
 
 from sdjax.draw.settings import Guidance, SamplerName, Steps
 from sdjax.errors import ConfigError
@@ -26,8 +27,22 @@ from sdjax.settings import (
     wrong,
 )
 
+T = TypeVar("T")
+
+
+class OnResume(enum.Enum):
+    """Whether a run may be resumed with another value of a setting. A setting without a mark must stay as it was."""
+
+    LOGGED = "the change is logged"
+    FREE = "the change passes silently"
+
+
+Logged = Annotated[T, OnResume.LOGGED]
+Free = Annotated[T, OnResume.FREE]
+
 Resolution = Annotated[int, Range(8, 4096, multiple=8)]
 
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Kind = Literal["lora", "textual_inversion", "unet", "text_encoder", "text_encoder_2", "vae"]
 """What `train` may name: bypasses, embeddings of new words, or all weights of a model."""
 
@@ -36,45 +51,45 @@ Kind = Literal["lora", "textual_inversion", "unet", "text_encoder", "text_encode
 class Data:
     """A folder of captioned images."""
 
-    path: Text
+    path: Free[Text]
     """Folder of images, with metadata.jsonl, or NAME.txt beside NAME.png, or one caption for all."""
     resolution: Resolution = 512
     """Side of the square training images, in pixels: a multiple of 8."""
-    batch_size: Count = 1
+    batch_size: Logged[Count] = 1
     """Images a step takes at once, over all devices."""
-    accumulation: Count = 1
+    accumulation: Logged[Count] = 1
     """Batches whose gradients are averaged into one optimizer step."""
-    flip: bool = False
+    flip: Logged[bool] = False
     """Mirror each image left to right half of the time."""
-    caption: str = ""
+    caption: Free[str] = ""
     """One caption for every image that has none of its own."""
-    missing_caption: Literal["fail", "empty", "skip", "folder"] = "fail"
+    missing_caption: Free[Literal["fail", "empty", "skip", "folder"]] = "fail"
     """An image without a caption: fail, take an empty one, skip it, or take its folder's name (kohya's N_NAME)."""
-    on_bad_image: Literal["skip", "fail"] = "fail"
+    on_bad_image: Free[Literal["skip", "fail"]] = "fail"
     """An unreadable image: fail, or skip it with a warning."""
-    background: str = "white"
+    background: Free[str] = "white"
     """Colour put behind transparent pixels: a CSS name or #rrggbb."""
-    caption_dropout: Fraction = 0.0
+    caption_dropout: Logged[Fraction] = 0.0
     """Share of examples trained with the empty caption, 0 to 1."""
-    repeats: dict[str, Whole] = field(default_factory=dict)
+    repeats: Logged[dict[str, Whole]] = field(default_factory=dict)
     """Times an image is shown in an epoch: pattern over its name, such as cat/* -> times. First match counts."""
-    random_crops: Whole = 0
+    random_crops: Logged[Whole] = 0
     """Random crops of each image, cached and taken in turn; 0: the middle."""
-    buckets: bool = False
+    buckets: Logged[bool] = False
     """Keep each image's shape: batches of several sizes of about resolution x resolution pixels, planned up front."""
-    bucket_step: Annotated[int, Range(8, 512, multiple=8)] = 64
+    bucket_step: Logged[Annotated[int, Range(8, 512, multiple=8)]] = 64
     """Sides of a bucket are multiples of this, in pixels."""
-    bucket_max_aspect: Annotated[float, Range(1, 8)] = 2.0
+    bucket_max_aspect: Logged[Annotated[float, Range(1, 8)]] = 2.0
     """Long side of a bucket over its short one, at most."""
-    shuffle_tags: bool = False
+    shuffle_tags: Logged[bool] = False
     """Shuffle a caption's comma-separated tags."""
-    keep_tags: Whole = 0
+    keep_tags: Logged[Whole] = 0
     """First tags that shuffling and dropping leave alone."""
-    tag_dropout: Fraction = 0.0
+    tag_dropout: Logged[Fraction] = 0.0
     """Share of the tags left out, 0 to 1."""
-    caption_variants: Count = 8
+    caption_variants: Logged[Count] = 8
     """Versions of each caption prepared when tags are shuffled or dropped."""
-    mask_path: str = ""
+    mask_path: Free[str] = ""
     """Folder of masks for masked_loss: same names as the images, white is learned; empty: the images' alpha channel."""
     inpaint_masks: Whole = 0
     """Train inpainting with so many random masks of each image (of each crop), cached and drawn at random; 0: none."""
@@ -82,13 +97,13 @@ class Data:
     """Share of the random masks that cover the whole image; the others are rectangles and brush strokes."""
     inpaint_mask_path: str = ""
     """Folder of own masks in place of random ones: same names as the images, white is painted."""
-    validation_path: str = ""
+    validation_path: Logged[str] = ""
     """Folder of images held out of training, instead of a share of path."""
-    validation_count: Whole = 0
+    validation_count: Logged[Whole] = 0
     """Images of path held out of training."""
-    validation_fraction: Annotated[float, Range(0, 0.9)] = 0.0
+    validation_fraction: Logged[Annotated[float, Range(0, 0.9)]] = 0.0
     """Share of the images of path held out of training, 0 to 0.9."""
-    cache: str = ""
+    cache: Free[str] = ""
     """Folder for cached latents and prompt embeddings; empty: OUTPUT/cache."""
 
 
@@ -111,9 +126,9 @@ class Stage:
     """Name of the stage, used for its files."""
     train: tuple[Kind, ...]
     """What is trained: lora, textual_inversion, or all weights of unet, text_encoder, text_encoder_2, or vae alone."""
-    steps: Count
+    steps: Logged[Count]
     """Optimizer steps."""
-    learning_rate: Positive | dict[str, NotNegative]
+    learning_rate: Logged[Positive | dict[str, NotNegative]]
     """Peak learning rate, or one for each part: unet 1e-4 text_encoder 5e-5 textual_inversion 5e-3."""
     placeholder_tokens: tuple[Text, ...] = ()
     """Textual Inversion: the new words. One that an earlier stage made is trained further."""
@@ -121,11 +136,11 @@ class Stage:
     """Vectors of each new word: one number for all, or one each."""
     init_tokens: tuple[Text, ...] = ()
     """What each new word starts as: a word or phrase, <rand-SIGMA>, <zero>, or an embedding file."""
-    template: Literal["caption", "object", "style"] | tuple[Text, ...] = "caption"
+    template: Logged[Literal["caption", "object", "style"] | tuple[Text, ...]] = "caption"
     """Captions: the images' own, the paper's lists for an object or a style, or own ones with {} for the new words."""
-    clip_ti_decay: bool = False
+    clip_ti_decay: Logged[bool] = False
     """Draw the norm of the new vectors towards clip_ti_norm after each step."""
-    clip_ti_norm: Positive | None = None
+    clip_ti_norm: Logged[Positive | None] = None
     """Norm that clip_ti_decay draws to. Left out: the median of the text model's own table (0.4 for SD1)."""
     lora_parts: tuple[Literal["unet", "text_encoder", "text_encoder_2"], ...] = ("unet",)
     """Models that get an adapter: unet, text_encoder, text_encoder_2."""
@@ -139,81 +154,79 @@ class Stage:
     """Strength: the adapter is scaled by alpha / rank. Left out: alpha = rank."""
     lora_targets: LoraTargets | tuple[str, ...] = "attention"
     """Layers that get an adapter: a set by name, or a list of regular expressions over their paths."""
-    lora_dropout: Annotated[float, Range(0, 0.99)] = 0.0
+    lora_dropout: Logged[Annotated[float, Range(0, 0.99)]] = 0.0
     """Share of the adapter's inputs dropped in training, 0 to 0.99."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     use_dora: bool = False
     """Learn the magnitude of each output on its own (DoRA)."""
-    lora_plus_ratio: Positive = 1.0
+    lora_plus_ratio: Logged[Positive] = 1.0
     """LoRA+: learning rate of the up matrices as a multiple of the part's."""
     ema_decay: Annotated[float, Range(0, 0.999999)] = 0.0
     """Decay of a moving average of what is trained, which is what is drawn and exported (0.999 is usual); 0: none."""
     optimizer: Literal["adamw", "adafactor", "lion", "prodigy", "schedule_free"] = "adamw"
     """Optimizer."""
-    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
-        "constant"
-    )
+    schedule: Logged[Schedule] = "constant"
     """Course of the learning rate after the warm-up; all but the constant ones end at 0."""
-    schedule_cycles: Count = 1
+    schedule_cycles: Logged[Count] = 1
     """Cycles of cosine_with_restarts."""
-    schedule_power: Positive = 1.0
+    schedule_power: Logged[Positive] = 1.0
     """Exponent of polynomial."""
-    schedule_hold: Fraction = 0.0
+    schedule_hold: Logged[Fraction] = 0.0
     """Share of the steps after the warm-up in which the rate stays at its peak before it falls."""
-    warmup_steps: Whole = 0
+    warmup_steps: Logged[Whole] = 0
     """Optimizer steps in which the learning rate rises from 0 to its peak."""
-    weight_decay: NotNegative = 1e-2
+    weight_decay: Logged[NotNegative] = 1e-2
     """Decoupled weight decay."""
-    betas: tuple[Annotated[float, Range(0, 0.999999)], Annotated[float, Range(0, 0.999999)]] = (0.9, 0.999)
+    betas: Logged[tuple[Annotated[float, Range(0, 0.999999)], Annotated[float, Range(0, 0.999999)]]] = (0.9, 0.999)
     """Decay rates of the first and second moment (adamw, lion, prodigy, schedule_free)."""
-    eps: Positive = 1e-8
+    eps: Logged[Positive] = 1e-8
     """Epsilon of adamw, prodigy and schedule_free."""
-    clip_norm: NotNegative = 1.0
+    clip_norm: Logged[NotNegative] = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
-    loss: Literal["l2", "l1", "huber"] = "l2"
+    loss: Logged[Literal["l2", "l1", "huber"]] = "l2"
     """Distance to the target: squared, absolute, or pseudo-Huber."""
-    huber_c: Positive = 0.1
+    huber_c: Logged[Positive] = 0.1
     """Where pseudo-Huber turns from squared to absolute."""
-    huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
+    huber_schedule: Logged[Literal["constant", "exponential", "snr"]] = "snr"
     """How huber_c falls with the noise."""
-    min_snr_gamma: NotNegative = 0.0
+    min_snr_gamma: Logged[NotNegative] = 0.0
     """Min-SNR loss weighting with this gamma (5 is usual); 0: off."""
-    debiased: bool = False
+    debiased: Logged[bool] = False
     """Debiased loss weighting; not together with min_snr_gamma."""
-    noise_offset: NotNegative = 0.0
+    noise_offset: Logged[NotNegative] = 0.0
     """Strength of a constant shift of each channel's noise (0.05 is usual); 0: off."""
-    multires_noise_iterations: Whole = 0
+    multires_noise_iterations: Logged[Whole] = 0
     """Octaves of multi-resolution noise (6 to 10 are usual); 0: off."""
-    multires_noise_discount: Fraction = 0.3
+    multires_noise_discount: Logged[Fraction] = 0.3
     """Weight of each further octave as a multiple of the one before."""
-    input_perturbation: NotNegative = 0.0
+    input_perturbation: Logged[NotNegative] = 0.0
     """Strength of noise that is added to the input but not to the target (0.1 is usual); 0: off."""
-    timestep_range: tuple[Fraction, Fraction] = (0.0, 1.0)
+    timestep_range: Logged[tuple[Fraction, Fraction]] = (0.0, 1.0)
     """Time steps trained, as fractions of the schedule: from 0 (clean) to 1 (noise)."""
-    timestep_bias: Literal["none", "earlier", "later"] = "none"
+    timestep_bias: Logged[Literal["none", "earlier", "later"]] = "none"
     """Which time steps of the range are drawn more often: earlier ones are nearer to the clean image."""
-    timestep_bias_multiplier: Positive = 1.0
+    timestep_bias_multiplier: Logged[Positive] = 1.0
     """How much more often."""
-    timestep_bias_portion: Fraction = 0.25
+    timestep_bias_portion: Logged[Fraction] = 0.25
     """Share of the range that is drawn more often."""
-    masked_loss: bool = False
+    masked_loss: Logged[bool] = False
     """Learn only where the mask is white (data.mask_path, or the images' alpha channel)."""
-    unmasked_weight: Fraction = 0.0
+    unmasked_weight: Logged[Fraction] = 0.0
     """Weight of the loss where the mask is black, and, training a standard model for inpainting, where it is kept."""
-    prior_prompt: str = ""
+    prior_prompt: Logged[str] = ""
     """Prior preservation: what an ordinary picture of the class is called, such as a dog; empty: off."""
-    prior_path: str = ""
+    prior_path: Logged[str] = ""
     """Folder of class pictures; missing ones are drawn by the model. Empty: OUTPUT/prior/STAGE."""
-    prior_count: Count = 100
+    prior_count: Logged[Count] = 100
     """Class pictures."""
-    prior_weight: NotNegative = 1.0
+    prior_weight: Logged[NotNegative] = 1.0
     """Weight of their loss."""
-    vae_loss: dict[str, NotNegative] = field(default_factory=lambda: dict(VAE_LOSS))
+    vae_loss: Logged[dict[str, NotNegative]] = field(default_factory=lambda: dict(VAE_LOSS))
     """Weights of the terms of the autoencoder's loss: l1, l2, pooled, chroma, gradient, kl."""
-    vae_augment: bool = False
+    vae_augment: Logged[bool] = False
     """Autoencoder: shift its pictures and swap their colour channels at random, besides data.flip."""
-    vae_normalise: bool = False
+    vae_normalise: Logged[bool] = False
     """Autoencoder: at the end, shift and scale each latent channel to mean 0 and deviation 1."""
     data: DataOverride = field(default_factory=DataOverride)  # type: ignore[valid-type]
 
@@ -302,17 +315,17 @@ class Copy:
 class RunConfig:
     """Everything a training run depends on."""
 
-    model: Text
+    model: Free[Text]
     """Base model: tiny, a diffusers folder, a .safetensors or .ckpt file, or a hub id."""
-    output: Text
+    output: Free[Text]
     """Folder of the run: config.toml, metrics.jsonl, samples, checkpoints, export."""
     data: Data
     stages: tuple[Stage, ...]
     seed: Seed = 0
     """Seed of all randomness."""
-    dtype: Dtype = "float32"
+    dtype: Logged[Dtype] = "float32"
     """Number type of the computation; what is trained stays float32."""
-    export_dtype: Dtype = "float32"
+    export_dtype: Free[Dtype] = "float32"
     """Number type of the models that are exported as a whole."""
     clip_skip: Count | None = None
     """Text model layer used, counted from the end: 1 last, 2 penultimate. Left out: the model's own."""
@@ -320,15 +333,15 @@ class RunConfig:
     """What the U-Net answers, to train it towards another; empty: as the model does."""
     zero_terminal_snr: bool = False
     """Rescale the noise schedule so that its last step is pure noise; wants prediction_type v_prediction."""
-    remat: bool = False
+    remat: Logged[bool] = False
     """Recompute activations in the backward pass: less memory, slower."""
-    variant: str = ""
+    variant: Free[str] = ""
     """Variant of the weight files, such as fp16."""
-    on_nan: Literal["stop", "skip"] = "stop"
+    on_nan: Logged[Literal["stop", "skip"]] = "stop"
     """A loss that is not a number: stop the run, or skip that step."""
-    validation: Validation = Validation()
-    checkpoint: Checkpoint = Checkpoint()
-    parallel: Parallel = Parallel()
+    validation: Free[Validation] = Validation()
+    checkpoint: Free[Checkpoint] = Checkpoint()
+    parallel: Free[Parallel] = Parallel()
     copies: tuple[Copy, ...] = ()
     """Train the stages several times at once, in one program on one base model; each copy has its own folder."""
 

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import io
 import json
+import logging
 import re
 import sys
 import tomllib
@@ -16,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
-from sdjax.errors import ConfigError
-from sdjax.settings import join, read_record
-from sdjax.train.config import Data, RunConfig, Stage, check
+from sdjax.errors import ConfigError, DataError
+from sdjax.settings import contained_types, join, metadata, read_record
+from sdjax.train.config import Data, OnResume, RunConfig, Stage, check
+
+log = logging.getLogger(__name__)
 
 
 class Arguments(NamedTuple):
@@ -67,9 +70,43 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     return dict(walk("", to_table(config)))
 
 
-def flat_defaults(stages: int) -> dict[str, Any]:
-    """`flatten` of a configuration of so many stages that says only what it must."""
-    return flatten(RunConfig("", "", Data(""), (Stage("", (), 0, 0.0),) * stages))
+def compare_runs(saved: Mapping[str, Any], current: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuses to resume another run. Raises DataError, which lists the settings that must not have changed.
+
+    saved, current: `flatten` of both runs, with the digests of their model and data under `fingerprint.`. The marks in
+    `train.config` say which settings may change. Values are compared as JSON keeps them. A setting that the saved run
+    did not have yet was at its default.
+    """
+    defaults = flatten(RunConfig("", "", Data(""), (Stage("", (), 0, 0.0),) * len(config.stages)))
+    refused = []
+    for key in sorted(saved.keys() | current.keys()):
+        if key.startswith("fingerprint.data.") and config.checkpoint.allow_changed_data:
+            continue
+        was = saved[key] if key in saved else defaults.get(key) if key in current else None
+        before, now = (json.dumps(value, sort_keys=True) for value in (was, current.get(key)))
+        if before == now:
+            continue
+        policy = on_resume(key)
+        if policy is None:
+            refused.append(f"{key} was {before}, is {now}")
+        elif policy is OnResume.LOGGED:
+            log.warning("resuming with another %s: was %s, is %s", key, before, now)
+    if refused:
+        raise DataError(f"cannot resume, the run has changed: {'; '.join(refused)}")
+
+
+def on_resume(key: str) -> OnResume | None:
+    """Returns the mark of a setting, by its dotted key. None: it must stay as it was."""
+    record: Any = RunConfig
+    for name in key.split("."):
+        if name.isdigit():  # a place in a list of records
+            continue
+        hint = get_type_hints(record, include_extras=True).get(name)
+        marks = [mark for mark in metadata(hint) if isinstance(mark, OnResume)]
+        if marks or not (inner := [kind for kind in contained_types(hint) if dataclasses.is_dataclass(kind)]):
+            return marks[0] if marks else None
+        record = inner[0]
+    return None
 
 
 def _plain(value: Any) -> Any:

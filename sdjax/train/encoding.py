@@ -22,11 +22,11 @@ from sdjax.model import Model
 from sdjax.models import layers, vae
 from sdjax.runtime.whole_file import replacing
 from sdjax.text.encoding import encode_ids
-from sdjax.train.made import Made, base_weights
+from sdjax.train.results import Results, base_weights
 from sdjax.train.stages import Run, StagePlan
 
 
-def encode(run: Run, plan: StagePlan, earlier: Made) -> tuple[Dataset, Dataset | None]:
+def encode(run: Run, plan: StagePlan, earlier: Results) -> tuple[Dataset, Dataset | None]:
     """The data set of the training and that of the held-out images, from the cache or computed (and cached) now.
 
     Of images that is the VAE's posterior, or the pixels where the VAE is trained; of captions what the text models
@@ -75,7 +75,7 @@ def encode(run: Run, plan: StagePlan, earlier: Made) -> tuple[Dataset, Dataset |
     return made, dataset(held_out) if held_out else None
 
 
-def class_images(run: Run, plan: StagePlan, earlier: Made) -> tuple[Record, ...]:
+def class_images(run: Run, plan: StagePlan, earlier: Results) -> tuple[Record, ...]:
     """The class images of a stage; the prior prompt is the caption of all.
 
     Those missing in prior_path are drawn by the model that the stage starts from, one file at a time, so that a run
@@ -108,7 +108,7 @@ def class_images(run: Run, plan: StagePlan, earlier: Made) -> tuple[Record, ...]
     return tuple(record._replace(caption=stage.prior_prompt) for record in found)
 
 
-def _image_encoder(run: Run, plan: StagePlan, earlier: Made, folder: Path) -> Callable[..., cache.Images]:
+def _image_encoder(run: Run, plan: StagePlan, earlier: Results, folder: Path) -> Callable[..., cache.Images]:
     """`encode(kind, records, views, masked=False)`: images of one shape with their masks, cached or made now."""
     outline = plan.recipe.outline
     factor, sees_kept = outline.vae.config.factor, outline.is_inpainting
@@ -166,7 +166,7 @@ def _learned_everywhere(images: cache.Images) -> cache.Images:
     return images._replace(arrays={**images.arrays, "mask": white})
 
 
-def _encode_texts(run: Run, plan: StagePlan, captions: Sequence[str], earlier: Made, folder: Path) -> cache.Texts:
+def _encode_texts(run: Run, plan: StagePlan, captions: Sequence[str], earlier: Results, folder: Path) -> cache.Texts:
     """Context (and SDXL's pooled vector) of each caption; only its token ids if the text models are trained."""
     recipe, outline = plan.recipe, plan.recipe.outline
     zeroed = outline.is_sdxl and outline.zeros_empty_prompts

@@ -19,14 +19,14 @@ from sdjax.loading import load_weights
 from sdjax.model import Model
 from sdjax.runtime.whole_file import replacing
 from sdjax.train.config import RunConfig
-from sdjax.train.made import Made
+from sdjax.train.results import Results
 from sdjax.train.stages import StagePlan
 
 PEFT_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "lora.safetensors"
 
 
-def export(folder: Path, config: RunConfig, plan: StagePlan, made: Made, grid: Path | None) -> None:
+def export(folder: Path, config: RunConfig, plan: StagePlan, made: Results, grid: Path | None) -> None:
     """Write all that the stages have made, this one the last.
 
     `lora.safetensors` (kohya's keys) and the same in PEFT's keys; WORD.safetensors for each new word; `model/` if a
@@ -49,7 +49,7 @@ def export(folder: Path, config: RunConfig, plan: StagePlan, made: Made, grid: P
         save_lora(folder / KOHYA_FILE, made.adapters, outline.shapes, style="kohya", metadata=metadata)
 
 
-def words(plan: StagePlan, made: Made) -> dict[str, dict[str, Any]]:
+def words(plan: StagePlan, made: Results) -> dict[str, dict[str, Any]]:
     """Each new word's vectors [n, D] by text model."""
     found, first = {}, 0
     for word, count in plan.words.items():
@@ -58,7 +58,7 @@ def words(plan: StagePlan, made: Made) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _save_model(folder: Path, config: RunConfig, plan: StagePlan, made: Made) -> None:
+def _save_model(folder: Path, config: RunConfig, plan: StagePlan, made: Results) -> None:
     """The models trained as a whole with the rest of the base; adapters and new words are files of their own."""
     outline = plan.recipe.outline
     params = {
@@ -102,7 +102,7 @@ def _buckets(plan: StagePlan) -> list[dict[str, Any]]:
     return [{"resolution": (size.width, size.height), "count": len(found)} for size, found in plan.buckets.items()]
 
 
-def _card(config: RunConfig, plan: StagePlan, made: Made, *, has_grid: bool) -> str:
+def _card(config: RunConfig, plan: StagePlan, made: Results, *, has_grid: bool) -> str:
     stage = plan.stage
     captions = list(dict.fromkeys(caption for record in plan.records if (caption := record.caption)))
     earlier = [s.name for s in config.stages[: plan.number]]
@@ -167,7 +167,7 @@ def _trained(plan: StagePlan) -> list[str]:
     ]
 
 
-def _use(config: RunConfig, plan: StagePlan, made: Made, prompt: str) -> list[str]:
+def _use(config: RunConfig, plan: StagePlan, made: Results, prompt: str) -> list[str]:
     """How other programs load the files."""
     name, files = plan.stage.name, {word: file_name(word) for word in plan.words}
     model = "model" if made.weights else config.model

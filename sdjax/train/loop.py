@@ -1,254 +1,244 @@
-"""A training run from its settings to its export; read it from `train` down.
+"""A training run from its settings to its export. Read it from `train` down.
 
-The folder of a run: config.toml, metrics.jsonl, samples/, checkpoints/, cache/, export/STAGE/. A run that is stopped,
-killed or cut off goes on from its newest intact checkpoint and ends with the same bits as if nothing had happened.
+The folder of a run holds config.toml, metrics.jsonl, samples/, checkpoints/, cache/ and export/STAGE/. A run that was
+stopped or killed goes on from its newest intact checkpoint, and ends with the same bits as if nothing had happened.
 """
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from sdjax.data.dataset import make_batch, prefetch
-from sdjax.errors import ConfigError, DataError, TrainingStopped
+from sdjax.errors import ConfigError, DataError
+from sdjax.runtime import out_of_memory
 from sdjax.runtime.whole_file import replacing
 from sdjax.train import checkpoint, config_file
 from sdjax.train.autoencoder import normalised
 from sdjax.train.config import RunConfig
 from sdjax.train.encoding import encode
 from sdjax.train.export import export
-from sdjax.train.made import NOTHING, Made, result
 from sdjax.train.metrics import Metrics
 from sdjax.train.parallel import stack, stack_frozen, together, unstack
-from sdjax.train.stages import Run, parallelize_stage, plan_runs, prepare
+from sdjax.train.results import NOTHING, Results, after
+from sdjax.train.stages import Run, StagePlan, parallelize_stage, plan_runs, prepare
 from sdjax.train.step import State, make_train_step
 from sdjax.train.validation import Validator
 
 log = logging.getLogger(__name__)
 
-
-class Position(NamedTuple):
-    """Where a run begins or goes on."""
-
-    stage: int
-    step: int
-    """Optimizer steps done in that stage."""
-    before: int
-    """Optimizer steps of all earlier stages."""
-    state: State | None
-    """Of that stage, on the host; None: the stage has not begun."""
-    earlier: Made
-    """What the stages before have made."""
+OUT_OF_MEMORY = (
+    "try a smaller data.batch_size with data.accumulation to make up for it, remat = true,\n"
+    "dtype = 'bfloat16', or a smaller data.resolution; the last checkpoint is untouched."
+)
 
 
 def train(config: RunConfig, *, resume: bool = False, resume_step: int | None = None) -> int:
-    """Run all stages; 0, or 128 + the signal that stopped it after saving.
+    """Runs all stages. Returns 0, or 128 + the signal that stopped the run after it had saved.
 
-    Copies are trained in step, each as a run of its own with its own folder: `config.members()`.
     resume: go on from the newest intact checkpoint, or from that of `resume_step` (counted over all stages).
+    Copies step together in one program; each is a run with its own folder (`config.members()`).
     Raises ConfigError and DataError, before any weight is read wherever that is possible, and TrainingStopped.
     """
-    outputs = [Path(member.output) for member in config.members()]
-    with contextlib.ExitStack() as held:
-        for output in outputs:
-            held.enter_context(checkpoint.locked(output))
-            if not resume and checkpoint.steps(output / "checkpoints"):
+    with contextlib.ExitStack() as entered:
+        for member in config.members():
+            entered.enter_context(checkpoint.locked(member.output))
+            if not resume and checkpoint.steps(Path(member.output) / "checkpoints"):
                 raise ConfigError(
-                    f"output = '{output}' holds checkpoints: --resume goes on from them, or choose another output"
+                    f"output = '{member.output}' holds checkpoints: --resume goes on from them, "
+                    "or choose another output"
                 )
-        held.enter_context(_memory_advice())
-        runs = plan_runs(config)
-        positions = _find_positions(runs, resume, resume_step)
-        metrics = []
-        for run, output, position in zip(runs, outputs, positions, strict=True):
-            with replacing(output / "config.toml") as file:
-                file.write(config_file.to_toml(run.config).encode())
-            metrics.append(Metrics(output / "metrics.jsonl", run, stage=position.stage, step=position.step))
-        for number in range(positions[0].stage, len(config.stages)):
-            trainings = [
-                Training(run, number, position, own)
-                for run, position, own in zip(runs, positions, metrics, strict=True)
-            ]
-            positions, code = _train_stage(trainings)
+        entered.enter_context(out_of_memory.advice(OUT_OF_MEMORY))
+        trainings = [Training(run) for run in plan_runs(config)]
+        if resume:
+            _restore(trainings, resume_step)
+        for training in trainings:
+            training.open()
+        while trainings[0].number < len(config.stages):
+            code = _train_stage(trainings)
             if code:
                 log.warning("stopped; --resume goes on from here")
                 return code
     return 0
 
 
-def _find_positions(runs: Sequence[Run], resume: bool, step: int | None) -> list[Position]:
-    """Where each run begins or goes on: all at the same step."""
-    positions = [_find_position(run, resume, step) for run in runs]
-    reached = [position.before + position.step for position in positions]
-    if len(set(reached)) > 1:  # killed while they were saving
-        saved = [checkpoint.steps(Path(run.config.output) / "checkpoints") for run in runs]
-        common = set.intersection(*map(set, saved)) & set(range(min(reached) + 1))
-        if not common:
-            raise DataError(f"the copies stand at steps {reached}, and no step has a checkpoint of every one")
-        positions = [_find_position(run, resume, max(common)) for run in runs]
-    return positions
+def _train_stage(trainings: Sequence["Training"]) -> int:
+    """Trains the present stage of each run to its export. Returns 0, or the exit code of a signal.
 
-
-def _find_position(run: Run, resume: bool, step: int | None) -> Position:
-    folder = Path(run.config.output) / "checkpoints"
-
-    def expect(metadata: dict[str, Any]) -> PyTree:
-        saved, current = metadata["run"], run.identity
-        if run.config.checkpoint.allow_changed_data:
-            saved, current = (
-                {key: value for key, value in record.items() if not key.startswith("fingerprint.data.")}
-                for record in (saved, current)
-            )
-        checkpoint.compare_runs(saved, current, config_file.flat_defaults(len(run.stages)))
-        number = metadata["stage"]
-        return {"earlier": run.stages[number - 1].result if number else NOTHING, "state": run.stages[number].state}
-
-    found = checkpoint.restore(folder, expect, step=step) if resume else None
-    if found is None:
-        if resume:
-            log.warning("nothing saved in %s: starting fresh", folder)
-        return Position(0, 0, 0, None, NOTHING)
-    number, done = found.metadata["stage"], found.metadata["step"]
-    log.info("going on from stage %s, step %d", run.config.stages[number].name, done)
-    return Position(number, done, found.step - done, found.state["state"], found.state["earlier"])
-
-
-class Training:
-    """One run in one stage: everything but the step itself, which several may share."""
-
-    def __init__(self, run: Run, number: int, start: Position, metrics: Metrics) -> None:
-        self.run, self.plan, self.start, self.metrics = run, run.stages[number], start, metrics
-        self._saved = start.step if start.state is not None else None
-
-    def prepare(self, first: "Training | None" = None) -> None:
-        """Encode the data and load what is needed; what it has in common with the first of several is that one's."""
-        self.dataset, held_out = encode(self.run, self.plan, self.start.earlier)
-        params = first.ready.frozen["params"] if first else None
-        self.ready = prepare(self.run, self.plan, self.start.earlier, params)
-        errors = first.validate.errors if first else None
-        self.validate = Validator(self.run, self.plan, held_out, self.ready, self.start.earlier, self.metrics, errors)
-        self._order = self.plan.batches(self.dataset.repeats, self.run.config.seed)
-
-    @property
-    def state(self) -> State:
-        """What the steps begin with."""
-        return self.ready.state if self.start.state is None else self.start.state
-
-    @property
-    def key(self) -> PRNGKeyArray:
-        """The key of the steps."""
-        return self.plan.keys(self.run.config.seed)[1]
-
-    def batch(self, number: int) -> dict[str, np.ndarray]:
-        """What step `number` (from 0) trains on."""
-        return make_batch(self.dataset, self._order, number)
-
-    def save(self, step: int, state: State) -> None:
-        """Save the state (on the host) after `step` steps, unless that is done already."""
-        if self._saved == step:
-            return
-        config = self.run.config
-        checkpoint.save(
-            Path(config.output) / "checkpoints",
-            self.start.before + step,
-            {"earlier": self.start.earlier, "state": state},
-            {"run": self.run.identity, "stage": self.plan.number, "step": step},
-            keep=config.checkpoint.keep,
-        )
-        self._saved = step
-
-    def finish(self, state: State) -> Position:
-        """Export what the finished stage has made; what comes next."""
-        stage, config = self.plan.stage, self.run.config
-        made = result(self.plan.recipe, self.start.earlier, state, self.ready.frozen)
-        if stage.vae_normalise:
-            weights = normalised(
-                self.run.outline.vae,
-                made.weights["vae"],
-                [bucket.arrays["pixels"] for bucket in self.dataset.buckets],
-            )
-            made = made._replace(weights=made.weights | {"vae": weights})
-        made = jax.tree.map(np.asarray, made)
-        place = Path(config.output) / "export" / stage.name
-        export(place, config, self.plan, made, self.validate.before_and_after())
-        log.info("stage %s is done: %s", stage.name, place)
-        return Position(self.plan.number + 1, 0, self.start.before + stage.steps, None, made)
-
-
-def _train_stage(trainings: Sequence[Training]) -> tuple[list[Position], int]:
-    """Train one stage from where it stands to its export: what comes next, and the exit code of a signal or 0.
-
-    Several trainings, alike in all shapes, take each step in one program.
+    Several runs, whose shapes are all the same, take each step in one program.
     """
-    first, *others = trainings
-    first.prepare()
-    for training in others:
-        training.prepare(first)
-    config, stage, begin = first.run.config, first.plan.stage, first.start.step
-    if others:
-        train_step = together(make_train_step(first.plan.recipe))
-        parallel = parallelize_stage(config, first.plan.data, train_step, first.plan.recipe)
-        frozen, state = stack_frozen([t.ready.frozen for t in trainings]), stack([t.state for t in trainings])
-        key = stack([t.key for t in trainings])
+    first, copies = trainings[0], len(trainings) > 1
+    states = [training.load(first) for training in trainings]
+    config, plan, begin = first.run.config, first.plan, first.step
+    if copies:
+        parallel = parallelize_stage(config, plan.data, together(make_train_step(plan.recipe)), plan.recipe)
+        frozen, key = stack_frozen([t.frozen for t in trainings]), stack([t.key for t in trainings])
     else:
-        parallel, frozen, state, key = first.plan.parallel, first.ready.frozen, first.state, first.key
-    frozen, state = parallel.place_frozen(frozen), parallel.place_state(state)
+        parallel, frozen, key = plan.parallel, first.frozen, first.key
+    frozen, state = parallel.place_frozen(frozen), parallel.place_state(stack(states) if copies else states[0])
+    del states  # a second copy of everything that is trained
 
     def batch(number: int) -> PyTree:
         each = [training.batch(number) for training in trainings]
-        return parallel.place_batch(stack(each, axis=1) if others else each[0])
+        return parallel.place_batch(stack(each, axis=1) if copies else each[0])
 
-    def current() -> list[State]:
-        """The state of each training, on the host. Raises TrainingStopped if the last step was not finite."""
+    def current() -> list[tuple[Training, State]]:
+        """Returns each run with its state on the host. Raises TrainingStopped if the last step was not finite."""
         for training in trainings:
             training.metrics.read()
         fetched = parallel.fetch(state)
-        return unstack(fetched, len(trainings)) if others else [fetched]
+        return list(zip(trainings, unstack(fetched, len(trainings)) if copies else [fetched], strict=True))
 
     with contextlib.ExitStack() as entered:
         stop = entered.enter_context(checkpoint.StopSignal())
-        batches = entered.enter_context(contextlib.closing(prefetch(batch, range(begin, stage.steps))))
+        batches = entered.enter_context(contextlib.closing(prefetch(batch, range(begin, plan.stage.steps))))
         for training in trainings:
             entered.enter_context(training.metrics.of_stage(training.plan, begin, shown=training is first))
-        for step in range(begin, stage.steps + 1):  # step: how many are done
+        for step in range(begin, plan.stage.steps + 1):  # the number of steps done
             if stop.requested:
-                for training, own in zip(trainings, current(), strict=True):
-                    training.save(step, own)
-                return [training.start for training in trainings], stop.exit_code
-            if step in (0, stage.steps) or _due(step, config.validation.every):
-                for training, own in zip(trainings, current(), strict=True):
-                    training.validate(step, own)
-            if step == stage.steps:
+                for training, reached in current():
+                    training.save(step, reached)
+                return stop.exit_code
+            if step in (0, plan.stage.steps) or _due(step, config.validation.every):
+                for training, reached in current():
+                    training.validate(step, reached)
+            if step == plan.stage.steps:
                 break
             state, measured = parallel.step(state, frozen, next(batches), key)
             for i, training in enumerate(trainings):
                 training.metrics.read()  # of the step before, while this one runs
-                training.metrics.measured(step + 1, {k: v[i] for k, v in measured.items()} if others else measured)
-            if step + 1 == stage.steps or _due(step + 1, config.checkpoint.every):
-                for training, own in zip(trainings, current(), strict=True):
-                    training.save(step + 1, own)
-        after = [training.finish(own) for training, own in zip(trainings, current(), strict=True)]
-    return after, stop.exit_code
+                values = {name: value[i] for name, value in measured.items()} if copies else measured
+                training.metrics.measured(step + 1, values)
+            if step + 1 == plan.stage.steps or _due(step + 1, config.checkpoint.every):
+                for training, reached in current():
+                    training.save(step + 1, reached)
+        for training, reached in current():
+            training.finish(reached)
+    return stop.exit_code
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-@contextlib.contextmanager
-def _memory_advice() -> Iterator[None]:
-    """Turns running out of memory into what to do about it."""
-    try:
-        yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as e:
-        if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
-            raise
-        raise TrainingStopped(
-            "out of memory. Try a smaller data.batch_size with data.accumulation to make up for it, remat = true,\n"
-            "dtype = 'bfloat16', or a smaller data.resolution; the last checkpoint is untouched."
-        ) from e
+class Training:
+    """One run while it is trained: where it stands, and what its present stage needs."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.number = 0
+        """The present stage."""
+        self.step = 0
+        """Optimizer steps done in the present stage."""
+        self.earlier: Results = NOTHING
+        """The results of the stages before the present one."""
+        self._restored: State | None = None
+        self._saved: int | None = None
+
+    @property
+    def plan(self) -> StagePlan:
+        """The plan of the present stage."""
+        return self.run.stages[self.number]
+
+    @property
+    def key(self) -> PRNGKeyArray:
+        """The key of the steps."""
+        return self.plan.keys(self.run.config.seed)[1]
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.run.config.output)
+
+    @property
+    def reached(self) -> int:
+        """Optimizer steps done in all stages."""
+        return sum(plan.stage.steps for plan in self.run.stages[: self.number]) + self.step
+
+    def restore(self, step: int | None) -> None:
+        """Goes to the newest intact checkpoint, or to that of `step`. Without any checkpoint the run starts fresh."""
+        found = checkpoint.restore(self._folder / "checkpoints", self._expected, step=step)
+        if found is None:
+            log.warning("nothing saved in %s: starting fresh", self._folder / "checkpoints")
+            return
+        self.number, self.step = found.metadata["stage"], found.metadata["step"]
+        self.earlier, self._restored, self._saved = found.state["earlier"], found.state["state"], self.step
+        log.info("going on from stage %s, step %d", self.plan.stage.name, self.step)
+
+    def _expected(self, metadata: dict[str, Any]) -> PyTree:
+        """Returns a tree like the one in a checkpoint. Raises DataError if the checkpoint is of another run."""
+        config_file.compare_runs(metadata["run"], self.run.identity, self.run.config)
+        number = metadata["stage"]
+        earlier = self.run.stages[number - 1].result if number else NOTHING
+        return {"earlier": earlier, "state": self.run.stages[number].state}
+
+    def open(self) -> None:
+        """Writes config.toml, and opens metrics.jsonl at the place the run has reached."""
+        with replacing(self._folder / "config.toml") as file:
+            file.write(config_file.to_toml(self.run.config).encode())
+        self.metrics = Metrics(self._folder / "metrics.jsonl", self.run, stage=self.number, step=self.step)
+
+    def load(self, first: "Training") -> State:
+        """Encodes the data of the present stage and loads its weights. Returns the state that its steps begin with.
+
+        Copies take what they share from the first.
+        """
+        shared = None if self is first else first
+        self._dataset, held_out = encode(self.run, self.plan, self.earlier)
+        begun, self.frozen = prepare(self.run, self.plan, self.earlier, shared and shared.frozen["params"])
+        self.validate = Validator(
+            self.run, self.plan, held_out, self.frozen, self.earlier, self.metrics, shared and shared.validate.errors
+        )
+        self._order = self.plan.order(self._dataset.repeats, self.run.config.seed)
+        state, self._restored = begun if self._restored is None else self._restored, None
+        return state
+
+    def batch(self, number: int) -> dict[str, np.ndarray]:
+        """Returns the batch of step `number` (0 is the first)."""
+        return make_batch(self._dataset, self._order, number)
+
+    def save(self, step: int, state: State) -> None:
+        """Saves the state (on the host) after `step` steps of the stage, unless it is saved already."""
+        if self._saved == step:
+            return
+        self.step = step
+        checkpoint.save(
+            self._folder / "checkpoints",
+            self.reached,
+            {"earlier": self.earlier, "state": state},
+            {"run": self.run.identity, "stage": self.number, "step": step},
+            keep=self.run.config.checkpoint.keep,
+        )
+        self._saved = step
+
+    def finish(self, state: State) -> None:
+        """Exports the results of the present stage, and goes on to the next."""
+        results = after(self.plan.recipe, self.earlier, state, self.frozen)
+        if self.plan.stage.vae_normalise:
+            pixels = [bucket.arrays["pixels"] for bucket in self._dataset.buckets]
+            vae = normalised(self.run.outline.vae, results.weights["vae"], pixels)
+            results = results._replace(weights=results.weights | {"vae": vae})
+        results = jax.tree.map(np.asarray, results)
+        folder = self._folder / "export" / self.plan.stage.name
+        export(folder, self.run.config, self.plan, results, self.validate.before_and_after())
+        log.info("stage %s is done: %s", self.plan.stage.name, folder)
+        self.number, self.step, self.earlier = self.number + 1, 0, results
+        self._saved = None
+
+
+def _restore(trainings: Sequence[Training], step: int | None) -> None:
+    """Brings all runs to the same checkpoint."""
+    for training in trainings:
+        training.restore(step)
+    reached = [training.reached for training in trainings]
+    if len(set(reached)) > 1:  # the copies were killed while they were saving
+        saved = [checkpoint.steps(Path(training.run.config.output) / "checkpoints") for training in trainings]
+        common = set.intersection(*map(set, saved)) & set(range(min(reached) + 1))
+        if not common:
+            raise DataError(f"the copies stand at steps {reached}, and no step has a checkpoint of every one")
+        for training in trainings:
+            training.restore(max(common))

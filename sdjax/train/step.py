@@ -1,25 +1,22 @@
 """One training step, a pure function: `train_step(state, frozen, batch, key) -> (state, metrics)`.
 
-What is trained is a dict part -> tree (`config.Stage.parts`), float32: for LoRA the adapter without its scales, for a
-model as a whole its weights, for `textual_inversion` the new words' rows by text model. Everything else is an argument
-that is neither differentiated nor reduced nor donated. The step holds no device and no axis: `sdjax.train.parallel`
-runs it under `jit` over a mesh or under `pmap`.
+The step knows no device and no mesh axis: `train.parallel` runs it under `jit` over a mesh or under `pmap`. Only
+`state` is differentiated, reduced over devices and donated. All randomness comes from `key`, the step number and the
+`index` of each example, so neither resuming nor the partition over devices changes a number.
 
-    batch    moments [B, h, w, 2C], index [B], and for the text either context [B, T, D] (and pooled [B, P]), or, when a
-             text model is trained, the token ids by text model [B, n, T]; `empty` [B] where the model wants zeros in
-             place of an empty caption; `mask` [B, h, w, 1] for a masked loss; `weight` [B] of each example in the loss;
-             for inpainting `hole` [B, h, w, 1], 1 where to paint, and for a U-Net that sees it `kept` [B, h, w, C], the
-             unscaled latents of the image with the hole in grey
-    frozen   params: model -> weights; scales: part -> the adapters' scales; rows: text model -> [K, D], the vectors of
-             all new words (those being trained are put into their places); norms: text model -> what clip_ti_decay
-             draws to
-    key      the stage's; the step number and `index` are folded in here, so that neither resuming nor the partition
-             over devices changes a number
+    batch    moments [B, h, w, 2C] of the VAE's posterior and index [B], the place of each example in the whole batch.
+             The text: context [B, T, D] (and pooled [B, P]) or, if a text model is trained, token ids [B, n, T] by
+             text model; empty [B], True where the model takes zeros for an empty caption.
+             mask [B, h, w, 1] for a masked loss; weight [B] of each example in the loss.
+             For inpainting hole [B, h, w, 1], 1 where to paint, and for a U-Net that sees it kept [B, h, w, C], the
+             unscaled latents of the image with the hole in grey.
+             A stage that trains the VAE takes pixels [B, H, W, 3] and index [B] instead.
+    key      the key of the stage
 """
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -40,19 +37,33 @@ Batch = Mapping[str, Array]
 
 
 class State(NamedTuple):
-    """What a step changes, and all that a checkpoint of a stage must hold."""
+    """What a step changes. A checkpoint of a stage holds exactly this."""
 
     step: Int[Array, ""]
     """Optimizer steps done in this stage."""
     trainable: dict[str, PyTree]
-    """Part -> what the optimizer moves, float32."""
+    """Part -> what the optimizer moves, float32: an adapter without its scales, all weights of a part, or, for
+    `textual_inversion`, text model -> the trained rows."""
     optimizer: PyTree
     average: dict[str, PyTree]
-    """The moving average of `trainable`; empty without one."""
+    """The moving average of `trainable`; empty if there is none."""
+
+
+class Frozen(TypedDict):
+    """What the steps of a stage leave as it is."""
+
+    params: dict[str, PyTree]
+    """Part -> weights, of the parts that are not trained as a whole."""
+    scales: dict[str, PyTree]
+    """Part -> the scales of its adapter; `lora.join` puts them back."""
+    rows: dict[str, Array]
+    """Text model -> vectors [K, D] of all new words. The step puts those it trains into their places."""
+    norms: Mapping[str, Any]
+    """Text model -> the norm that clip_ti_decay draws to."""
 
 
 class Recipe(NamedTuple):
-    """What a step computes, fixed for a stage."""
+    """What a step computes; fixed for a stage."""
 
     outline: Outline
     """The modules and the noise schedule; the weights come as `frozen`."""
@@ -61,23 +72,23 @@ class Recipe(NamedTuple):
     hidden: HiddenState
     accumulation: int = 1
     rows: tuple[int, ...] = ()
-    """Where the rows being trained lie among those of all new words."""
+    """The places of the trained rows among the rows of all new words."""
 
     @property
     def trains_text(self) -> bool:
-        """Whether the context changes during training and must be computed in each step."""
+        """Whether training changes the context, so that each step must compute it."""
         return any(part in self.outline.text_models or part == "textual_inversion" for part in self.stage.parts)
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models a step computes with."""
+        """The parts that a step computes with."""
         if "vae" in self.stage.parts:
             return ("vae",)
         return ("unet", *(self.outline.text_models if self.trains_text else ()))
 
 
 class Draws(NamedTuple):
-    """The random numbers of each example, from its own key."""
+    """The random numbers of each example, from the key of that example."""
 
     latents: Float[Array, "B h w C"]
     noise: Float[Array, "B h w C"]
@@ -87,45 +98,46 @@ class Draws(NamedTuple):
 
 
 def init_state(recipe: Recipe, trainable: dict[str, PyTree]) -> State:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     average = trainable if recipe.stage.ema_decay else {}
     return State(jnp.int32(0), trainable, recipe.optimizer.init(trainable), average)
 
 
 def evaluated(recipe: Recipe, state: State) -> dict[str, PyTree]:
-    """What is drawn with and exported: the moving average if there is one, else what the optimizer says."""
+    """Returns what to draw with and to export: the moving average, or else the weights that the optimizer evaluates."""
     return state.average or recipe.optimizer.evaluated(state.optimizer, state.trainable)
 
 
-def variables(recipe: Recipe, trainable: Mapping[str, PyTree], frozen: PyTree) -> dict[str, dict[str, PyTree]]:
-    """Model -> its Flax collections, for the models of the step."""
-    parts, made = recipe.stage.parts, {}
+def variables(recipe: Recipe, trainable: Mapping[str, PyTree], frozen: Frozen) -> dict[str, dict[str, PyTree]]:
+    """Returns part -> Flax variable collections, for the parts that a step computes with."""
+    parts, models = recipe.stage.parts, {}
     for name in recipe.models:
         kind = parts.get(name)
         rows = frozen["rows"].get(name)
         if "textual_inversion" in trainable and rows is not None:
             rows = rows.at[np.array(recipe.rows)].set(trainable["textual_inversion"][name])
-        made[name] = layers.variables(
+        models[name] = layers.variables(
             trainable[name] if kind == "weights" else frozen["params"][name],
             lora=lora.join(trainable[name], frozen["scales"][name]) if kind == "lora" else None,
             rows=rows,
         )
-    return made
+    return models
 
 
 def make_train_step(recipe: Recipe) -> TrainStep:
-    """The pure step of a recipe. Metrics: `loss`, `grad_norm` (before clipping), whether both are `finite`, and for new
-    words their mean `row_norm`.
+    """Returns the pure step of a recipe.
 
     The loss is the weighted distance to `diffusion.target`, averaged over the whole batch. With accumulation A the
-    batch holds A times as many examples, which are taken in A parts; the gradient is their exact mean, in float32. A
-    step whose loss or gradient is not finite leaves the weights and the optimizer as they were and only counts.
+    batch holds A times as many examples; the step takes them in A parts and averages the gradients exactly, in
+    float32. A step whose loss or gradient is not finite leaves weights and optimizer unchanged; it only counts.
+    The metrics are `loss`, `grad_norm` (before clipping), `finite` (whether both are) and, for new words, `row_norm`,
+    the mean norm of their vectors.
     """
-    loss_of = _autoencoder_loss if "vae" in recipe.stage.parts else _loss
+    loss_of = _autoencoder_loss if "vae" in recipe.stage.parts else diffusion_loss
 
     def train_step(
         state: State,
-        frozen: PyTree,
+        frozen: Frozen,
         batch: Batch,
         key: PRNGKeyArray,
         *,
@@ -147,8 +159,10 @@ def make_train_step(recipe: Recipe) -> TrainStep:
         if recipe.stage.clip_ti_decay:
             rate = recipe.optimizer.schedules["textual_inversion"](state.step)
             words: dict[str, Array] = moved["textual_inversion"]
-            rows = {name: textual_inversion.decay_norm(own, rate, frozen["norms"][name]) for name, own in words.items()}
-            moved = {**moved, "textual_inversion": rows}
+            drawn = {
+                name: textual_inversion.decay_norm(rows, rate, frozen["norms"][name]) for name, rows in words.items()
+            }
+            moved = {**moved, "textual_inversion": drawn}
         average = ema(state.average, moved, state.step, recipe.stage.ema_decay) if state.average else {}
         new = State(state.step + 1, moved, optimizer, average)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
@@ -164,11 +178,13 @@ def make_train_step(recipe: Recipe) -> TrainStep:
 def distance(
     recipe: Recipe, models: Mapping[str, Any], batch: Batch, draws: Draws, *, plain: bool = False
 ) -> Float[Array, " B"]:
-    """Each example's mean distance to what the model should answer, without its weight in the loss, float32.
+    """Returns each example's mean distance between the output of the U-Net and its target, float32.
 
-    models: as of `variables`. plain: squared, without `mask` and on unperturbed input, whatever the stage says.
-    A U-Net made for inpainting sees hole and kept image and learns the whole picture. A standard one does not, and in
-    drawing all but the hole is overwritten after each step, so it learns the hole alone (but for `unmasked_weight`).
+    The weight of the example in the loss is not in it.
+    models: see `variables`. plain: squared distance, no mask and no input perturbation, whatever the stage says.
+    A U-Net made for inpainting sees the hole and the kept image, and learns the whole picture. A standard U-Net does
+    not see them, and drawing overwrites all but the hole after each step, so it learns the hole alone; elsewhere its
+    error counts `unmasked_weight` times.
     """
     stage, schedule = recipe.stage, recipe.outline.schedule
     noise = draws.noise
@@ -192,7 +208,10 @@ def distance(
     return jnp.mean(error, axis=(1, 2, 3))
 
 
-def _loss(recipe: Recipe, trainable: dict[str, PyTree], frozen: PyTree, batch: Batch, key: PRNGKeyArray) -> Array:
+def diffusion_loss(
+    recipe: Recipe, trainable: dict[str, PyTree], frozen: Frozen, batch: Batch, key: PRNGKeyArray
+) -> Array:
+    """Returns the weighted loss of a batch."""
     draws, stage = _draw(recipe, batch, key), recipe.stage
     models = variables(recipe, trainable, frozen)
     if stage.lora_dropout:
@@ -208,7 +227,7 @@ def _loss(recipe: Recipe, trainable: dict[str, PyTree], frozen: PyTree, batch: B
 
 
 def _autoencoder_loss(
-    recipe: Recipe, trainable: dict[str, PyTree], frozen: PyTree, batch: Batch, key: PRNGKeyArray
+    recipe: Recipe, trainable: dict[str, PyTree], frozen: Frozen, batch: Batch, key: PRNGKeyArray
 ) -> Array:
     return autoencoder.loss(recipe.stage, recipe.outline.vae, trainable["vae"], batch, key)
 
@@ -247,7 +266,7 @@ def _draw(recipe: Recipe, batch: Batch, key: PRNGKeyArray) -> Draws:
 
 
 def timestep_bounds(recipe: Recipe) -> tuple[int, int]:
-    """First time step trained and the one after the last; at least one lies between."""
+    """Returns the first time step trained and the one after the last; the range is never empty."""
     count = len(recipe.outline.schedule.alphas_cumprod)
     low, high = (round(share * count) for share in recipe.stage.timestep_range)
     low = min(low, count - 1)
@@ -257,7 +276,7 @@ def timestep_bounds(recipe: Recipe) -> tuple[int, int]:
 def _conditions(
     recipe: Recipe, models: Mapping[str, Any], batch: Batch
 ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None]:
-    """Context and SDXL's added conditions: from the cache, or through the text models when they are trained."""
+    """Returns the context and SDXL's added conditions: cached, or from the text models if these are trained."""
     outline = recipe.outline
     if recipe.trains_text:
         ids = {name: batch[name] for name in outline.text_models}
@@ -272,7 +291,7 @@ def _conditions(
 
 
 def _dropout_keys(keys: Key[Array, " B"], part: int, ids: Int[Array, "B n T"] | None) -> Key[Array, " N"]:
-    """One key a row the part's model sees: an example, or a window of its caption."""
+    """Returns one key for each row that the model of the part sees: an example, or a chunk of its caption."""
     keys = jax.vmap(lambda key: jax.random.fold_in(key, part))(keys)
     if ids is None:
         return keys
@@ -282,8 +301,8 @@ def _dropout_keys(keys: Key[Array, " B"], part: int, ids: Int[Array, "B n T"] | 
 def _accumulated(
     gradient_of: Callable[[Batch], tuple[Array, PyTree]], batch: Batch, parts: int
 ) -> tuple[Array, PyTree]:
-    """Mean loss and gradient over equal parts of the batch, one part in memory at a time."""
-    # Part a takes examples a, a + parts, ...: the leading axis stays the one that is split over devices.
+    """Returns the mean loss and gradient over equal parts of the batch, with one part in memory at a time."""
+    # Part a takes examples a, a + parts, ..., so that the leading axis is still the one that is split over devices.
     split = jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(-1, parts, *leaf.shape[1:]), 0, 1), dict(batch))
     shapes = jax.eval_shape(gradient_of, jax.tree.map(lambda leaf: leaf[0], split))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

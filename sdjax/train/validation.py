@@ -1,5 +1,6 @@
-"""How a stage is doing: the loss on held-out images, and pictures, with the same noise and seeds each time."""
+"""Validation of a stage: the loss on held-out images, and pictures, with the same noise and seeds each time."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,31 +9,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from sdjax import lora
 from sdjax.data.dataset import Bucket, Dataset
-from sdjax.data.images import Size, read_image
+from sdjax.data.images import Size, picture, read_image
+from sdjax.draw import grids
 from sdjax.draw.pipeline import StableDiffusion
 from sdjax.formats.png_parameters import save_png
 from sdjax.loading import load_weights
 from sdjax.model import Model
 from sdjax.models import vae
 from sdjax.train.config import Validation
-from sdjax.train.made import NOTHING, Made, base_weights, result
 from sdjax.train.metrics import Metrics
-from sdjax.train.stages import Ready, Run, StagePlan
-from sdjax.train.step import Draws, Recipe, State, distance, evaluated, timestep_bounds, variables
+from sdjax.train.results import NOTHING, Results, after, base_weights
+from sdjax.train.stages import Run, StagePlan
+from sdjax.train.step import Draws, Frozen, Recipe, State, distance, evaluated, timestep_bounds, variables
 
 HeldOutLoss = Callable[[Mapping[str, PyTree], PyTree], float]
 HeldOutErrors = Callable[[PyTree, PyTree, Mapping[str, Array], Array | np.integer], Float[Array, " B"]]
 
 
 class Validator:
-    """Validates one stage: metrics.jsonl gets the held-out loss, samples/ a grid of the pictures.
+    """Validates one stage: metrics.jsonl gets the held-out loss, samples/ gets a grid of pictures.
 
-    The pictures of an autoencoder are held-out ones, encoded and decoded; all others are drawn from the prompts, and in
-    training for inpainting up to four held-out ones, inpainted by their captions.
+    A stage that trains the autoencoder shows held-out images after encoding and decoding. Every other stage draws the
+    prompts; training for inpainting also inpaints up to four held-out images with their captions as prompts.
     """
 
     def __init__(
@@ -40,13 +42,13 @@ class Validator:
         run: Run,
         plan: StagePlan,
         held_out: Dataset | None,
-        ready: Ready,
-        earlier: Made,
+        frozen: Frozen,
+        earlier: Results,
         metrics: Metrics,
         errors: HeldOutErrors | None = None,
     ) -> None:
-        """errors: of another validator of the same recipe, so as not to compile it again."""
-        self._run, self._plan, self._ready, self._earlier, self._metrics = run, plan, ready, earlier, metrics
+        """errors: those of another validator with the same recipe, so as not to compile them again."""
+        self._run, self._plan, self._frozen, self._earlier, self._metrics = run, plan, frozen, earlier, metrics
         self._settings = run.config.validation
         self._samples = Path(run.config.output) / "samples"
         self._held_out_loss = None
@@ -72,20 +74,21 @@ class Validator:
             )
 
     def __call__(self, step: int, state: State) -> None:
-        """Loss and pictures of the state (on the host) after `step` steps."""
+        """Measures and draws with the state (on the host) after `step` steps."""
         best = evaluated(self._plan.recipe, state)
         if self._held_out_loss is not None:
-            self._metrics.held_out(step, self._held_out_loss(best, self._ready.frozen))
+            self._metrics.held_out(step, self._held_out_loss(best, self._frozen))
         if self._captions:
             self._drawn = {k: v for k, v in self._drawn.items() if k == 0}  # the first and the newest are kept
             self._drawn[step] = self._draw(self._current(state))
-            _save_grid(self._samples / f"{self._plan.stage.name}-{step}.png", self._drawn[step], self._captions)
+            name = f"{self._plan.stage.name}-{step}.png"
+            _save(self._samples / name, grids.captioned(self._drawn[step], self._captions, columns=4))
 
     def before_and_after(self) -> Path | None:
-        """The pictures of the base model, of the stage before and of the finished one; None without prompts.
+        """Saves a sheet of pictures by the base model, the stage before and the finished stage.
 
-        The stage before is left out of a run that was resumed within this one. The base model gets a new word's init
-        words in its place.
+        Returns its path, or None without prompts. The stage before is left out if the run was resumed within this
+        stage. The base model is given the init words in place of new words.
         """
         if not self._captions:
             return None
@@ -96,16 +99,18 @@ class Validator:
         if number and 0 in self._drawn and not self._originals:
             columns[self._run.config.stages[number - 1].name] = self._drawn[0]
         columns[name] = self._drawn[self._plan.stage.steps]
-        path = self._samples / f"{name}-before-after.png"
         if self._masked:
             blank = Image.new("RGB", before[0].size, "white")
             hidden = [Image.composite(Image.new("RGB", mask.size, "grey"), own, mask) for _, own, mask in self._masked]
             columns = {"given": [*[blank] * len(self._settings.prompts), *hidden], **columns}
-        _save_comparison(path, columns, self._captions)
+        pictures = [picture for row in zip(*columns.values(), strict=True) for picture in row]
+        captions = [f"{column}: {caption}" for caption in self._captions for column in columns]
+        path = self._samples / f"{name}-before-after.png"
+        _save(path, grids.captioned(pictures, captions, columns=len(columns)))
         return path
 
     def _without_words(self) -> list[str]:
-        """The prompts with init words in place of new ones."""
+        """Returns the prompts with init words in place of new words."""
         prompts = list(self._settings.prompts)
         for stage in self._run.config.stages[: self._plan.number + 1]:
             for word, init in zip(stage.placeholder_tokens, stage.init_tokens, strict=False):
@@ -113,42 +118,53 @@ class Validator:
                     prompts = [prompt.replace(word, init) for prompt in prompts]
         return prompts
 
-    def _draw(self, sd: StableDiffusion, prompts: Sequence[str] | None = None) -> list[Image.Image]:
-        """The pictures, one at a time so that memory stays small; prompt i and mask i have seed + i."""
+    def _draw(self, model: Model, prompts: Sequence[str] | None = None) -> list[Image.Image]:
+        """Draws one picture at a time, so that memory stays small. Prompt i and mask i have seed + i."""
         if self._originals:
-            pixels = np.asarray(sd.decode_latents(sd.encode_image(self._originals)))
-            return [Image.fromarray(np.round(picture * 255).astype(np.uint8)) for picture in pixels]
-        settings, side = self._settings, self._plan.data.resolution
-        common: Any = {name: getattr(settings, name) for name in ("negative_prompt", "steps", "guidance", "sampler")}
-        common |= {"height": side, "width": side, "clip_skip": self._run.config.clip_skip, "progress": False}
+            return [picture(values) for values in np.asarray(model.decode_latents(model.encode_image(self._originals)))]
+        sd, settings, side = StableDiffusion(model), self._settings, self._plan.data.resolution
+        shared: Any = {
+            "negative_prompt": settings.negative_prompt,
+            "steps": settings.steps,
+            "guidance": settings.guidance,
+            "sampler": settings.sampler,
+            "height": side,
+            "width": side,
+            "clip_skip": self._run.config.clip_skip,
+            "progress": False,
+        }
         texts = settings.prompts if prompts is None else prompts
-        drawn = [sd.text2image(text, seed=settings.seed + i, **common) for i, text in enumerate(texts)]
-        drawn += [sd.inpaint(*masked, seed=settings.seed + i, **common) for i, masked in enumerate(self._masked)]
+        drawn = [sd.text2image(text, seed=settings.seed + i, **shared) for i, text in enumerate(texts)]
+        drawn += [sd.inpaint(*masked, seed=settings.seed + i, **shared) for i, masked in enumerate(self._masked)]
         return [picture for (picture,) in drawn]
 
-    def _current(self, state: State) -> StableDiffusion:
-        """The model as this state leaves it."""
-        recipe, frozen = self._plan.recipe, self._ready.frozen
-        models = variables(recipe, evaluated(recipe, state), frozen)
+    def _current(self, state: State) -> Model:
+        """Returns the model as this state leaves it."""
+        recipe = self._plan.recipe
+        models = variables(recipe, evaluated(recipe, state), self._frozen)
         params = {
-            name: lora.merge(own["params"], own["lora"]) if "lora" in own else own["params"]
-            for name, own in models.items()
+            part: lora.merge(trained["params"], trained["lora"]) if "lora" in trained else trained["params"]
+            for part, trained in models.items()
         }
-        for part in recipe.outline.shapes.keys() - params.keys():
-            params[part] = base_weights(recipe.outline, part, self._earlier)
-        rows = result(recipe, self._earlier, state, frozen).rows
-        return StableDiffusion(Model(recipe.outline, params, rows))
+        rows = after(recipe, self._earlier, state, self._frozen).rows
+        return Model(recipe.outline, params | jax.device_put(self._untrained), rows)
 
-    def _base(self) -> StableDiffusion:
-        """The model before the first stage."""
-        at_hand = self._ready.frozen["params"] if self._earlier == NOTHING else {}
+    @functools.cached_property
+    def _untrained(self) -> dict[str, PyTree]:
+        """The weights of the parts that the steps do not compute with. They are read once, and lie on the host."""
+        recipe = self._plan.recipe
+        parts = [part for part in recipe.outline.shapes if part not in recipe.models]
+        return {part: jax.device_get(base_weights(recipe.outline, part, self._earlier)) for part in parts}
+
+    def _base(self) -> Model:
+        """Returns the model before the first stage."""
         outline = self._run.outline
-        params = {part: at_hand[part] if part in at_hand else load_weights(outline, part) for part in outline.shapes}
-        return StableDiffusion(Model(outline, params))
+        at_hand = self._frozen["params"] | self._untrained if self._earlier == NOTHING else {}
+        return Model(outline, {p: at_hand[p] if p in at_hand else load_weights(outline, p) for p in outline.shapes})
 
 
 def _masked_pictures(bucket: Bucket, plan: StagePlan, *, count: int) -> list[tuple[str, Image.Image, Image.Image]]:
-    """Some held-out images with their captions and their masks, which cover whole latents."""
+    """Returns some held-out images with their captions and masks. A mask covers whole latents."""
     size, factor = Size(plan.data.resolution, plan.data.resolution), plan.recipe.outline.vae.config.factor
     rows = range(0, len(bucket.records), -(-len(bucket.records) // count))
     found = []
@@ -163,9 +179,9 @@ def _masked_pictures(bucket: Bucket, plan: StagePlan, *, count: int) -> list[tup
 def make_held_out_reconstruction(
     recipe: Recipe, dataset: Dataset, settings: Validation, batch_size: int
 ) -> HeldOutLoss:
-    """`loss(trainable, frozen) -> float`: mean squared error of held-out pictures in [-1, 1] after the autoencoder.
+    """Returns `loss(trainable, frozen) -> float`, the mean squared error of the autoencoder on held-out images.
 
-    The peak signal-to-noise ratio in decibels is `10 log10(4 / loss)`.
+    Values are in [-1, 1], so the peak signal-to-noise ratio in decibels is `10 log10(4 / loss)`.
     """
     pictures = dataset.buckets[0].arrays["pixels"]
     count = min(settings.held_out_images or len(pictures), len(pictures))
@@ -187,7 +203,7 @@ def make_held_out_reconstruction(
 
 
 def make_held_out_errors(recipe: Recipe, settings: Validation) -> HeldOutErrors:
-    """`errors(trainable, frozen, batch, timestep) -> [B]`, compiled once for all that trains by this recipe."""
+    """Returns `errors(trainable, frozen, batch, timestep) -> [B]`, compiled once for all trainings of this recipe."""
 
     @jax.jit
     def errors(trainable: PyTree, frozen: PyTree, batch: Mapping[str, Array], timestep: Array) -> Float[Array, " B"]:
@@ -211,11 +227,11 @@ def make_held_out_errors(recipe: Recipe, settings: Validation) -> HeldOutErrors:
 def make_held_out_loss(
     recipe: Recipe, dataset: Dataset, settings: Validation, batch_size: int, errors: HeldOutErrors
 ) -> HeldOutLoss:
-    """`loss(trainable, frozen) -> float`: the plain mean squared error over held-out images, as of `distance`.
+    """Returns `loss(trainable, frozen) -> float`, the plain mean squared error over held-out images.
 
-    Each image is tried at `held_out_timesteps` time steps, evenly spread over the stage's range, with noise that
-    depends on the seed, the image and the time step alone, and at its posterior's mean: only the weights tell two
-    results apart.
+    Each image is tried at `held_out_timesteps` time steps, evenly spread over the range of the stage. The latents are
+    the mean of the posterior, and the noise depends only on the seed, the image and the time step. So two results
+    differ only if the weights differ. See `step.distance`.
     """
     low, high = timestep_bounds(recipe)
     levels = settings.held_out_timesteps
@@ -241,45 +257,6 @@ def make_held_out_loss(
     return loss
 
 
-def _save_grid(path: Path, pictures: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 4) -> None:
-    """The pictures in rows with their captions below."""
-    columns = min(columns, len(pictures))
-    rows = [list(pictures[i : i + columns]) for i in range(0, len(pictures), columns)]
-    labels = [list(captions[i : i + columns]) for i in range(0, len(captions), columns)]
-    _save(path, _sheet(rows, labels))
-
-
-def _save_comparison(path: Path, columns: Mapping[str, Sequence[Image.Image]], captions: Sequence[str]) -> None:
-    """One row a prompt, one column a state of the model, each named."""
-    rows = [list(row) for row in zip(*columns.values(), strict=True)]
-    labels = [[f"{name}: {caption}" for name in columns] for caption in captions]
-    _save(path, _sheet(rows, labels))
-
-
 def _save(path: Path, image: Image.Image) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(image, path)
-
-
-def _sheet(rows: list[list[Image.Image]], labels: list[list[str]]) -> Image.Image:
-    """Pictures of one size in rows, a line of text below each; small ones are enlarged so that the text has room."""
-    factor = -(-192 // rows[0][0].width)
-    side, line, gap = rows[0][0].width * factor, 22, 6
-    height = rows[0][0].height * factor
-    sheet = Image.new("RGB", (gap + len(rows[0]) * (side + gap), gap + len(rows) * (height + line + gap)), "white")
-    pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
-    for y, (pictures, texts) in enumerate(zip(rows, labels, strict=True)):
-        for x, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
-            left, top = gap + x * (side + gap), gap + y * (height + line + gap)
-            sheet.paste(picture.resize((side, height), Image.Resampling.NEAREST), (left, top))
-            pen.text((left, top + height + 2), _fitting(text, font, side), fill="black", font=font)
-    return sheet
-
-
-def _fitting(text: str, font: Any, width: int) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."

@@ -24,9 +24,8 @@ from jax.extend import core
 from safetensors.numpy import save_file
 
 from sdjax.train import config_file, stages
-from sdjax.train.made import NOTHING, beneath
-from sdjax.train.made import start as start_of
-from sdjax.train.step import _loss, make_train_step
+from sdjax.train.results import NOTHING, begin, beneath
+from sdjax.train.step import diffusion_loss, make_train_step
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -129,25 +128,26 @@ def stage_cost(run: stages.Run, number: int) -> dict[str, float]:
     modules = {"unet": recipe.outline.unet, **recipe.outline.text_models}
 
     def shapes(part, dtype):
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), recipe.outline.params[part])
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), recipe.outline.shapes[part])
 
-    computed = {part: shapes(part, modules[part].compute.dtype) for part in recipe.outlines}
+    computed = {part: shapes(part, modules[part].compute.dtype) for part in recipe.models}
     params = computed | {part: shapes(part, jnp.float32) for part in whole}
-    words = sum(map(stages._vectors, plan.new_words.values()))
+    words = sum(plan.words.values()) - (sum(run.stages[number - 1].words.values()) if number else 0)
     widths = {name: module.config.hidden_size for name, module in recipe.outline.text_models.items()}
     new_rows = {name: jax.ShapeDtypeStruct((words, width), jnp.float32) for name, width in widths.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
-    first = jax.eval_shape(lambda *a: start_of(recipe, *a), key, params, beneath(recipe.stage, earlier), new_rows)
+    below = beneath(recipe.stage, earlier)
+    _, scales, rows = jax.eval_shape(lambda *a: begin(recipe, *a), key, params, below, new_rows)
     frozen = {
         "params": {part: tree for part, tree in computed.items() if part not in whole},
-        "scales": first.scales,
-        "rows": first.rows,
+        "scales": scales,
+        "rows": rows,
         "norms": {name: jax.ShapeDtypeStruct((), jnp.float32) for name in widths},
     }
     step = jax.make_jaxpr(make_train_step(recipe))(plan.state, frozen, batch_of(plan, plan.examples), key)
 
     def forward(trainable, frozen, batch, key):
-        return jax.vjp(lambda trainable: _loss(recipe, trainable, frozen, batch, key), trainable)[1]
+        return jax.vjp(lambda trainable: diffusion_loss(recipe, trainable, frozen, batch, key), trainable)[1]
 
     def kept(examples):
         jaxpr = jax.make_jaxpr(forward)(plan.state.trainable, frozen, batch_of(plan, examples), key).jaxpr

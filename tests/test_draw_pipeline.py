@@ -111,12 +111,12 @@ def test_transparent_and_grey_images_are_read(tiny):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"sampler": "magic"}, "sampler = 'magic': choices are ddim, pndm"),
-        ({"steps": 0}, "steps = 0: must lie in 1..1000"),
+        ({"sampler": "magic"}, "sampler = 'magic': expected one of ddim, pndm"),
+        ({"steps": 0}, "steps = 0: expected at least 1 and at most 1000"),
         ({"height": 60}, "height = 60: must be a positive multiple of 8"),
         ({"width": -8}, "width = -8"),
-        ({"guidance": -1.0}, "guidance = -1.0: must lie in 0..1000"),
-        ({"guidance_rescale": 2.0}, "guidance_rescale = 2.0: must lie in 0..1"),
+        ({"guidance": -1.0}, "guidance = -1.0: expected at least 0 and at most 1000"),
+        ({"guidance_rescale": 2.0}, "guidance_rescale = 2.0: expected at least 0 and at most 1"),
         ({"clip_skip": 9}, r"clip_skip = 9: must lie in 1 \(last layer\)..3"),
         ({"clip_skip": 0}, "clip_skip = 0"),
         ({"num_images": 0}, "at least one picture is needed"),
@@ -133,8 +133,8 @@ def test_bad_settings_are_named_before_anything_is_computed(tiny, how, message):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"strength": 0.0}, "strength = 0.0: must lie above 0"),
-        ({"strength": 1.5}, "strength = 1.5: must lie above 0"),
+        ({"strength": 0.0}, "strength = 0.0: expected above 0"),
+        ({"strength": 1.5}, "strength = 1.5: expected above 0"),
         ({"strength": 0.05, "steps": 10}, "leaves none to run"),
         ({"latents": np.zeros((1, 8, 8, 4), np.float32)}, "latents have shape"),
     ],

@@ -16,12 +16,12 @@ from PIL import Image
 
 from sdjax import textual_inversion
 from sdjax.data.dataset import make_batch
-from sdjax.data.images import Size, Window, read_image, to_float
+from sdjax.data.images import Crop, Size, read_image, to_float
 from sdjax.errors import DataError
 from sdjax.loading import load_weights
 from sdjax.train import loop, stages
 from sdjax.train.encoding import class_images, encode
-from sdjax.train.made import NOTHING
+from sdjax.train.results import NOTHING
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,8 +142,8 @@ def test_random_crops_are_fixed_by_the_seed(model, shapes):
     assert pixels.shape == (6, 6, 16, 16, 3)
     names = [record.name for record in run.stages[0].records]
     wide = pixels[names.index("d.png"), ::2]
-    windows = [Window(x) for x in np.linspace(0, 1, 57)]
-    everywhere = {crop.tobytes() for crop in read_image(shapes / "d.png", Size(16, 16), windows=windows)}
+    crops = [Crop(x) for x in np.linspace(0, 1, 57)]
+    everywhere = {crop.tobytes() for crop in read_image(shapes / "d.png", Size(16, 16), crops=crops)}
     assert all(crop.tobytes() in everywhere for crop in wide)
     # Another folder, fewer images: the same crops of the same names.
     other = shapes.parent / "other"
@@ -298,12 +298,12 @@ def test_class_images_are_learned_everywhere(model, images):
 DRAW = """
 import sys
 sys.path.insert(0, {tests!r})
-import jax, micro, test_encoding
+import jax, micro, test_train_encoding
 jax.config.update("jax_disable_most_optimizations", True)
 from sdjax.train.encoding import class_images
-from sdjax.train.made import NOTHING
+from sdjax.train.results import NOTHING
 from pathlib import Path
-run = test_encoding.plan_run(Path({model!r}), Path({images!r}), prior_prompt="a circle", prior_count=400)
+run = test_train_encoding.plan_run(Path({model!r}), Path({images!r}), prior_prompt="a circle", prior_count=400)
 class_images(run, run.stages[0], NOTHING)
 """
 

@@ -226,9 +226,9 @@ def test_no_new_program_for_another_prompt(tiny):
 def test_what_cannot_be_drawn_is_said(tiny):
     with pytest.warns(UserWarning, match="LoRAs named in a prompt are left out here; add them yourself: one, two"):
         tiny.text2image("taco <lora:one:0.5><lora:two>", **(quickly | {"steps": 1}))
-    with pytest.raises(ConfigError, match="prompt_syntax = 'comfy': choices are a1111, plain"):
+    with pytest.raises(ConfigError, match="prompt_syntax = 'comfy': expected one of a1111, plain"):
         tiny.text2image("taco", prompt_syntax="comfy")
-    with pytest.raises(ConfigError, match="emphasis = 'strong': choices are original, no_norm"):
+    with pytest.raises(ConfigError, match="emphasis = 'strong': expected one of original, no_norm"):
         tiny.text2image("taco", emphasis="strong")
     config = dataclasses.replace(tiny.model.outline.unet.config, time_cond_proj_dim=8)
     distilled = dataclasses.replace(tiny.model.outline, unet=unet.UNet(config, tiny.model.outline.unet.compute))

@@ -305,9 +305,9 @@ def test_nothing_is_compiled_for_another_mask_or_setting(tiny):
         ("mask.png", {}, "the mask is a str: give a PIL image"),
         (Image.new("F", (64, 64), 1), {}, "the mask has mode F"),
         ([Image.new("L", (64, 64), 255)] * 2, {}, "2 masks for 1 images"),
-        (Image.new("L", (64, 64), 255), {"fill": "magic"}, "fill = 'magic': choices are original, noise"),
-        (Image.new("L", (64, 64), 255), {"mask_blur": -1}, "mask_blur = -1: must lie in 0..1024"),
-        (Image.new("L", (64, 64), 255), {"strength": 0}, "strength = 0: must lie above 0"),
+        (Image.new("L", (64, 64), 255), {"fill": "magic"}, "fill = 'magic': expected one of original, noise"),
+        (Image.new("L", (64, 64), 255), {"mask_blur": -1}, "mask_blur = -1: expected at least 0 and at most 1024"),
+        (Image.new("L", (64, 64), 255), {"strength": 0}, "strength = 0: expected above 0"),
         (Image.new("L", (64, 64), 255), {"height": 60}, "height = 60: must be a positive multiple of 8"),
     ],
 )

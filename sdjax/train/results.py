@@ -1,4 +1,4 @@
-"""What the stages of a run make: what a stage starts from, and what there is when it is done."""
+"""The results of stages: what a stage starts from, and what there is when it is done."""
 
 import hashlib
 import logging
@@ -16,7 +16,7 @@ from sdjax.loading import load_weights
 from sdjax.model import Outline
 from sdjax.text.encoding import TEXT_ENCODERS
 from sdjax.train.config import Stage
-from sdjax.train.step import Recipe, State, evaluated, variables
+from sdjax.train.step import Frozen, Recipe, State, evaluated, init_state, variables
 
 log = logging.getLogger(__name__)
 
@@ -24,54 +24,43 @@ Rows = Mapping[str, Float[np.ndarray, "n D"]]
 """Text model -> vectors of one word."""
 
 
-class Made(NamedTuple):
-    """The whole result of some stages, and nothing of the base model's own."""
+class Results(NamedTuple):
+    """Everything that some stages have made. Nothing of the base model is in it."""
 
     adapters: dict[str, PyTree]
-    """Model -> complete LoRA tree, the sum of those of all stages."""
+    """Part -> complete LoRA tree, the sum of the adapters of all stages."""
     weights: dict[str, PyTree]
-    """Model -> its weights, float32, where a stage trained them as a whole."""
+    """Part -> its weights, float32, where a stage trained all of them."""
     rows: dict[str, Float[Array, "K D"]]
     """Text model -> vectors of all new words."""
 
-    def digest(self, *models: str) -> str:
-        """Changes with what was made of these models."""
+    def digest(self, *parts: str) -> str:
+        """Returns a digest that changes with the results for these parts."""
         digest = hashlib.sha256()
-        for leaf in jax.tree.leaves([[record.get(model) for model in models] for record in self]):
+        for leaf in jax.tree.leaves([[record.get(part) for part in parts] for record in self]):
             digest.update(np.asarray(leaf).tobytes())
         return digest.hexdigest()
 
 
-NOTHING = Made({}, {}, {})
+NOTHING = Results({}, {}, {})
 
 
-class Start(NamedTuple):
-    """What a stage starts from, beside the weights it leaves as they are."""
-
-    trainable: dict[str, PyTree]
-    """Part -> what the optimizer moves, float32."""
-    scales: dict[str, PyTree]
-    """Part -> the scales of its adapter."""
-    rows: dict[str, Float[Array, "K D"]]
-    """Text model -> vectors of all new words, those of this stage among them."""
+def base_weights(outline: Outline, part: str, earlier: Results, *, dtype: Any = None) -> dict[str, Any]:
+    """Returns the weights of a part after some stages: from its file or trained, with the adapter merged in."""
+    weights = earlier.weights[part] if part in earlier.weights else load_weights(outline, part, dtype=dtype)
+    return lora.merge(weights, earlier.adapters[part]) if part in earlier.adapters else weights
 
 
-def base_weights(outline: Outline, part: str, made: Made, *, dtype: Any = None) -> dict[str, Any]:
-    """One model's weights as some stages leave them: its file's, or trained ones, with the adapter merged in."""
-    weights = made.weights[part] if part in made.weights else load_weights(outline, part, dtype=dtype)
-    return lora.merge(weights, made.adapters[part]) if part in made.adapters else weights
-
-
-def beneath(stage: Stage, made: Made) -> Made:
-    """What lies under the stage: all that was made, but for the adapters it goes on training."""
-    going_on = stage.lora_parts if "lora" in stage.train and stage.lora_continue else ()
-    return made._replace(adapters={part: tree for part, tree in made.adapters.items() if part not in going_on})
+def beneath(stage: Stage, earlier: Results) -> Results:
+    """Returns what lies beneath a stage: all earlier results except the adapters that it trains further."""
+    continued = stage.lora_parts if "lora" in stage.train and stage.lora_continue else ()
+    return earlier._replace(adapters={part: tree for part, tree in earlier.adapters.items() if part not in continued})
 
 
 def first_rows(
     recipe: Recipe, key: PRNGKeyArray, params: Mapping[str, PyTree], words: Mapping[str, Rows | int]
 ) -> tuple[dict[str, Float[np.ndarray, "K D"]], dict[str, Float[np.ndarray, ""]]]:
-    """By text model: the first values of all vectors a stage adds, and the norm that clip_ti_decay draws to.
+    """Returns, by text model, the first vectors of a stage's new words and the norm that clip_ti_decay draws to.
 
     params: text model -> weights. words: each new word with its number of vectors, or with the vectors of a file.
     """
@@ -83,8 +72,8 @@ def first_rows(
         vectors = [np.zeros((0, module.config.hidden_size), np.float32)]
         for i, (word, given) in enumerate(words.items()):
             init, count = (inits.get(word), given) if isinstance(given, int) else (np.asarray(given[name]), None)
-            own = jax.random.fold_in(jax.random.fold_in(key, len(stage.parts)), i)
-            vectors.append(textual_inversion.initial_rows(own, table, tokenizer, init, count))
+            word_key = jax.random.fold_in(jax.random.fold_in(key, len(stage.parts)), i)
+            vectors.append(textual_inversion.initial_rows(word_key, table, tokenizer, init, count))
         rows[name] = np.concatenate(vectors)
         norms[name] = np.float32(stage.clip_ti_norm or textual_inversion.typical_norm(table))
         start = np.median(np.linalg.norm(rows[name], axis=-1)) if len(rows[name]) else norms[name]
@@ -97,43 +86,50 @@ def first_rows(
     return rows, norms
 
 
-def start(
+def begin(
     recipe: Recipe,
     key: PRNGKeyArray,
     params: Mapping[str, PyTree],
-    made: Made,
+    earlier: Results,
     new_rows: Mapping[str, Float[Array | np.ndarray, "K D"]],
-) -> Start:
-    """The first values of everything a stage trains; with new adapters the model computes exactly what it did.
+) -> tuple[State, dict[str, PyTree], dict[str, Float[Array, "K D"]]]:
+    """Returns the state before the first step of a stage, and the `scales` and `rows` of its `Frozen`.
 
-    params: model -> base weights. new_rows: as of `first_rows`. Raises ConfigError where the settings do not fit.
+    With new adapters the model computes exactly what it computed before.
+    params: part -> weights. new_rows: see `first_rows`. Raises ConfigError where the settings do not fit.
     """
     stage, parts = recipe.stage, recipe.stage.parts
     trainable: dict[str, PyTree] = {part: params[part] for part, kind in parts.items() if kind == "weights"}
     scales = {}
     for i, part in enumerate(part for part, kind in parts.items() if kind == "lora"):
-        going_on = stage.lora_continue and part in made.adapters
-        own = made.adapters[part] if going_on else _new_adapter(stage, part, jax.random.fold_in(key, i), params[part])
-        trainable[part], scales[part] = lora.split(own)
-    rows = dict(made.rows)
+        if stage.lora_continue and part in earlier.adapters:
+            adapter = earlier.adapters[part]
+        else:
+            adapter = _new_adapter(stage, part, jax.random.fold_in(key, i), params[part])
+        trainable[part], scales[part] = lora.split(adapter)
+    rows = dict(earlier.rows)
     if "textual_inversion" in parts:
         for name, new in new_rows.items():
             rows[name] = jnp.concatenate([rows[name], new]) if name in rows else jnp.asarray(new)
         trainable["textual_inversion"] = {name: vectors[np.array(recipe.rows)] for name, vectors in rows.items()}
-    return Start(trainable, scales, rows)
+    return init_state(recipe, trainable), scales, rows
 
 
-def result(recipe: Recipe, made: Made, state: State, frozen: PyTree) -> Made:
-    """What all stages so far have made, the one with this state the last."""
+def after(recipe: Recipe, earlier: Results, state: State, frozen: Frozen) -> Results:
+    """Returns the results of all stages so far, of which the one with this state is the last."""
     best, parts = evaluated(recipe, state), recipe.stage.parts
-    whole = {part: best[part] for part, kind in parts.items() if kind == "weights"}
-    own = {part: lora.join(best[part], frozen["scales"][part]) for part, kind in parts.items() if kind == "lora"}
-    below = {part: tree for part, tree in beneath(recipe.stage, made).adapters.items() if part not in whole}
-    rows = made.rows
+    weights = {part: best[part] for part, kind in parts.items() if kind == "weights"}
+    trained = {part: lora.join(best[part], frozen["scales"][part]) for part, kind in parts.items() if kind == "lora"}
+    below = {part: tree for part, tree in beneath(recipe.stage, earlier).adapters.items() if part not in weights}
+    rows = earlier.rows
     if "textual_inversion" in parts:
         models = variables(recipe, best, frozen)
         rows = {name: models[name]["placeholder"]["embeddings"]["token_embedding"]["rows"] for name in frozen["rows"]}
-    return Made(_added(below, own), made.weights | whole, rows)
+    adapters = {
+        part: lora.add([(trees[part], 1.0) for trees in (below, trained) if part in trees])
+        for part in dict.fromkeys([*below, *trained])
+    }
+    return Results(adapters, earlier.weights | weights, rows)
 
 
 def _new_adapter(stage: Stage, part: str, key: PRNGKeyArray, params: PyTree) -> PyTree:
@@ -153,11 +149,3 @@ def _new_adapter(stage: Stage, part: str, key: PRNGKeyArray, params: PyTree) -> 
     if not adapter:
         raise ConfigError(f"{part}: lora_ranks leaves no layer with an adapter")
     return adapter
-
-
-def _added(first: dict[str, PyTree], second: dict[str, PyTree]) -> dict[str, PyTree]:
-    """Both adapters of each model as one, exactly."""
-    return {
-        part: lora.add([(trees[part], 1.0) for trees in (first, second) if part in trees])
-        for part in dict.fromkeys([*first, *second])
-    }

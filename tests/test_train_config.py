@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdjax.errors import ConfigError
+from sdjax.errors import ConfigError, DataError
 from sdjax.train import config, config_file
-from sdjax.train.config import Data, DataOverride, RunConfig, Stage
+from sdjax.train.config import Data, DataOverride, OnResume, RunConfig, Stage
+from sdjax.train.config_file import compare_runs, flatten, from_table, on_resume
 
 FILE = """
 model = "tiny"
@@ -164,7 +165,7 @@ def test_every_field_is_documented():
         (minimal(dtype="int8"), "dtype = 'int8': expected one of float32, bfloat16, float16"),
         (minimal(dtype=["float32"]), "dtype = .*expected one of"),
         (minimal(data="images"), "data = 'images': expected a table"),
-        (minimal(data={"path": "x", "resolution": 60}), "data.resolution = 60: expected a multiple of 8"),
+        (minimal(data={"path": "x", "resolution": 60}), "data.resolution = 60: expected at least 8 and at most 4096, a multiple of 8"),
         (minimal(data={"path": "x", "resolution": 0}), "data.resolution = 0: expected at least 8"),
         (minimal(data={"path": "x", "caption_dropout": 1.5}), "at least 0 and at most 1"),
         (minimal(data={"path": "x", "background": "whitish"}), "a CSS colour name"),
@@ -299,3 +300,59 @@ def test_reading_a_configuration_loads_nothing_heavy():
     code = "import sys, sdjax.train.config; print(sorted({'jax', 'tyro', 'flax', 'orbax', 'PIL'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------ what may change on resume
+
+
+def run_of(**changes):
+    stage = {"name": "a", "train": ["vae"], "steps": 1, "learning_rate": 1.0, "vae_loss": {"l1": 2.0}}
+    return from_table({"model": "m", "output": "o", "data": {"path": "p"}, "stages": [stage], **changes})
+
+
+def test_the_same_run_compares_equal_through_json():
+    run = {"stages.0.betas": [0.9, 0.999], "seed": 0, "fingerprint.model": "ab"}
+    compare_runs(run, {**run, "stages.0.betas": (0.9, 0.999)}, run_of())
+
+
+def test_another_run_is_refused_with_the_list(caplog):
+    saved = {"fingerprint.model": "ab", "stages.0.lora_rank": 4, "stages.0.learning_rate": 1e-4, "output": "a"}
+    current = {"fingerprint.model": "cd", "stages.0.lora_rank": 8, "stages.0.learning_rate": 1e-3, "output": "b"}
+    with pytest.raises(DataError) as error:
+        compare_runs(saved, current, run_of())
+    assert 'fingerprint.model was "ab", is "cd"' in str(error.value)
+    assert "stages.0.lora_rank was 4, is 8" in str(error.value)
+    assert "learning_rate" not in str(error.value)
+    assert "another stages.0.learning_rate: was 0.0001, is 0.001" in caplog.text
+    with pytest.raises(DataError, match=r"stages.1.name was null, is \"more\""):
+        compare_runs(saved, {**saved, "stages.1.name": "more"}, run_of())
+
+
+def test_changed_data_is_refused_unless_allowed():
+    saved, current = {"fingerprint.data.a": "ab"}, {"fingerprint.data.a": "cd"}
+    with pytest.raises(DataError, match=r"fingerprint\.data\.a"):
+        compare_runs(saved, current, run_of())
+    compare_runs(saved, current, run_of(checkpoint={"allow_changed_data": True}))
+
+
+def test_a_run_saved_before_a_setting_existed_had_it_at_its_default():
+    saved = {k: v for k, v in flatten(run_of()).items() if k not in ("copies", "data.inpaint_full")}
+    compare_runs(saved, flatten(run_of()), run_of())
+    changed = run_of(data={"path": "p", "inpaint_full": 0.5})
+    with pytest.raises(DataError, match=r"changed: data.inpaint_full was 0.25, is 0.5$"):
+        compare_runs(saved, flatten(changed), changed)
+
+
+@pytest.mark.parametrize(
+    ("key", "mark"),
+    [
+        ("seed", None), ("data.resolution", None), ("clip_skip", None), ("stages.0.lora_rank", None),
+        ("stages.0.train", None), ("fingerprint.model", None), ("copies.0.name", None),
+        ("stages.3.learning_rate.unet", OnResume.LOGGED), ("stages.0.data.batch_size", OnResume.LOGGED),
+        ("data.repeats.cat/*", OnResume.LOGGED), ("stages.0.vae_loss.l1", OnResume.LOGGED), ("dtype", OnResume.LOGGED),
+        ("output", OnResume.FREE), ("data.path", OnResume.FREE), ("validation.prompts", OnResume.FREE),
+        ("parallel.mesh.data", OnResume.FREE), ("checkpoint.keep", OnResume.FREE),
+    ],
+)  # fmt: skip
+def test_the_mark_of_a_setting_says_whether_it_may_change(key, mark):
+    assert on_resume(key) is mark
