@@ -49,7 +49,7 @@ def encoded(run, earlier=NOTHING):
 
 
 def batches(run, dataset, count):
-    order = run.stages[0].batches(dataset.repeats, run.config.seed)
+    order = run.stages[0].order(dataset.repeats, run.config.seed)
     return [make_batch(dataset, order, number) for number in range(count)]
 
 
@@ -271,7 +271,7 @@ def test_class_images_of_ones_own(model, shapes):
     assert [bucket.repeats for bucket in dataset.prior.buckets] == [(1, 1, 1)] * 3
     assert len(list(own.glob("*.png"))) == 3
     plain = dataset._replace(prior=None)
-    order = run.stages[0].batches(dataset.repeats, run.config.seed)
+    order = run.stages[0].order(dataset.repeats, run.config.seed)
     for number in range(6):
         batch, alone = make_batch(dataset, order, number), make_batch(plain, order, number)
         assert batch["index"].tolist() == list(range(8))

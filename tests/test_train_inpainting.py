@@ -68,7 +68,7 @@ def prepared(settings):
 
 
 def batch_of(run, dataset):
-    return make_batch(dataset, run.stages[0].batches(dataset.repeats, 0), 0)
+    return make_batch(dataset, run.stages[0].order(dataset.repeats, 0), 0)
 
 
 # ------------------------------------------------------------------------------------------------- what is cached

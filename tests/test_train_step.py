@@ -39,7 +39,7 @@ def prepared(tmp_path_factory):
 
 def batch_of(prepared, number):
     run, plan, _, dataset = prepared
-    return make_batch(dataset, plan.batches(dataset.repeats, run.config.seed), number)
+    return make_batch(dataset, plan.order(dataset.repeats, run.config.seed), number)
 
 
 def train(prepared, *, accumulation=1, **settings):

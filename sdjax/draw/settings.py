@@ -239,7 +239,10 @@ class JobSettings(PictureSettings, total=False):
         ),
     ]
     strength: Annotated[
-        Strength | None, Declared(None, "how far to redraw the image", "0.75; with a mask 1", "S", axis=True)
+        Strength | None,
+        Declared(
+            None, "how far to redraw the image", "0.75; with a mask 1", "S", label="Denoising strength", axis=True
+        ),
     ]
     outpaint: Annotated[
         tuple[int, int, int, int] | None,
