@@ -1,4 +1,4 @@
-"""A1111's prompt language: its own documented cases, what is not brackets, and nothing that makes the parsers fail."""
+"""A1111's prompt language: the cases that A1111 documents, stray brackets, and texts that might break a parser."""
 
 import pytest
 from hypothesis import given, settings
@@ -49,11 +49,11 @@ def test_a_break_begins_a_section():
     assert texts("a BREAK b") == [[("a", 1)], [("b", 1)]]
     assert texts("a\nBREAK\n\nb, BREAKFAST BREAK") == [[("a", 1)], [("b, BREAKFAST", 1)], []]
     assert texts("BREAK BREAK a") == [[], [], [("a", 1)]]
-    assert texts("(a BREAK b:2)") == [[("a", 2)], [("b", 2)]]  # where A1111 reads the word itself
+    assert texts("(a BREAK b:2)") == [[("a", 2)], [("b", 2)]]  # A1111 takes the word as text here
 
 
 def changes(prompt, steps, earlier=0):
-    """[last step, text] wherever the text changes."""
+    """[last step, text] of each stretch of steps with the same text."""
     texts = at_each_step(prompt, steps, earlier)
     assert len(texts) == steps
     return [[i, a] for i, (a, b) in enumerate(zip(texts, [*texts[1:], None], strict=True), 1) if a != b]
@@ -87,7 +87,10 @@ def test_a_second_pass_counts_on(prompt, first, second):
         ("a[b:[c:d:2]:1]e", [[1, "abe"], [2, "ace"], [10, "ade"]]),
         ("a [unbalanced", [[10, "a [unbalanced"]]),
         ("a [b:.5] c", [[5, "a  c"], [10, "a b c"]]),
-        ("a [{b|d{:.5] c", [[10, "a [{b|d{:.5] c"]]),  # A1111's example gives the braces alone, its code this
+        (
+            "a [{b|d{:.5] c",
+            [[10, "a [{b|d{:.5] c"]],
+        ),  # A1111 documents the braces alone, its code gives this
         ("((a][:b:c [d:3]", [[3, "((a][:b:c "], [10, "((a][:b:c d"]]),
         ("a[b::7]c[:d:4]", [[4, "abc"], [7, "abcd"], [10, "acd"]]),
         ("[a:b:0][a:b:-3]", [[10, "bb"]]),
@@ -136,14 +139,14 @@ def test_any_text_is_a_prompt(prompt, steps):
             assert span.text and isinstance(span.weight, float)
 
 
-def test_deep_brackets_are_no_trouble():
+def test_deep_brackets_are_parsed():
     deep = "(" * 2000 + "a" + ")" * 2000
     assert at_each_step(deep, 2) == [deep, deep]
     assert at_each_step("[" * 5000, 1) == ["[" * 5000]
     assert emphasis(deep)[0][0].weight > 1e80
 
 
-def test_loras_are_taken_out():
+def test_tags_of_loras_are_removed():
     text, tags = without_loras("a <lora:one:0.5>, <w> b<lora:two> <lora:three:1:0><lyco:four:unet=0.2>")
     assert text == "a , <w> b "
     assert tags == [("one", 0.5, 0.5), ("two", 1, 1), ("three", 1, 0), ("four", 1, 0.2)]

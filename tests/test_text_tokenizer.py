@@ -1,4 +1,4 @@
-"""Prompts to ids: what transformers gives for short ones, windows for long ones, and nothing cut unasked."""
+"""Token ids of prompts: short ones as transformers gives them, long ones in chunks, and nothing cut unasked."""
 
 import json
 import shutil
@@ -33,13 +33,13 @@ def with_pad(folder, token):
 
 
 def unwrapped(ids):
-    """The words of one prompt's windows [n, T]: what stands between begin and the first end."""
+    """The ids of one prompt's chunks [n, T] without begin tokens, end tokens and padding."""
     words = []
-    for window in ids:
-        assert window[0] == BEGIN
-        end = int(np.argmax(window == END))
+    for chunk in ids:
+        assert chunk[0] == BEGIN
+        end = int(np.argmax(chunk == END))
         assert end > 0
-        words += window[1:end].tolist()
+        words += chunk[1:end].tolist()
     return words
 
 
@@ -89,24 +89,24 @@ def test_nothing_is_cut(prompts):
         assert unwrapped(row) == tokenizer.words(prompt)
 
 
-@pytest.mark.parametrize(("words", "windows"), [(0, 1), (1, 1), (14, 1), (15, 2), (28, 2), (29, 3)])
-def test_windows_hold_all_but_begin_and_end(tokenizer, words, windows):
+@pytest.mark.parametrize(("words", "chunks"), [(0, 1), (1, 1), (14, 1), (15, 2), (28, 2), (29, 3)])
+def test_chunks_hold_all_but_begin_and_end(tokenizer, words, chunks):
     prompt = " ".join(["a"] * words)
     assert len(tokenizer.words(prompt)) == words
-    assert tokenizer.chunks(prompt) == windows
+    assert tokenizer.chunks(prompt) == chunks
     ids = tokenizer.encode([prompt])[0]
-    assert (ids[:-1, -1] == END).all()  # every window but the last is full
+    assert (ids[:-1, -1] == END).all()  # every chunk but the last is full
     assert (ids[:, 0] == BEGIN).all()
 
 
-def test_a_shorter_prompt_has_empty_windows_beside_a_longer_one(tokenizer):
+def test_a_shorter_prompt_has_empty_chunks_beside_a_longer_one(tokenizer):
     ids = tokenizer.encode(["taco", "a " * 20])
     assert ids.shape == (2, 2, WINDOW)
     np.testing.assert_array_equal(ids[0, 0], tokenizer.encode(["taco"])[0, 0])
     np.testing.assert_array_equal(ids[0, 1], tokenizer.encode([""])[0, 0])
 
 
-def test_so_many_windows_and_no_more_when_asked(tokenizer):
+def test_the_number_of_chunks_can_be_given(tokenizer):
     words = tokenizer.words("a red heart " * 10)
     assert unwrapped(tokenizer.encode(["a red heart " * 10], chunks=2)[0]) == words[:28]
     assert unwrapped(tokenizer.encode(["a red heart " * 10], chunks=5)[0]) == words
@@ -115,15 +115,15 @@ def test_so_many_windows_and_no_more_when_asked(tokenizer):
 
 
 def test_another_window(tokenizer):
-    """SD's own is 77: from the text model, since tokenizer folders often leave it out."""
+    """Stable Diffusion's window is 77. The text model says so, since tokenizer folders often leave it out."""
     wide = Tokenizer.from_folder(FOLDER, window=77)
     assert wide.chunks("a " * 75) == 1
     assert wide.chunks("a " * 76) == 2
     assert unwrapped(wide.encode(["a " * 76])[0]) == tokenizer.words("a " * 76)
 
 
-def test_the_model_draws_with_every_window():
-    """Two prompts that differ only after the first window give different contexts, of two windows."""
+def test_the_model_draws_with_every_chunk():
+    """Two prompts that differ only after the first chunk give different contexts, of two chunks."""
     sd = sdjax.load("tiny")
     first, second = sd.encode_text(["a " * 14 + "heart", "a " * 14 + "taco"])
     assert first.shape == (2 * WINDOW, sd.model.outline.unet.config.cross_attention_dim[0])
@@ -132,11 +132,11 @@ def test_the_model_draws_with_every_window():
     np.testing.assert_allclose(sd.encode_text("a " * 14)[0], first[:WINDOW], atol=1e-5)
 
 
-# Where a window ends.
+# Where a chunk ends.
 
 
 def lengths(tokenizer, prompt):
-    """Tokens in each window."""
+    """The number of tokens in each chunk."""
     return [int(np.argmax(row == END)) - 1 for row in tokenizer.encode([prompt])[0]]
 
 
@@ -147,17 +147,17 @@ def lengths(tokenizer, prompt):
         ("a " * 10 + ", " + "a " * 3, [14]),  # nothing is divided
         (", " + "a " * 17, [1, 14, 3]),
         ("a " * 13 + ", a", [14, 1]),
-        ("a " * 14 + ", " + "a " * 15, [14, 14, 2]),  # a comma that begins a window does not count
+        ("a " * 14 + ", " + "a " * 15, [14, 14, 2]),  # a comma that begins a chunk does not count
         ("a , " * 10, [14, 6]),
         ("a " * 10 + ", " + "a " * 3 + ", a", [14, 2]),
     ],
 )
-def test_the_text_after_a_windows_last_comma_goes_to_the_next(tokenizer, prompt, expected):
+def test_the_text_after_a_chunks_last_comma_goes_to_the_next(tokenizer, prompt, expected):
     assert lengths(tokenizer, prompt) == expected
     assert unwrapped(tokenizer.encode([prompt])[0]) == tokenizer.words(prompt)
 
 
-def test_a_comma_too_far_back_is_none():
+def test_a_comma_too_far_back_does_not_count():
     wide = Tokenizer.from_folder(FOLDER, window=77)
     assert lengths(wide, "a " * 55 + ", " + "a " * 20) == [56, 20]
     assert lengths(wide, "a " * 54 + ", " + "a " * 21) == [75, 1]
@@ -200,38 +200,39 @@ def test_a_bad_folder_is_named(tmp_path, files, message):
 
 # New words.
 
-FIRST = 2263  # rows of the table
+FIRST = 2263  # number of rows of the table
 
 
-def test_a_new_word_is_all_its_vectors_wherever_it_stands(tokenizer):
-    own = tokenizer.with_placeholders({"<w>": 2, "Cat2": 1}, first=FIRST)
+def test_a_new_word_is_all_its_vectors_anywhere_in_a_prompt(tokenizer):
+    extended = tokenizer.with_placeholders({"<w>": 2, "Cat2": 1}, first=FIRST)
     a, heart = tokenizer.words("a"), tokenizer.words("heart")
-    assert own.words("a <w> heart") == [*a, FIRST, FIRST + 1, *heart]
-    assert own.words("a<W>heart") == [*a, FIRST, FIRST + 1, *heart]
-    assert own.words("cat2, a cat2s") == [FIRST + 2, *tokenizer.words(", a cat2s")]
-    assert tokenizer.words("<w>") and max(tokenizer.words("<w>")) < FIRST  # the first tokenizer is as it was
-    later = own.with_placeholders({"x1y": 3}, first=FIRST)
+    assert extended.words("a <w> heart") == [*a, FIRST, FIRST + 1, *heart]
+    assert extended.words("a<W>heart") == [*a, FIRST, FIRST + 1, *heart]
+    assert extended.words("cat2, a cat2s") == [FIRST + 2, *tokenizer.words(", a cat2s")]
+    assert tokenizer.words("<w>") and max(tokenizer.words("<w>")) < FIRST  # the first tokenizer has not changed
+    later = extended.with_placeholders({"x1y": 3}, first=FIRST)
     assert later.words("x1y <w>") == [FIRST + 3, FIRST + 4, FIRST + 5, FIRST, FIRST + 1]
     assert later.new_words == {"<w>": 2, "Cat2": 1, "x1y": 3}
 
 
-def test_a_new_word_never_straddles_two_windows(tokenizer):
-    own = tokenizer.with_placeholders({"<w>": 4}, first=FIRST)
-    ids = own.encode(["a " * 12 + "<w> heart"])[0]
+def test_a_new_word_never_straddles_two_chunks(tokenizer):
+    extended = tokenizer.with_placeholders({"<w>": 4}, first=FIRST)
+    ids = extended.encode(["a " * 12 + "<w> heart"])[0]
     assert len(ids) == 2 and ids[0].max() < FIRST
     assert ids[1, 1:5].tolist() == [FIRST, FIRST + 1, FIRST + 2, FIRST + 3]
-    ids, weights = own.encode_weighted([emphasis("a " * 9 + ", " + "a " * 4 + "(<w>:2)")])
-    assert (ids[0] >= FIRST).sum(1).tolist() == [0, 4] and lengths(own, "a " * 9 + ", " + "a " * 4 + "<w>") == [10, 8]
+    ids, weights = extended.encode_weighted([emphasis("a " * 9 + ", " + "a " * 4 + "(<w>:2)")])
+    assert (ids[0] >= FIRST).sum(1).tolist() == [0, 4]
+    assert lengths(extended, "a " * 9 + ", " + "a " * 4 + "<w>") == [10, 8]
     assert (weights[0, 1, 5:9] == 2).all() and weights[0].sum() == 2 * WINDOW + 4
-    # Only a full window gives up what follows its comma; and what it gives up may not fit beside the word either.
-    assert lengths(own, "a " * 9 + ", a a <w>") == [12, 4]
-    assert lengths(own, "a , " + "a " * 12 + "<w>") == [2, 12, 4]
+    # Only a full chunk gives away the text after its comma, and that text may not fit beside the word either.
+    assert lengths(extended, "a " * 9 + ", a a <w>") == [12, 4]
+    assert lengths(extended, "a , " + "a " * 12 + "<w>") == [2, 12, 4]
     with pytest.raises(ConfigError, match="15 vectors"):
         tokenizer.with_placeholders({"<w>": 15}, first=FIRST).chunks("<w>")
 
 
 @pytest.mark.parametrize("word", ["heart", "Heart", "<w>", "<W>", "<w>_1", "<|endoftext|>", "a b", "", " ", "cat"])
-def test_words_that_are_taken_or_none_are_refused(tokenizer, word):
+def test_taken_and_malformed_words_are_refused(tokenizer, word):
     known = tokenizer.with_placeholders({"<w>": 1, "cat_3": 1}, first=FIRST)
     with pytest.raises(ConfigError, match="placeholder token"):
         known.with_placeholders({word: 1}, first=FIRST)
@@ -247,13 +248,13 @@ def test_new_words_are_kept_in_a_tokenizers_files(tmp_path, tokenizer, form):
         lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         (source / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n")
         (source / "tokenizer.json").unlink()
-    own = Tokenizer.from_folder(source, window=WINDOW)
-    own = own.with_placeholders({"<w>": 3, "Plana9": 1, "雪1x": 2}, first=FIRST)
-    assert own.save(source, tmp_path / "saved") == FIRST
+    extended = Tokenizer.from_folder(source, window=WINDOW)
+    extended = extended.with_placeholders({"<w>": 3, "Plana9": 1, "雪1x": 2}, first=FIRST)
+    assert extended.save(source, tmp_path / "saved") == FIRST
     again = Tokenizer.from_folder(tmp_path / "saved", window=WINDOW)
-    assert again.placeholders == own.placeholders and again.new_words == {}
+    assert again.placeholders == extended.placeholders and again.new_words == {}
     for prompt in ["a <w> heart", "plana9 <W>s, plana9s", "雪1x雪 雪1x <w>_1"]:
-        np.testing.assert_array_equal(again.encode([prompt]), own.encode([prompt]))
+        np.testing.assert_array_equal(again.encode([prompt]), extended.encode([prompt]))
     if form == "vocab.json":
         assert json.loads((tmp_path / "saved" / "added_tokens.json").read_text())["<w>_2"] == FIRST + 2
     more = again.with_placeholders({"<x>": 1}, first=FIRST + 6)

@@ -1,4 +1,4 @@
-"""Token ids to what the U-Net is conditioned on, through one text model or several side by side."""
+"""Turns token ids into the context that the U-Net is conditioned on, with one text model or several side by side."""
 
 import dataclasses
 import functools
@@ -13,15 +13,17 @@ from jaxtyping import Array, Bool, Float, Int
 from sdjax.models import clip
 
 TEXT_ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-"""Text model -> its tokenizer, by the names of diffusers' folders."""
+"""Text model -> its tokenizer, both by the names of diffusers' folders."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HiddenState:
-    """Which state of the text model is the context: counted from the end, with or without the final norm."""
+    """The hidden state of the text model that is the context."""
 
     clip_skip: int
+    """Counted from the end: 1 is the last layer's."""
     final_norm: bool
+    """Whether the final layer norm is applied."""
 
 
 def encode_ids(
@@ -33,21 +35,23 @@ def encode_ids(
     *,
     restore_mean: bool = True,
 ) -> tuple[Float[Array, "B n*T D"], Float[Array, "B P"]]:
-    """Token ids by text model -> context (the models' widths side by side) and the last model's pooled vector.
+    """The context (of all text models, along its last axis) and the last text model's pooled vector.
 
-    Pure, so that training differentiates through it. variables: by text model, see `models.layers.variables`.
-    Windows are encoded one by one and laid end to end; the pooled vector is the first window's.
-    weights: of each token's part of the context, by text model; None: all 1. restore_mean: as of `emphasised`.
+    Each of the n chunks of a prompt is encoded by itself. Their contexts are joined end to end; the pooled vector is
+    that of the first chunk. The function is pure, so that training can differentiate it.
+
+    variables: by text model, see `models.layers.variables`. ids: by text model.
+    weights: by text model, the factor for each token's context; None means 1. restore_mean: see `emphasised`.
     """
-    own = {name: variables[name] for name in text_models}
+    used = {name: variables[name] for name in text_models}
     weighting = None if weights is None else (dict(weights), np.bool_(restore_mean))
-    return _encode_ids(tuple(text_models.items()), hidden, own, dict(ids), weighting)
+    return _encode_ids(tuple(text_models.items()), hidden, used, dict(ids), weighting)
 
 
 def zeroed(values: Float[Array, "B ..."], empty: Bool[Array | np.ndarray, " B"]) -> Float[Array, "B ..."]:
-    """A context or pooled vectors, with zeros for the prompts that are empty.
+    """Contexts or pooled vectors, with zeros in the rows of empty prompts.
 
-    SDXL was trained with zeros where the prompt was dropped, not with an encoded empty text.
+    SDXL was trained with zeros for a dropped prompt, not with the encoding of an empty text.
     """
     mask = jnp.asarray(empty).reshape(-1, *(1,) * (values.ndim - 1))
     return jnp.where(mask, jnp.zeros((), values.dtype), values)
@@ -56,9 +60,11 @@ def zeroed(values: Float[Array, "B ..."], empty: Bool[Array | np.ndarray, " B"])
 def emphasised(
     context: Float[Array, "N T D"], weights: Float[Array, "N T"], restore_mean: Bool[Array | np.ndarray, ""]
 ) -> Float[Array, "N T D"]:
-    """Windows' contexts times their tokens' weights; a window whose weights are all 1 stays the same to the bit.
+    """The contexts of N chunks, multiplied by the weights of their tokens.
 
-    restore_mean: whether each window then gets back its mean, as with A1111's emphasis "Original"; else "No norm".
+    A chunk whose weights are all 1 keeps its context to the bit.
+    restore_mean: whether each chunk is then scaled back to its mean before (A1111's emphasis "Original") or not ("No
+    norm").
     """
     values = jnp.asarray(context, jnp.float32)
     weighted = values * weights[..., None]
@@ -72,12 +78,12 @@ def emphasised(
 def _encode_ids(models, hidden, variables, ids, weighting=None):
     contexts, pooled = [], None
     for name, model in models:
-        batch, windows, length = ids[name].shape
-        flat = ids[name].reshape(batch * windows, length)
+        batch, chunks, length = ids[name].shape
+        flat = ids[name].reshape(batch * chunks, length)
         context, pooled = model.apply(variables[name], flat, clip_skip=hidden.clip_skip, final_norm=hidden.final_norm)
         if weighting is not None:
             weights, restore_mean = weighting
             context = emphasised(context, jnp.asarray(weights[name]).reshape(flat.shape), restore_mean)
-        contexts.append(context.reshape(batch, windows * length, -1))
-        pooled = pooled.reshape(batch, windows, -1)[:, 0]
+        contexts.append(context.reshape(batch, chunks * length, -1))
+        pooled = pooled.reshape(batch, chunks, -1)[:, 0]
     return jnp.concatenate(contexts, axis=-1), pooled

@@ -1,7 +1,8 @@
 """A1111's prompt language: `(emphasis:1.2)`, `[editing:by steps:0.5]`, `[alter|nation]`, BREAK, AND, LoRAs.
 
-Text in, text out. The rules are those of AUTOMATIC1111's web UI, so that a prompt copied from there means the same:
-tags of LoRAs are taken out, the prompt is divided at AND, then the text of each step is worked out, then its emphasis.
+These functions turn text into text. They follow the rules of AUTOMATIC1111's web UI, so that a prompt copied from there
+has the same meaning. A prompt is read in this order: the tags of LoRAs are removed, the prompt is divided at AND, the
+text of each step is chosen, and the emphasis of that text is read.
 """
 
 import re
@@ -14,17 +15,18 @@ EMPHASES = ("original", "no_norm")
 
 
 class Span(NamedTuple):
-    """A piece of a prompt and what its part of the context is multiplied by."""
+    """A stretch of a prompt and the factor for its context (for prompts joined by AND: for its guidance)."""
 
     text: str
     weight: float
 
 
-Sections = list[list[Span]]  # what stands between BREAKs; each section begins a new window
+Sections = list[list[Span]]
+"""The spans of a prompt, in the sections that BREAK divides it into. Each section begins a new chunk."""
 
 
 class LoraTag(NamedTuple):
-    """`<lora:name:text_weight:unet_weight>`; one weight stands for both, none for 1."""
+    """`<lora:name:text_weight:unet_weight>`. A single weight is used for both; without weights, both are 1."""
 
     name: str
     text_weight: float
@@ -39,14 +41,14 @@ _MARK = re.compile(r"\\[()\[\]\\]?|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]:]
 
 
 def emphasis(text: str) -> Sections:
-    r"""The spans of a text by weight, in sections between BREAKs.
+    r"""Divides a text into spans of one weight each, in the sections that BREAK makes.
 
-    `(a)` is weighted 1.1, `[a]` 1 / 1.1, `(a:1.5)` 1.5; nested weights multiply. `\(` and the like are the character
-    itself. A bracket never closed counts to the end; one never opened is text. Unlike A1111, which then reads the
-    word itself, BREAK counts inside brackets too.
+    `(a)` has weight 1.1, `[a]` 1 / 1.1 and `(a:1.5)` 1.5; nested weights multiply. `\(`, `\)`, `\[`, `\]` and `\\` are
+    plain characters. A bracket that is never closed reaches to the end, and a closing bracket without an opening one is
+    text. BREAK also divides inside brackets, where A1111 takes it as a word.
     """
     spans: list[Span | None] = []  # None: a BREAK
-    opened: dict[str, list[int]] = {"(": [], "[": []}  # where each bracket not yet closed begins
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # the first span inside each bracket that is still open
 
     def close(bracket: str, factor: float) -> None:
         begin = opened[bracket].pop()
@@ -67,8 +69,8 @@ def emphasis(text: str) -> Sections:
         else:
             first, *later = _BREAK.split(mark)
             spans.append(Span(first, 1.0))
-            for part in later:
-                spans += [None, Span(part, 1.0)]
+            for words in later:
+                spans += [None, Span(words, 1.0)]
     while opened["("]:
         close("(", _STRONGER)
     while opened["["]:
@@ -78,7 +80,7 @@ def emphasis(text: str) -> Sections:
     for span in spans:
         if span is None:
             sections.append([])
-        elif sections[-1] and sections[-1][-1].weight == span.weight:  # one text, or its words would be divided
+        elif sections[-1] and sections[-1][-1].weight == span.weight:  # joined, so that no word is divided
             sections[-1][-1] = Span(sections[-1][-1].text + span.text, span.weight)
         else:
             sections[-1].append(span)
@@ -106,10 +108,10 @@ _Text = list[str | _Edit | _Turns]
 
 
 class _Group(NamedTuple):
-    """A bracket not yet closed: its parts, and what stands between them."""
+    """An open bracket: the texts in it so far and the separators between them, each `:` or `|`."""
 
     bracket: str
-    parts: list[_Text]
+    texts: list[_Text]
     separators: list[str]
 
 
@@ -118,15 +120,15 @@ _NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
 
 
 def at_each_step(prompt: str, steps: int, earlier: int = 0) -> list[str]:
-    """The text of a prompt at steps 1 to `steps`.
+    """The text of a prompt at each of the steps 1 to `steps`.
 
-    earlier: steps of a first pass that this one follows. Numbers then count from that pass's beginning, so 1.5 is half
-    of this one.
+    `[a:b:12]` is a up to step 12 and b after it. `[a:b:0.5]` changes after half of the steps: a number with a point is
+    a fraction of the steps, a number without one is a step. `[b:12]` and `[:b:12]` add b after step 12; `[a::12]`
+    removes a. `[a|b|c]` is a, b and c in turn, one a step. All of these can be nested. Other brackets stay as they are.
+    If a `|` stands anywhere but in `[a|b]`, the whole prompt stays as it is.
 
-    `[a:b:12]` is a up to step 12 and b after it, `[a:b:0.5]` changes after half of the steps: a number with a point is
-    a fraction, one without it a step. `[b:12]` and `[:b:12]` add b, `[a::12]` takes a out. `[a|b|c]` goes to the next
-    with each step. All of them nest. Brackets that are none of these stay as they are, and so does the whole prompt
-    when a `|` stands anywhere but in `[a|b]`.
+    earlier: number of steps of the pass that this pass follows. Numbers then count from the beginning of that earlier
+    pass: a step number includes its steps, and 1.5 is half of this pass.
     """
     text = _parsed(prompt)
     if text is None or all(isinstance(piece, str) for piece in text):
@@ -135,17 +137,17 @@ def at_each_step(prompt: str, steps: int, earlier: int = 0) -> list[str]:
 
 
 def _parsed(prompt: str) -> _Text | None:
-    """The prompt with its edits and turns found; None if it has a `|` or `\\` out of place."""
+    """Finds the edits and turns of a prompt; None if a `|` or a final `\\` is out of place."""
     outermost: _Text = []
     stack = [_Group("", [outermost], [])]
     end = 0
 
     def give_up() -> None:
-        """What no bracket closes is plain text."""
+        """Turns the brackets that are still open into plain text."""
         for group in stack[1:]:
             outermost.append(group.bracket)
-            for separator, part in zip(["", *group.separators], group.parts, strict=True):
-                outermost.extend([separator, *part])
+            for separator, text in zip(["", *group.separators], group.texts, strict=True):
+                outermost.extend([separator, *text])
         del stack[1:]
 
     def has_stray_bar() -> bool:
@@ -159,7 +161,7 @@ def _parsed(prompt: str) -> _Text | None:
         if piece in ("(", "["):
             stack.append(_Group(piece, [[]], []))
         elif piece in (":", "|") and group.bracket:
-            group.parts.append([])
+            group.texts.append([])
             group.separators.append(piece)
         elif piece == "|":
             return None
@@ -172,9 +174,9 @@ def _parsed(prompt: str) -> _Text | None:
                 outermost.append(piece)
             else:
                 stack.pop()
-                stack[-1].parts[-1].extend(closed)
+                stack[-1].texts[-1].extend(closed)
         else:
-            group.parts[-1].append(piece)
+            group.texts[-1].append(piece)
     if end != len(prompt) or has_stray_bar():
         return None
     give_up()
@@ -182,19 +184,19 @@ def _parsed(prompt: str) -> _Text | None:
 
 
 def _closed(group: _Group, bracket: str) -> _Text | None:
-    """What a group is once closed; None if it is nothing."""
-    parts, separators = group.parts, "".join(group.separators)
+    """The text of a group that `bracket` closes; None if it is the wrong bracket or the separators mean nothing."""
+    texts, separators = group.texts, "".join(group.separators)
     if (group.bracket, bracket) == ("(", ")"):
         if separators in ("", ":"):
-            return ["(", *parts[0], *([":", *parts[1]] if separators else []), ")"]
+            return ["(", *texts[0], *([":", *texts[1]] if separators else []), ")"]
     elif (group.bracket, bracket) == ("[", "]"):
         if not separators:
-            return ["[", *parts[0], "]"]
+            return ["[", *texts[0], "]"]
         if separators == "|" * len(separators):
-            return [_Turns(parts)]
-        plain = len(parts[-1]) == 1 and isinstance(parts[-1][0], str)
-        if separators in (":", "::") and plain and (number := _NUMBER.fullmatch(str(parts[-1][0]))):
-            return [_Edit(parts[0] if separators == "::" else [], parts[-2], number[1])]
+            return [_Turns(texts)]
+        plain = len(texts[-1]) == 1 and isinstance(texts[-1][0], str)
+        if separators in (":", "::") and plain and (number := _NUMBER.fullmatch(str(texts[-1][0]))):
+            return [_Edit(texts[0] if separators == "::" else [], texts[-2], number[1])]
     return None
 
 
@@ -221,20 +223,20 @@ _WEIGHTED = re.compile(r"(\s*.*?)\s*:\s*([-+]?(?:\d+\.?|\d*\.\d+))\s*")
 
 
 def subprompts(prompt: str) -> list[Span]:
-    """The prompts that AND joins, each with what its guidance is multiplied by: `a cat :1.2 AND a dog`.
+    """The prompts that AND joins, as in `a cat :1.2 AND a dog`; each prompt's guidance is multiplied by its weight.
 
     Liu et al. 2022, "Compositional Visual Generation with Composable Diffusion Models". As in A1111, a prompt without
     AND may have a weight too.
     """
-    parts = [(part, _WEIGHTED.fullmatch(part)) for part in _AND.split(prompt)]
-    return [Span(match[1], float(match[2])) if match else Span(part, 1.0) for part, match in parts]
+    matches = [(text, _WEIGHTED.fullmatch(text)) for text in _AND.split(prompt)]
+    return [Span(match[1], float(match[2])) if match else Span(text, 1.0) for text, match in matches]
 
 
 _LORA = re.compile(r"<(?:lora|lyco):([^>]+)>")
 
 
 def without_loras(prompt: str) -> tuple[str, list[LoraTag]]:
-    """The prompt without its `<lora:...>` tags, and the tags. ConfigError for a weight that is no number."""
+    """The prompt without its `<lora:...>` tags, and the tags. Raises ConfigError for a weight that is not a number."""
     return _LORA.sub("", prompt), [_lora_tag(match) for match in _LORA.finditer(prompt)]
 
 
