@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from sdjax.models.convolution import Padding, convolution, upsample_nearest, upsampled_convolution
-from sdjax.models.norms import group_norm, layer_norm
+from sdjax.models.kernels.convolution_cpu import Padding, convolution, upsample_nearest, upsampled_convolution
+from sdjax.models.kernels.norms import group_norm, layer_norm
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sdjax.models import attention
+from sdjax.models.kernels import attention_cpu as attention
 
 BATCH, QUERIES, KEYS, HEADS, SIZE = 2, 64, 40, 6, 8
 HEAD = QUERIES * KEYS

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from sdjax.models import convolution
+from sdjax.models.kernels import convolution_cpu as convolution
 
 PADDING = ((1, 1), (1, 1))
 WAYS = {
