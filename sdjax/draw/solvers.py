@@ -1,9 +1,14 @@
-"""The samplers' recurrences, each run once on the host in float64: from a task to one small matrix an evaluation.
+"""The update rule of each sampler, as one small matrix for each evaluation of the denoiser.
 
-All is said in rows, linear combinations of what an evaluation has at hand: `_X / 2` reads "half the latents".
-Latents are kept in the variance-preserving scaling `x = alpha x0 + sigma eps`; a sampler written for the
-variance-exploding one, `x / alpha = x0 + ve eps` with `ve = sigma / alpha`, converts in its coefficients. This keeps
-float32 safe up to zero terminal SNR.
+A solver below runs once, on the host in float64. It computes with rows instead of latents: a row holds the coefficients
+of a linear combination of the arrays that an evaluation has at hand, so `_X / 2` means "half the latents".
+
+Each docstring gives the update as a formula. In it `x` are the latents, `denoised` is the denoiser's estimate of the
+latents without noise, `noise` is fresh unit noise, and `_next` marks a value at the next noise level. Latents are kept
+in the variance-preserving scaling `x = alpha * x0 + sigma * eps`. k-diffusion keeps them in the variance-exploding
+scaling `x / alpha = x0 + ve * eps`: k-diffusion's `x` is `x / alpha` here, its `sigma` is `ve = sigma / alpha`, and its
+`d = (x - denoised) / sigma` is `eps`. The coefficients convert between the scalings, so float32 is exact enough even
+where the last training timestep is pure noise (zero terminal SNR, alpha = 0).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,27 +20,28 @@ from sdjax.errors import ConfigError
 
 HISTORY = 5  # arrays remembered from one evaluation to the next; pndm needs the most
 
-Row = np.ndarray  # [4 + HISTORY], a linear combination of what an evaluation has at hand
-Entry = tuple[tuple[float, float, float], list[Row]]  # the level; then the new latents and the new history
+Row = np.ndarray  # [4 + HISTORY], the coefficients of latents, history, denoised latents (raw and limited) and noise
+Entry = tuple[tuple[float, float, float], list[Row]]  # (timestep, alpha, sigma), [new latents, *new history]
 
-_X, *_H, _RAW, _X0, _NOISE = np.eye(4 + HISTORY)  # latents, history, denoised as it is, denoised and limited, noise
+_X, *_H, _RAW, _X0, _NOISE = np.eye(4 + HISTORY)  # _RAW: denoised as the model says; _X0: denoised, then limited
 
 
 class Task(NamedTuple):
-    """What a sampler is asked to plan; alphas_cumprod [T] is float64 and may end in 0."""
+    """One run of a sampler. alphas_cumprod [T] is float64 and may end in 0."""
 
     alphas_cumprod: np.ndarray
     prediction_type: str
     options: Mapping[str, Any]
     steps: int
-    first: int  # the step to begin with; above 0 when strength is below 1
+    first: int  # the first step that runs; above 0 where the strength is below 1
 
     @property
     def stride(self) -> int:
+        """Training timesteps from one step to the next."""
         return len(self.alphas_cumprod) // self.steps
 
     def at(self, timestep: float) -> tuple[float, float]:
-        """alpha and sigma of a training timestep; a negative one means the end of sampling."""
+        """Returns alpha and sigma of a training timestep. A negative timestep means the end of sampling."""
         if timestep >= 0:
             value = self.alphas_cumprod[min(int(timestep), len(self.alphas_cumprod) - 1)]
         else:
@@ -44,7 +50,10 @@ class Task(NamedTuple):
 
 
 def _spaced(task: Task, points: int, last: int) -> np.ndarray:
-    """The largest `steps` of `points` timesteps over 0..last-1, largest first, unrounded (Lin et al. 2023, table 2)."""
+    """Spaces `points` timesteps over 0..last-1 (Lin et al. 2023, table 2) and returns the largest `steps` of them.
+
+    The largest comes first. They are not rounded.
+    """
     spacing = task.options["timestep_spacing"]
     if spacing == "linspace":
         timesteps = np.linspace(0, last - 1, points)[::-1]
@@ -58,22 +67,29 @@ def _spaced(task: Task, points: int, last: int) -> np.ndarray:
 
 
 def _ve_table(task: Task) -> np.ndarray:
-    """ve of every training timestep, with 2^-24 for an alphas_cumprod of 0, as in diffusers."""
+    """Returns ve of every training timestep. As in diffusers, an alphas_cumprod of 0 counts as 2^-24."""
     alphas_cumprod = np.where(task.alphas_cumprod == 0, 2.0**-24, task.alphas_cumprod)
     return np.sqrt((1 - alphas_cumprod) / alphas_cumprod).astype(np.float32).astype(np.float64)
 
 
 def _karras(low: float, high: float, steps: int) -> np.ndarray:
-    """Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", equation 5, rho = 7."""
+    """Returns `steps` values of ve, the highest first.
+
+    Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", equation 5 with rho = 7.
+    """
     return np.linspace(high ** (1 / 7), low ** (1 / 7), steps) ** 7
 
 
 def _timestep_of(ve: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The fractional timestep of a ve, linear in its logarithm (float32 as in diffusers: some samplers round it)."""
+    """Interpolates the fractional timestep of each ve linearly in log(ve).
+
+    The table is in float32, as in diffusers: some samplers round the timestep, and the last bits decide how.
+    """
     return np.interp(np.log(ve), np.log(table.astype(np.float32)), np.arange(len(table)))
 
 
 def _with_last(ve: np.ndarray, last: float, task: Task) -> np.ndarray:
+    """Appends the ve that sampling ends at: `last` for final_sigmas_type "sigma_min", otherwise 0."""
     kind = task.options.get("final_sigmas_type", "zero")
     if kind not in ("zero", "sigma_min"):
         raise ConfigError(f"final_sigmas_type {kind!r} is not one of zero, sigma_min")
@@ -83,13 +99,16 @@ def _with_last(ve: np.ndarray, last: float, task: Task) -> np.ndarray:
 
 
 def _scales(ve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """alpha and sigma from ve = sigma / alpha."""
+    """Returns alpha and sigma for ve = sigma / alpha."""
     alpha = 1 / np.sqrt(1 + ve**2)
     return alpha, ve * alpha
 
 
 def _k_diffusion_grid(task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """Timesteps [steps] and ve, one more (the landing), of the samplers that interpolate ve at fractional timesteps."""
+    """Returns timesteps [steps] and ve [steps + 1] of the samplers that interpolate ve at fractional timesteps.
+
+    The last ve is where the last step ends.
+    """
     table = _ve_table(task)
     timesteps = _spaced(task, task.steps, len(table))
     kind = task.options.get("interpolation_type", "linear")
@@ -106,9 +125,12 @@ def _k_diffusion_grid(task: Task) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ddim(task: Task) -> Iterator[Entry]:
-    """Song et al. 2021, "Denoising Diffusion Implicit Models", equation 12 with no noise.
+    """DDIM: Song et al. 2021, "Denoising Diffusion Implicit Models", equation 12 without noise (sigma_t = 0 there).
 
-    The noise direction is that of the denoised latents before they are limited.
+        eps = (x - alpha * denoised) / sigma
+        x = alpha_next * denoised + sigma_next * eps
+
+    The first line uses the denoised latents as they are; the second line uses them after clipping or thresholding.
     """
     for t in _spaced(task, task.steps, len(task.alphas_cumprod)).round()[task.first :]:
         alpha, sigma = task.at(t)
@@ -118,11 +140,24 @@ def _ddim(task: Task) -> Iterator[Entry]:
 
 
 def _pndm(task: Task) -> Iterator[Entry]:
-    """Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models on Manifolds", algorithm 2.
+    """PNDM: Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models on Manifolds", algorithm 2.
 
-    The multistep part remembers the model's raw outputs (eps or v). It is started by twelve Runge-Kutta evaluations or,
-    with skip_prk_steps and below four steps, by repeating the second timestep. As in diffusers, strength only leaves
-    out timesteps: the Runge-Kutta stages then still count from the first one.
+    With e the raw model output (eps or v) at timestep t, e1 that one step before, and so on:
+
+        slope = (55 * e - 59 * e1 + 37 * e2 - 9 * e3) / 24
+        x = transfer(x, slope, t, t_next)
+
+    Three steps of Runge-Kutta come first, four evaluations each, with `half` the timestep in the middle:
+
+        e_a = e(x, t);              x_a = transfer(x, e_a, t, half)
+        e_b = e(x_a, half);         x_b = transfer(x, e_b, t, half)
+        e_c = e(x_b, half);         x_c = transfer(x, e_c, t, t_next)
+        e_d = e(x_c, t_next);       x = transfer(x, (e_a + 2 * e_b + 2 * e_c + e_d) / 6, t, t_next)
+
+    With skip_prk_steps (which is PLMS) or below four steps they are left out. The first step is then taken twice, the
+    second time with (e_a + e(x, t_next)) / 2 as its slope, and the next two steps use the slopes of fewer outputs in
+    `_ADAMS_BASHFORTH`. As in diffusers, a strength below 1 only cuts evaluations off the beginning of the list, and
+    the first one left counts as the first of a run.
     """
     timesteps = _spaced(task, task.steps, len(task.alphas_cumprod)).round()
     half = task.stride // 2
@@ -158,7 +193,13 @@ def _pndm(task: Task) -> Iterator[Entry]:
 
 
 def _transfer(latents: Row, output: Row, origin: tuple[float, float], target: tuple[float, float], of_v: bool) -> Row:
-    """Latents from one (alpha, sigma) to another along a model output, eps or v (PNDM, equation 11)."""
+    """Moves latents from one (alpha, sigma) to another along a model output, eps or v (PNDM, equation 11).
+
+        eps = alpha * output + sigma * x  if of_v else  output
+        x = alpha_next * (x / alpha + (ve_next - ve) * eps)
+
+    of_v: whether the output is v instead of eps.
+    """
     alpha, sigma = origin
     alpha_next, sigma_next = target
     eps = alpha * output + sigma * latents if of_v else output
@@ -174,17 +215,31 @@ _ADAMS_BASHFORTH = {
 
 
 def _euler(task: Task) -> Iterator[Entry]:
-    """Karras et al. 2022, algorithm 1 without its correction."""
+    """Euler's method in ve: Karras et al. 2022, algorithm 1 without its correction; k-diffusion's `sample_euler`.
+
+        eps = (x - alpha * denoised) / sigma
+        x = alpha_next * (x / alpha + (ve_next - ve) * eps)
+
+    As in diffusers, the last step ends in the variance-exploding scaling: alpha_next is 1 there.
+    """
     timesteps, ve = _k_diffusion_grid(task)
     alpha, sigma = _scales(ve)
     for i in range(task.first, task.steps):
         eps = (_X - alpha[i] * _X0) / sigma[i]
-        landing = alpha[i + 1] if i + 1 < task.steps else 1  # the last step ends in the variance-exploding scaling
+        landing = alpha[i + 1] if i + 1 < task.steps else 1
         yield (timesteps[i], alpha[i], sigma[i]), [landing * (_X0 + ve[i + 1] * eps)]
 
 
 def _euler_ancestral(task: Task) -> Iterator[Entry]:
-    """Euler to a lower level, then noise back up: ancestral sampling as in k-diffusion's `sample_euler_ancestral`."""
+    """Ancestral sampling: k-diffusion's `sample_euler_ancestral` with eta = 1.
+
+    An Euler step leads to a level `down` below the next one, and fresh noise leads from there up to the next one:
+
+        up = ve_next * sqrt(1 - (ve_next / ve)^2)
+        down = sqrt(ve_next^2 - up^2) = ve_next^2 / ve
+        eps = (x - alpha * denoised) / sigma
+        x = alpha_next * (x / alpha + (down - ve) * eps + up * noise)
+    """
     timesteps, ve = _k_diffusion_grid(task)
     alpha, sigma = _scales(ve)
     for i in range(task.first, task.steps):
@@ -195,7 +250,15 @@ def _euler_ancestral(task: Task) -> Iterator[Entry]:
 
 
 def _heun(task: Task) -> Iterator[Entry]:
-    """Karras et al. 2022, algorithm 1: an Euler step, then again with the mean of both ends' slopes."""
+    """Heun's method in ve: Karras et al. 2022, algorithm 1 (without churn); k-diffusion's `sample_heun`.
+
+        eps = (x - alpha * denoised) / sigma
+        x_euler = alpha_next * (x / alpha + (ve_next - ve) * eps)
+        eps_next = (x_euler - alpha_next * denoised(x_euler)) / sigma_next
+        x = alpha_next * (x / alpha + (ve_next - ve) * (eps + eps_next) / 2)
+
+    The last step, to ve_next = 0, is an Euler step.
+    """
     timesteps, ve = _k_diffusion_grid(task)
     alpha, sigma = _scales(ve)
     for i in range(task.first, task.steps):
@@ -208,13 +271,19 @@ def _heun(task: Task) -> Iterator[Entry]:
 
 
 def _lms(task: Task) -> Iterator[Entry]:
-    """Linear multistep of order 4 in ve: Lagrange polynomials through the last slopes (k-diffusion's `sample_lms`).
+    """Linear multistep of order 4 (Adams-Bashforth with uneven steps) in ve; k-diffusion's `sample_lms`.
 
-    With a strength below 1 the first steps use full-order weights on the slopes there are, as diffusers does.
+    Let eps_k and ve_k belong to the step k steps ago, so that eps_0 = (x - alpha * denoised) / sigma:
+
+        weight_k = integral from ve to ve_next of prod over j != k of (u - ve_j) / (ve_k - ve_j) du
+        x = alpha_next * (x / alpha + sum over k of weight_k * eps_k)
+
+    k runs from 0 to 3, or to the first step of the whole run. As in diffusers, a strength below 1 does not change the
+    weights, and eps_k is 0 for a step that did not run.
     """
     timesteps, ve = _k_diffusion_grid(task)
     alpha, sigma = _scales(ve)
-    nodes, node_weights = np.polynomial.legendre.leggauss(2)  # exact for the cubics at hand
+    nodes, node_weights = np.polynomial.legendre.leggauss(2)  # integrates polynomials of degree 3 exactly
     for i in range(task.first, task.steps):
         eps = [(_X - alpha[i] * _X0) / sigma[i], *_H[:3]]
         width, past = ve[i + 1] - ve[i], ve[max(i - 3, 0) : i + 1][::-1]
@@ -228,17 +297,20 @@ def _lms(task: Task) -> Iterator[Entry]:
 
 
 class _SolverGrid(NamedTuple):
+    """The noise levels of an exponential solver."""
+
     timesteps: np.ndarray  # [steps]
-    alpha: np.ndarray  # [steps + 1], and the two below
+    alpha: np.ndarray  # [steps + 1], as are the two below
     sigma: np.ndarray
-    half_log_snr: np.ndarray
+    half_log_snr: np.ndarray  # log(alpha / sigma), the papers' lambda
 
 
 def _solver_grid(task: Task, *, lowest: float = -np.inf, floor: bool = False, karras_last: bool = False) -> _SolverGrid:
-    """The grid of the exponential solvers, which end one point before the last training timestep.
+    """Returns the noise levels of the exponential solvers, which leave out the last of steps + 1 spaced timesteps.
 
-    lowest: leave out timesteps of a smaller log(alpha / sigma). floor: cut off Karras timesteps instead of rounding.
-    karras_last: final_sigmas_type sigma_min means the smallest Karras sigma, not the smallest of training.
+    lowest: timesteps whose log(alpha / sigma) is smaller are left out. floor: Karras timesteps are rounded down instead
+    of to the nearest. karras_last: final_sigmas_type "sigma_min" means the smallest ve of Karras et al.'s spacing
+    instead of the smallest ve of training.
     """
     for option, choices in (("solver_order", (1, 2, 3)), ("solver_type", ("midpoint", "heun", "bh1", "bh2", "logrho"))):
         if (value := task.options[option]) not in choices:
@@ -257,15 +329,27 @@ def _solver_grid(task: Task, *, lowest: float = -np.inf, floor: bool = False, ka
 
 
 def _dpmpp(task: Task, *, stochastic: bool) -> Iterator[Entry]:
-    """Lu et al. 2022, "DPM-Solver++", algorithm 2 (multistep, in x0), of order 1 to 3; stochastic: its SDE form.
+    """DPM-Solver++(2M): Lu et al. 2022, "DPM-Solver++", algorithm 2; k-diffusion's `sample_dpmpp_2m`.
 
-    Any solver_type but heun means midpoint.
+    Let lam = log(alpha / sigma) and h = lam_next - lam, and let lam_1 and denoised_1 belong to the step before:
+
+        slope = (denoised - denoised_1) * h / (lam - lam_1)
+        x = sigma_next / sigma * x + alpha_next * (1 - exp(-h)) * (denoised + slope / 2)
+
+    stochastic: the SDE form, k-diffusion's `sample_dpmpp_2m_sde` with eta = 1:
+
+        x = sigma_next / sigma * exp(-h) * x + alpha_next * (1 - exp(-2 * h)) * (denoised + slope / 2)
+            + sigma_next * sqrt(1 - exp(-2 * h)) * noise
+
+    These are for solver_order 2 and solver_type "midpoint", which every other type but "heun" means too. "heun" gives
+    the slope the factor 1 - (1 - exp(-h)) / h instead of (1 - exp(-h)) / 2, with 2 * h for h in the SDE form. Order 1
+    leaves out the slope. Order 3 adds the second difference of `denoised`.
     """
     options = task.options
     squared_cosine = options["beta_schedule"] == "squaredcos_cap_v2"
     grid = _solver_grid(task, lowest=float(options["lambda_min_clipped"]), floor=squared_cosine)
     alpha, sigma, lam = grid.alpha, grid.sigma, grid.half_log_snr
-    steps = len(grid.timesteps)  # fewer than asked for, with trailing timesteps and lambda_min_clipped
+    steps = len(grid.timesteps)  # trailing timesteps with lambda_min_clipped give fewer than task.steps
     few = options["lower_order_final"] and steps < 15
     for i in range(task.first, steps):
         order = min(options["solver_order"], i - task.first + 1)
@@ -305,9 +389,11 @@ def _dpmpp_2m_sde(task: Task) -> Iterator[Entry]:
 
 
 def _unipc(task: Task) -> Iterator[Entry]:
-    """Zhao et al. 2023, "UniPC", algorithms 1 and 2 in x0: an evaluation first corrects the latents it was made at.
+    """UniPC: Zhao et al. 2023, "UniPC", algorithms 1 (corrector UniC) and 2 (predictor UniP) for a model of x0.
 
-    Any solver_type but bh1 means bh2.
+    Each evaluation is used twice: to repeat the update that led to the present level, now with the denoised latents
+    there (the corrector), and to go on to the next level (the predictor). Both updates are `_unipc_update`.
+    Every solver_type but "bh1" means "bh2".
     """
     options = task.options
     grid = _solver_grid(task, karras_last=True)
@@ -329,9 +415,18 @@ def _unipc(task: Task) -> Iterator[Entry]:
 def _unipc_update(
     grid: _SolverGrid, i: int, order: int, kind: str, latents: Row, seen: list[Row], arrived: Row | None = None
 ) -> Row:
-    """From level i to i + 1 (UniPC, section 3) with the denoised latents seen at i, i - 1, ...
+    """Moves latents from level i to i + 1 (UniPC, section 3).
 
-    arrived: those at i + 1, to correct with; without them this is the predictor.
+    Let m_k and lam_k be the denoised latents and log(alpha / sigma) at level i - k, and h = lam_next - lam_0:
+
+        r_k = (lam_k - lam_0) / h
+        slope_k = (m_k - m_0) / r_k
+        x = sigma_next / sigma * x + alpha_next * (1 - exp(-h)) * m_0 + alpha_next * B * sum over k of a_k * slope_k
+
+    B is h for bh1 and 1 - exp(-h) for bh2. Two a_k or more solve the paper's linear system, so the update is exact
+    where the denoised latents are a polynomial in lam. A single a_1 is 1/2.
+    seen: m_0, m_1, ... arrived: the denoised latents at level i + 1, which the corrector uses as one more point with
+    r = 1; without them this is the predictor.
     """
     lam = grid.half_log_snr
     h = lam[i + 1] - lam[i]
@@ -341,7 +436,7 @@ def _unipc_update(
         ratios, slopes = [*ratios, 1.0], [*slopes, arrived - seen[0]]
     scale = -h if kind == "bh1" else np.expm1(-h)
     if len(ratios) == 1:
-        weights = [0.5]  # the paper's closed form for a single slope, rather than the system's solution
+        weights = [0.5]
     else:
         phi, factorial, sides = np.expm1(-h) / -h - 1, 1, []
         for k in range(1, len(ratios) + 1):
@@ -356,7 +451,16 @@ def _unipc_update(
 
 
 def _lcm(task: Task) -> Iterator[Entry]:
-    """Luo et al. 2023, "Latent Consistency Models", multistep sampling with the boundary scalings."""
+    """Multistep sampling of consistency models: Luo et al. 2023, "Latent Consistency Models", algorithm 3.
+
+        s = timestep_scaling * t
+        c_skip = 0.25 / (s^2 + 0.25)
+        c_out = s / sqrt(s^2 + 0.25)
+        x0 = c_skip * x + c_out * denoised
+        x = alpha_next * x0 + sigma_next * noise
+
+    The last step returns x0.
+    """
     original, count = task.options["original_inference_steps"], len(task.alphas_cumprod)
     if task.steps > original:
         raise ConfigError(f"steps {task.steps} must be at most {original} (original_inference_steps) for 'lcm'")
@@ -376,9 +480,9 @@ def _lcm(task: Task) -> Iterator[Entry]:
 class Sampler(NamedTuple):
     """One sampler.
 
-    label: its name in A1111. entries: its recurrence. options: the options of its scheduler class in diffusers, with
-    the defaults of that class. scaled_start: whether the sigma of the first level scales the initial noise, unless
-    timesteps are spaced "leading".
+    label: the name in A1111. entries: the solver. options: the options of the scheduler class in diffusers, with the
+    defaults of that class. scaled_start: whether the sigma of the first level scales the initial noise; with
+    timesteps spaced "leading" it never does.
     """
 
     label: str
@@ -387,7 +491,6 @@ class Sampler(NamedTuple):
     scaled_start: bool = False
 
 
-# Options that no sampler here supports otherwise; only classes with Karras sigmas have them.
 ONLY = {
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
@@ -399,6 +502,8 @@ ONLY = {
     "sigma_max": None,
     "variance_type": None,
 }
+"""Scheduler options with the only value that is supported. Only scheduler classes with Karras sigmas have them."""
+
 _LEADING = {"timestep_spacing": "leading", "steps_offset": 0}
 _LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 0}
 _KARRAS = {"use_karras_sigmas": False}
