@@ -1,5 +1,6 @@
 """Latents and embeddings: computed once, kept on disk, and computed again when anything is wrong with them."""
 
+import hashlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from PIL import Image
 from sdjax.data.cache import Views, cache_holes, cache_images, cache_masks, cache_texts
 from sdjax.data.holes import random_hole
 from sdjax.data.images import Size
-from sdjax.data.records import Record, scan
+from sdjax.data.records import Record, fingerprint, scan
 from sdjax.errors import DataError
 
 
@@ -276,6 +278,36 @@ def test_holes_are_an_entry_of_their_own(folder, tmp_path):
     with pytest.raises(DataError, match=r"grey.png: the mask is nowhere white"):
         made([record._replace(hole=tmp_path / "grey.png") for record in images.records], holes=1)
     assert len(list((tmp_path / "cache").glob("latents-*"))) == 1
+
+
+def test_each_picture_is_hashed_once(tmp_path, monkeypatch):
+    """For the fingerprint of the data set and the keys of all cache entries, images, masks and holes alike."""
+    records = [wide(tmp_path / f"{i}.png") for i in range(3)]
+    Image.new("L", (48, 16), 255).save(tmp_path / "hole.png")
+    records = [record._replace(hole=tmp_path / "hole.png") for record in records]
+    for path in tmp_path.iterdir():
+        os.utime(path, (1e9, 1e9))
+    hashed = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: hashed.append(Path(file.name)) or digest(file, kind))
+
+    def everything():
+        identity = fingerprint(records)
+        views = Views(Size(16, 16), holes=1)
+        images = cache_images(records, views, None, folder=tmp_path / "cache", model="")
+        images = cache_masks(images, views, 4, folder=tmp_path / "cache")
+        cache_holes(images, views, hidden, folder=tmp_path / "cache", model="m")
+        return identity, sorted(path.relative_to(tmp_path).as_posix() for path in hashed if path.suffix == ".png")
+
+    first, names = everything()
+    assert names == ["0.png", "1.png", "2.png", "hole.png"]
+    assert everything() == (first, names)
+    Image.new("L", (48, 16), 7).save(tmp_path / "1.png")
+    os.utime(tmp_path / "1.png", (1e9 + 1, 1e9 + 1))
+    second, names = everything()
+    assert second != first
+    assert names == ["0.png", "1.png", "1.png", "2.png", "hole.png"]
+    assert len(list((tmp_path / "cache").iterdir())) == 6  # two of images, two of masks, two of holes
 
 
 def test_a_cache_that_cannot_be_written_is_said(folder):

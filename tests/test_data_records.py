@@ -1,14 +1,19 @@
 """Folders of captioned images, good and bad, as records."""
 
+import hashlib
 import json
 import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdjax.data.records import Record, fingerprint, scan, split, with_masks
+from sdjax.data.records import Record, file_digest, fingerprint, scan, split, with_masks
 from sdjax.errors import DataError
 
 
@@ -232,3 +237,79 @@ def test_the_fingerprint_sees_every_change(tmp_path):
     assert fingerprint(scan(tmp_path, caption="y")) != first
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "a.png")
     assert fingerprint(records) != first
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The files that were hashed, one entry each time."""
+    paths = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: paths.append(Path(file.name)) or digest(file, kind))
+    return paths
+
+
+def aged(path, seconds=3600):
+    """Makes a file look as if it was last changed some time ago."""
+    changed = time.time_ns() - seconds * 10**9
+    os.utime(path, ns=(changed, changed))
+    return path
+
+
+def test_a_file_is_hashed_once(tmp_path, hashed, monkeypatch):
+    (tmp_path / "a").write_bytes(b"a" * 5000)
+    path = aged(tmp_path / "a")
+    digests = {file_digest(path) for _ in range(3)}
+    monkeypatch.chdir(tmp_path)
+    assert digests | {file_digest(path.relative_to(tmp_path))} == {hashlib.sha256(b"a" * 5000).hexdigest()}
+    assert hashed == [path]
+
+
+def same_size(path):
+    path.write_bytes(b"b" * 5000)
+
+
+def same_size_and_time(path):
+    times = path.stat()
+    path.write_bytes(b"b" * 5000)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def another_file_in_its_place(path):
+    times = path.stat()
+    path.with_name("new").write_bytes(b"b" * 5000)
+    os.utime(path.with_name("new"), ns=(times.st_atime_ns, times.st_mtime_ns))
+    path.with_name("new").rename(path)
+
+
+@pytest.mark.parametrize("change", [same_size, same_size_and_time, another_file_in_its_place])
+def test_a_changed_file_is_hashed_again(tmp_path, change):
+    (tmp_path / "a").write_bytes(b"a" * 5000)
+    path = aged(tmp_path / "a")
+    first = file_digest(path)
+    time.sleep(0.02)  # longer than the steps in which file systems count time
+    change(path)
+    assert file_digest(path) == hashlib.sha256(b"b" * 5000).hexdigest() != first
+    path.unlink()
+    assert file_digest(path) == ""
+
+
+def test_two_changes_in_quick_succession_are_both_seen(tmp_path):
+    """A file system may give both the same time."""
+    for i in range(50):
+        content = f"{i:05}".encode()
+        (tmp_path / "a").write_bytes(content)
+        assert file_digest(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_files_are_hashed_by_several_threads(tmp_path, hashed):
+    paths = [tmp_path / str(i) for i in range(40)]
+    for i, path in enumerate(paths):
+        path.write_text(str(i))
+        aged(path)
+    with ThreadPoolExecutor(8) as pool:
+        digests = list(pool.map(file_digest, paths * 3))
+        assert digests == [hashlib.sha256(str(i).encode()).hexdigest() for i in range(40)] * 3
+        assert set(hashed) == set(paths)
+        hashed.clear()
+        assert list(pool.map(file_digest, paths * 3)) == digests
+    assert hashed == []

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -146,11 +147,27 @@ def fingerprint(records: Iterable[Record]) -> str:
     return total.hexdigest()
 
 
+_digests: dict[Path, tuple[tuple[int, ...], str]] = {}  # absolute path -> state of the file and its digest
+
+
 def file_digest(path: Path) -> str:
-    """sha256 of a file's contents; the empty string if it cannot be read (whoever decodes it will say so)."""
+    """The sha256 of a file's contents; the empty string for a file that cannot be read, which its decoder will report.
+
+    A process reads a file once, and again after the file's inode, size or times have changed. A file changed less than
+    two seconds ago is always read, since a file system may give two changes in quick succession the same time. Threads
+    may call this at the same time; at worst, two of them read the same file.
+    """
+    path = path.absolute()
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        stat = path.stat()
+        state = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        known, digest = _digests.get(path, (None, ""))
+        if known != state:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if time.time() - stat.st_mtime > 2:
+                _digests[path] = state, digest
+        return digest
     except OSError:
         return ""
 
