@@ -288,7 +288,7 @@ def test_black_masks_are_refused_if_nothing_is_left(tmp_path):
     edge = Image.new("L", (64, 16), 0)
     edge.paste(255, (60, 0, 64, 16))
     edge.save(tmp_path / "edge.png")
-    with pytest.raises(DataError, match=r"edge.png: the mask is all black in what is shown"):
+    with pytest.raises(DataError, match=r"edge.png: the mask is all black in the crops"):
         read_mask(tmp_path / "edge.png", Size(4, 4))
     assert read_mask(tmp_path / "edge.png", Size(4, 4), [Crop(), Crop(1)]).max() == 1
 

@@ -1,4 +1,4 @@
-"""Shapes of about the same area, and which of them each image is trained at."""
+"""Chooses shapes of about the same area, and the shape that each image is trained at."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,13 +8,14 @@ from sdjax.data.records import Record
 from sdjax.errors import DataError
 
 Buckets = Mapping[Size, tuple[Record, ...]]
-"""The images of each shape, which have the order of the data set."""
+"""Shape -> its images, in the order of the data set."""
 
 
 def sizes(resolution: int, *, step: int, max_aspect: float) -> tuple[Size, ...]:
     """The shapes of at most resolution x resolution pixels whose sides are multiples of `step`, from tall to wide.
 
-    Of the shapes with one given side the largest; long side over short one at most `max_aspect`.
+    A shape is left out if one of its sides could still grow, or if the long side is more than `max_aspect` times the
+    short side. If no shape remains, the result is the square of `resolution`.
     """
     if step > resolution:
         return (Size(resolution, resolution),)
@@ -22,8 +23,8 @@ def sizes(resolution: int, *, step: int, max_aspect: float) -> tuple[Size, ...]:
     def largest(side: int) -> int:
         return resolution * resolution // side // step * step
 
-    # A shape that could grow either way is left out: 704x320 where 768x320 fits. No side of one that is narrow enough
-    # is above resolution * sqrt(max_aspect).
+    # 704x320, for example, is left out because 768x320 fits. A shape within max_aspect has no side above
+    # resolution * sqrt(max_aspect).
     widths = range(step, int(resolution * math.sqrt(max_aspect)) + 1, step)
     pairs = [Size(largest(width), width) for width in widths if largest(width)]
     fitting = [size for size in pairs if largest(size.height) == size.width and max(size) <= max_aspect * min(size)]
@@ -31,22 +32,23 @@ def sizes(resolution: int, *, step: int, max_aspect: float) -> tuple[Size, ...]:
 
 
 def assign(records: Iterable[Record], choices: Sequence[Size]) -> Buckets:
-    """Each record under the shape nearest to its own (by the logarithm of width over height); none empty.
+    """Assigns each image to the nearest of the shapes `choices`; shapes without images are left out.
 
-    An image that cannot be read goes to the squarest: whoever decodes it will say what is wrong.
+    Shapes are compared by the logarithm of width over height. An image that cannot be read goes to the squarest shape,
+    since the error will be reported when the image is decoded.
     """
-    found: dict[Size, list[Record]] = {size: [] for size in choices}
+    buckets: dict[Size, list[Record]] = {size: [] for size in choices}
     for record in records:
-        found[_nearest(record, choices) if len(choices) > 1 else choices[0]].append(record)
-    return {size: tuple(members) for size, members in found.items() if members}
+        buckets[_nearest(record, choices) if len(choices) > 1 else choices[0]].append(record)
+    return {size: tuple(members) for size, members in buckets.items() if members}
 
 
 def _nearest(record: Record, choices: Sequence[Size]) -> Size:
     try:
-        own = _aspect(read_size(record.path))
+        aspect = _aspect(read_size(record.path))
     except DataError:
-        own = 0.0
-    return min(choices, key=lambda size: abs(_aspect(size) - own))
+        aspect = 0.0
+    return min(choices, key=lambda size: abs(_aspect(size) - aspect))
 
 
 def _aspect(size: Size) -> float:

@@ -1,8 +1,9 @@
-"""Latents (or pixels), masks and prompt embeddings of a data set, computed once and memory-mapped from disk ever after.
+"""Keeps on disk what is computed once from a data set: latents (or pixels), masks and prompt embeddings.
 
-A cache entry is a folder named by the digest of all it depends on; it holds one raw file an array and index.json
-with their shapes and digests. It is written under another name and renamed when whole, so a killed run leaves nothing
-half done, and an entry that no longer matches its digests is computed again.
+A cache entry is a folder named after the digest of everything that the entry depends on. It holds one raw file per
+array, which is memory-mapped, and index.json with the arrays' shapes and digests. An entry is written under another
+name and renamed when it is complete, so a killed run leaves no partial entry. An entry that does not match its digests
+is computed again.
 """
 
 import hashlib
@@ -26,57 +27,58 @@ from sdjax.errors import DataError
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Raised whenever what an entry holds changes its meaning."""
+"""Version of the entries, part of what each depends on. Raise it whenever an entry's contents change their meaning."""
 
 Arrays = Mapping[str, Shaped[np.ndarray, " N *S"]]
 
 
 class Images(NamedTuple):
-    """What was made of the readable images of one shape; the arrays may lie on disk."""
+    """The readable images of one shape as arrays, which may lie on disk."""
 
     records: tuple[Record, ...]
     arrays: Arrays
-    """By name, each `[N, V, ...]`: N images, V views of each, which are its crops, each plain and then mirrored if
-    flipping. `moments [N, V, h, w, 2C]` of the VAE's posterior or `pixels [N, V, H, W, 3]`, 8 bits, and
-    `mask [N, V, h, w, 1]`, 0 to 1.
+    """By name, each `[N, V, ...]`: N images with V views each. The views are the image's crops, each followed by its
+    mirror image if images are flipped.
 
-    For inpainting each crop has K masks, plain and mirrored with it: `hole [N, V*K, h, w, 1]`, 1 where a latent is
-    painted and else 0, and for models that see it `kept [N, V*K, h, w, C]`, the mean of the VAE's posterior (unscaled)
-    of the image with the hole in grey. Crop c with its mask k is view c * K + k, times 2 if flipping.
+    `moments [N, V, h, w, 2C]` of the VAE's posterior, or `pixels [N, V, H, W, 3]` of 8 bits; `mask [N, V, h, w, 1]`,
+    0 to 1. For inpainting, each crop has K masks, which are mirrored with it: `hole [N, V*K, h, w, 1]` is 1 where a
+    latent is painted, else 0. `kept [N, V*K, h, w, C]`, for models that take it, is the mean of the VAE's posterior
+    (unscaled) of the image with the hole in grey. Crop c with its mask k is view c * K + k, or 2 * (c * K + k) if
+    images are flipped.
     """
     skipped: tuple[str, ...]
-    """One message for each unusable image."""
+    """One message for each image that cannot be used."""
 
 
 class Texts(NamedTuple):
-    """What the text models (or the tokenizer) made of each caption."""
+    """Captions as arrays: the outputs of the text models, or token ids."""
 
     rows: Mapping[str, int]
-    """Caption -> its row in every array; the empty caption is always there."""
+    """Caption -> its row in every array. The empty caption is always included."""
     arrays: Arrays
 
 
 class Views(NamedTuple):
-    """How images become arrays; entries of the cache depend on all of it."""
+    """How images become arrays."""
 
     size: Size
     background: str = "white"
     flip: bool = False
     crops: int = 0
-    """Random crops of each image; 0: its middle."""
+    """Number of random crops of each image; 0: one crop from the middle."""
     seed: int = 0
-    """Of the crops and the holes."""
+    """Seed of the random crops and masks."""
     holes: int = 0
-    """Masks of each crop, for inpainting."""
+    """Number of masks of each crop, for inpainting."""
     full: float = 0.0
-    """Share of the random ones that hide everything."""
+    """Share of the random masks that hide the whole crop."""
 
     def crops_of(self, record: Record) -> tuple[Crop, ...]:
         """The crops of an image."""
         return random_crops(self.crops, seed=self.seed, name=record.name)
 
     def key(self, records: Iterable[Record], digests: Sequence[str]) -> dict[str, Any]:
-        """What identifies the views of these images."""
+        """The part of a cache key that identifies the views of these images. digests: of the files."""
         key = {"size": self.size, "flip": self.flip, "images": digests}
         return key | (
             {"crops": self.crops, "seed": self.seed, "names": [r.name for r in records]} if self.crops else {}
@@ -94,12 +96,12 @@ def cache_images(
     batch_size: int = 4,
     progress: Callable[[int, int], object] | None = None,
 ) -> Images:
-    """The views of every image, from the cache in `folder` or else made now (and cached there).
+    """Returns the views of every image, from the cache in `folder` or computed now and cached there.
 
-    They are posterior moments if there is an `encode`, which gets 8-bit images in batches of exactly `batch_size`
-    (padded where needed, so it compiles once for a size) and returns `[B, h, w, 2C]`; else the pixels themselves.
-    `model` identifies its weights. `progress(done, total)` is called after each batch. Raises DataError for a bad image
-    unless `on_bad_image` is "skip"; none may be left then.
+    encode: turns 8-bit images into posterior moments `[B, h, w, 2C]`. Its batches have exactly `batch_size` images,
+    padded where needed, so that it compiles once per size. None: the views are the pixels.
+    model: identifies the weights of `encode`. progress(done, total): called after each batch.
+    Raises DataError for a bad image, unless `on_bad_image` is "skip"; the result may then have no images.
     """
     key = views.key(records, [file_digest(record.path) for record in records])
     key |= {"kind": "pixels" if encode is None else "latents", "background": views.background}
@@ -141,9 +143,9 @@ def cache_images(
 
 
 def cache_masks(images: Images, views: Views, factor: int, *, folder: str | Path) -> Images:
-    """`images` with their masks, averaged over the `factor` x `factor` pixels of a latent.
+    """`images` with the array `mask`: their masks, averaged over the `factor` x `factor` pixels of a latent.
 
-    A mask is the record's own or else the alpha channel of its image. Raises DataError for one that cannot be used.
+    An image without a mask file has its alpha channel as mask. Raises DataError for a mask that cannot be used.
     """
     sources = [record.mask or record.path for record in images.records]
     alpha = [record.mask is None for record in images.records]
@@ -152,8 +154,8 @@ def cache_masks(images: Images, views: Views, factor: int, *, folder: str | Path
     size = Size(*(side // factor for side in views.size))
 
     def rows() -> Iterator[Mapping[str, np.ndarray]]:
-        for record, path, own in zip(images.records, sources, alpha, strict=True):
-            mask = read_mask(path, size, views.crops_of(record), alpha=own)
+        for record, path, from_alpha in zip(images.records, sources, alpha, strict=True):
+            mask = read_mask(path, size, views.crops_of(record), alpha=from_alpha)
             yield {"mask": _with_mirrored(mask, views.flip)[None]}
 
     arrays, _ = _entry(Path(folder), key, rows(), {})
@@ -170,10 +172,10 @@ def cache_holes(
     batch_size: int = 4,
     progress: Callable[[int, int], object] | None = None,
 ) -> Images:
-    """`images` with their masks for inpainting: the arrays that `encode` makes of an image and where it is hidden.
+    """`images` with the arrays for inpainting, `hole` and perhaps `kept`; see `Images`.
 
-    It works as that of `cache_images` does, and returns `hole` and perhaps `kept` by name, as `Images` says. Raises
-    DataError for an own mask that cannot be used.
+    encode: turns images and their masks (True where hidden) into these arrays by name, in batches as in `cache_images`.
+    Raises DataError for a mask file that cannot be used.
     """
     records = images.records
     key = views.key(records, [file_digest(record.path) for record in records])
@@ -182,7 +184,7 @@ def cache_holes(
     key |= {"own": ["" if record.hole is None else file_digest(record.hole) for record in records]}
 
     def shown(record: Record) -> list[np.ndarray]:
-        """Image and mask, view by view."""
+        """The image and the mask of each view."""
         crops = views.crops_of(record)
         pictures = read_image(record.path, views.size, views.background, crops)
         holes = make_holes(record, views.size, crops, count=views.holes, full=views.full, seed=views.seed)
@@ -209,10 +211,10 @@ def cache_texts(
     settings: Mapping[str, Any] | None = None,
     batch_size: int = 16,
 ) -> Texts:
-    """What `encode` makes of each different caption and of the empty one, from the cache or computed and cached.
+    """Returns each distinct caption and the empty caption as arrays, from the cache or computed now and cached.
 
-    `encode` gets exactly `batch_size` captions (padded with empty ones) and returns named arrays `[B, ...]`, of the
-    same shape every time. `model` and `settings` (clip_skip and the like) identify what it computes.
+    encode: turns exactly `batch_size` captions (padded with empty ones) into arrays `[B, ...]` by name, with the same
+    shapes every time. model, settings: identify what `encode` computes, for example by clip_skip.
     """
     unique = sorted({"", *captions})
     key = {"kind": "texts", "model": model, "settings": dict(settings or {}), "captions": unique}
@@ -230,27 +232,28 @@ def cache_texts(
 def _encoded(
     images: Sequence[Sequence[np.ndarray]], batch_size: int, encode: Callable[..., Mapping[str, Any]]
 ) -> dict[str, Shaped[np.ndarray, "N V *S"]]:
-    """What `encode` makes of each view of N images, in batches of exactly `batch_size`: the last image fills them up.
+    """The arrays that `encode` returns for each view of N images, of which there are at most `batch_size`.
 
-    images: of each image the arrays `[V, ...]` that `encode` gets.
+    Each batch has exactly `batch_size` images: copies of the last image fill it up.
+    images: for each image, the arrays `[V, ...]` that `encode` takes.
     """
     full = [*images, *[images[-1]] * (batch_size - len(images))]
     arguments = [np.stack(arrays, axis=1) for arrays in zip(*full, strict=True)]  # [V, B, ...] each
-    made = [encode(*view) for view in zip(*arguments, strict=True)]
-    return {name: np.stack([_storable(view[name]) for view in made], axis=1)[: len(images)] for name in made[0]}
+    views = [encode(*view) for view in zip(*arguments, strict=True)]
+    return {name: np.stack([_storable(view[name]) for view in views], axis=1)[: len(images)] for name in views[0]}
 
 
 def _with_mirrored(pictures: Shaped[np.ndarray, "V H W *C"], flip: bool) -> Shaped[np.ndarray, "F H W *C"]:
-    """Each crop, followed by itself mirrored if `flip`."""
+    """The pictures, each followed by its mirror image if `flip`."""
     return np.stack([pictures, pictures[:, :, ::-1]], axis=1).reshape(-1, *pictures.shape[1:]) if flip else pictures
 
 
 def _bad_image(reason: object) -> DataError:
-    return DataError(f"{reason} (data.on_bad_image = 'skip' goes on without it)")
+    return DataError(f"{reason} (data.on_bad_image = 'skip' leaves the image out)")
 
 
 def _storable(array: Any) -> np.ndarray:
-    """On the host, in a number type NumPy itself knows: bfloat16 is widened."""
+    """The array on the host, in one of NumPy's number types: bfloat16 becomes float32."""
     array = np.asarray(array)
     return array.astype(np.float32) if array.dtype.kind == "V" or array.dtype.name == "bfloat16" else array
 
@@ -258,20 +261,25 @@ def _storable(array: Any) -> np.ndarray:
 def _entry(
     folder: Path, key: Mapping[str, Any], rows: Iterable[Mapping[str, np.ndarray]], notes: dict[str, Any]
 ) -> tuple[dict[str, np.memmap], dict[str, Any]]:
-    """The arrays and notes kept under `key`; if there are none, `rows` (which may fill `notes`) is run and kept."""
+    """Returns the arrays and notes of the entry of `key`.
+
+    If there is no good entry, one is written from `rows`. Iterating over `rows` may change `notes`.
+    """
     digest = hashlib.sha256(json.dumps({"format": FORMAT, **key}, sort_keys=True).encode()).hexdigest()
     place = folder / f"{key['kind']}-{digest[:16]}"
     if place.exists():
         try:
             return _open(place)
         except (OSError, ValueError, KeyError, TypeError) as e:
-            log.warning("cache %s is damaged (%s): computed again", place, e)
+            log.warning("cache entry %s is damaged (%s) and is computed again", place, e)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
         temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
     except OSError as e:
-        raise DataError(f"cannot write the cache in {folder}: {e.strerror or e}; set data.cache") from e
+        raise DataError(
+            f"cannot write the cache in {folder}: {e.strerror or e}; set data.cache to another folder"
+        ) from e
     try:
         _write(temporary, rows, notes)
         if place.exists():
@@ -283,14 +291,15 @@ def _entry(
 
 
 def _write(place: Path, rows: Iterable[Mapping[str, np.ndarray]], notes: dict[str, Any]) -> None:
-    """Append the rows to one raw file an array, then write index.json: shapes, number types, digests, notes."""
+    """Writes each array's rows to a raw file, then index.json with shapes, number types, digests and notes."""
     index: dict[str, dict[str, Any]] = {}
     digests: dict[str, Any] = {}
     for arrays in rows:
         for name, array in arrays.items():
             entry = index.setdefault(name, {"dtype": array.dtype.name, "shape": [0, *array.shape[1:]]})
             if entry["shape"][1:] != list(array.shape[1:]) or entry["dtype"] != array.dtype.name:
-                raise DataError(f"{name}: {array.dtype}{list(array.shape[1:])} a row after {entry}; rows must be alike")
+                row = f"{array.dtype}{list(array.shape[1:])}"
+                raise DataError(f"{name}: {row} after {entry['dtype']}{entry['shape'][1:]}; rows must be alike")
             entry["shape"][0] += len(array)
             data = np.ascontiguousarray(array).tobytes()
             digests.setdefault(name, hashlib.sha256()).update(data)
@@ -302,7 +311,7 @@ def _write(place: Path, rows: Iterable[Mapping[str, np.ndarray]], notes: dict[st
 
 
 def _open(place: Path) -> tuple[dict[str, np.memmap], dict[str, Any]]:
-    """Memory-map an entry after comparing every digest; ValueError if one differs."""
+    """Memory-maps the arrays of an entry. Raises ValueError if a file does not match its digest."""
     index = json.loads((place / "index.json").read_text(encoding="utf-8"))
     arrays = {}
     for name, entry in index["arrays"].items():
@@ -315,7 +324,7 @@ def _open(place: Path) -> tuple[dict[str, np.memmap], dict[str, Any]]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed runs left behind; a day old, so that no other run is still writing it."""
+    """Removes the temporary folders of killed runs. Folders less than a day old may belong to a run and stay."""
     for path in folder.glob(".new-*"):
         if time.time() - path.stat().st_mtime > 86400:
             shutil.rmtree(path, ignore_errors=True)

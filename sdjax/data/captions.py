@@ -1,4 +1,4 @@
-"""The versions of a caption that training goes through, all known before it begins so that they are encoded once."""
+"""Makes the versions of a caption that training shows. All are known beforehand, so that each is encoded once."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,9 +9,10 @@ import numpy as np
 def tag_versions(
     caption: str, count: int, *, seed: int, shuffle: bool = False, keep: int = 0, dropout: float = 0.0
 ) -> tuple[str, ...]:
-    """`count` versions of a comma-separated caption, a pure function of seed and caption; one if nothing is asked.
+    """`count` versions of a caption of tags separated by commas. They depend on the arguments alone.
 
-    All tags but the first `keep` are shuffled, or left out with probability `dropout`. One tag always stays.
+    shuffle: puts all tags but the first `keep` in random order. dropout: probability that a tag is left out, except the
+    first `keep` tags; at least one tag always remains. Without either, the caption itself is the only version.
     """
     if not (shuffle or dropout):
         return (caption,)
@@ -32,11 +33,11 @@ def tag_versions(
 
 
 def with_words(caption: str, words: Sequence[str]) -> str:
-    """The caption with new words put in front, unless it has one of them (in capitals or not, as tokenizers see it)."""
-    there = any(word.lower() in caption.lower() for word in words)
-    return caption if there else " ".join([*words, caption]).strip()
+    """The caption with new words in front, unless it has one of them. Case is ignored, as by the tokenizer."""
+    present = any(word.lower() in caption.lower() for word in words)
+    return caption if present else " ".join([*words, caption]).strip()
 
 
 def from_templates(templates: Sequence[str], words: Sequence[str]) -> tuple[str, ...]:
-    """Each template with the words in place of its `{}`."""
+    """The templates, with the words in place of each `{}`."""
     return tuple(template.replace("{}", " ".join(words)) for template in templates)

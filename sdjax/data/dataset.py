@@ -1,4 +1,4 @@
-"""Cached arrays + a order -> the batches of a run, made ahead of time in the background."""
+"""Gathers the batches of a run from cached arrays, ahead of time and in the background."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -22,70 +22,72 @@ class Bucket(NamedTuple):
     """The images of one shape."""
 
     arrays: Arrays
-    """`moments` or `pixels`, perhaps `mask`, `hole` and `kept`: each `[N, V, ...]`, see `cache.Images`."""
+    """`moments` or `pixels`, perhaps `mask`, `hole` and `kept`; each `[N, V, ...]`, see `cache.Images`."""
     text_rows: Int64[np.ndarray, "N K"]
-    """Row in the texts of each of the K versions of each image's caption."""
+    """For each image, the rows of the K versions of its caption in `Dataset.texts`."""
     records: tuple[Record, ...]
 
     @property
     def repeats(self) -> tuple[int, ...]:
-        """Times an epoch shows each image."""
+        """How often an epoch shows each image."""
         return tuple(record.repeats for record in self.records)
 
 
 class Prior(NamedTuple):
-    """Class images, which are learned beside the others so that the class stays what it was."""
+    """Class images. Training shows them with the data set, so that the model keeps its idea of the class."""
 
     buckets: tuple[Bucket, ...]
-    """The same images at the shape of each bucket of the data set."""
+    """The same class images at the shape of each bucket of the data set."""
     weight: float
-    """Of their loss."""
+    """Weight of their loss."""
 
 
 class Dataset(NamedTuple):
-    """Everything a batch is gathered from; the arrays may lie on disk."""
+    """The arrays that batches are gathered from. They may lie on disk."""
 
     buckets: tuple[Bucket, ...]
     texts: Arrays
-    """Without rows if no text is wanted: {}."""
+    """Empty if batches need no text."""
     empty_row: int
-    """Row of the empty caption."""
+    """Row of the empty caption in `texts`."""
     prior: Prior | None = None
 
     @property
     def repeats(self) -> tuple[tuple[int, ...], ...]:
-        """Of every bucket, which the order of batches depends on."""
+        """The repeats of every bucket, on which the order depends."""
         return tuple(bucket.repeats for bucket in self.buckets)
 
 
 def join(images: Images, texts: Texts) -> Bucket:
-    """Images of one shape with the rows of their captions."""
+    """Joins images of one shape with the rows of their captions."""
     rows = [[texts.rows[caption] for caption in record.captions] for record in images.records]
     return Bucket(images.arrays, np.array(rows, np.int64), images.records)
 
 
 def make_batch(dataset: Dataset, order: Order, number: int) -> Batch:
-    """Batch `number` of the order, for an optimizer step; every array has B rows.
+    """Batch `number` of the order, for one optimizer step. Every array has B rows.
 
-    `moments [B, h, w, 2C]` or `pixels [B, H, W, 3]`, `mask [B, h, w, 1]` if the data set has masks, for inpainting
-    `hole [B, h, w, 1]` and perhaps `kept [B, h, w, C]`, the texts, and `index [B]` (int32: place in the batch), which
-    an example's randomness is drawn from so that it does not depend on the device it lands on. With class images B is
-    twice the order's: as many of them follow, and `weight [B]` makes the mean over all of weight times error the mean
-    over the images plus the prior's weight times that over class images.
+    The arrays are `moments [B, h, w, 2C]` or `pixels [B, H, W, 3]`, `mask [B, h, w, 1]` if the data set has masks,
+    `hole [B, h, w, 1]` and perhaps `kept [B, h, w, C]` for inpainting, the texts, and `index [B]` (int32), the place in
+    the batch. An example's randomness is drawn from its index, so that it does not depend on the example's device.
+
+    With class images, B is twice the order's batch size: as many class images follow the images. The mean over the
+    batch of `weight [B]` times the error is then the mean error of the images plus the prior's weight times the mean
+    error of the class images.
     """
     choice = choose(order, number)
-    parts = [_gather(dataset, dataset.buckets[choice.bucket], order, choice)]
+    batch = _gather(dataset, dataset.buckets[choice.bucket], order, choice)
     if dataset.prior is not None:
-        other = dataset.prior.buckets[choice.bucket]
-        class_order = beside(order, len(other.repeats))
-        parts.append(_gather(dataset, other, class_order, choose(class_order, number)))
-        for part, weight in zip(parts, (2.0, 2.0 * dataset.prior.weight), strict=True):
-            part["weight"] = np.full(order.batch_size, weight, np.float32)
-    batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts[1:] else parts[0]
-    return {**batch, "index": np.arange(len(parts) * order.batch_size, dtype=np.int32)}
+        class_bucket = dataset.prior.buckets[choice.bucket]
+        class_order = beside(order, len(class_bucket.repeats))
+        class_batch = _gather(dataset, class_bucket, class_order, choose(class_order, number))
+        batch = {name: np.concatenate([array, class_batch[name]]) for name, array in batch.items()}
+        batch["weight"] = np.repeat(np.array([2, 2 * dataset.prior.weight], np.float32), order.batch_size)
+    return {**batch, "index": np.arange(order.batch_size * (1 if dataset.prior is None else 2), dtype=np.int32)}
 
 
 def _gather(dataset: Dataset, bucket: Bucket, order: Order, choice: Choice) -> Batch:
+    """The chosen examples of a bucket, with their texts."""
     flips = 2 if order.flip else 1
     batch = {}
     for name, array in bucket.arrays.items():
@@ -103,9 +105,10 @@ def _gather(dataset: Dataset, bucket: Bucket, order: Order, choice: Choice) -> B
 
 
 def prefetch(make: Callable[[int], T], numbers: Iterable[int], *, depth: int = 2, workers: int = 1) -> Generator[T]:
-    """`make(n)` for each n, in order, computed up to `depth` ahead by background threads.
+    """Yields `make(n)` for each n, in order. Background threads compute up to `depth` results ahead.
 
-    What `make` raises comes out at its own place. Closing the iterator drops what was not yet begun.
+    An exception of `make(n)` is raised where its result would be yielded. Closing the iterator cancels the calls that
+    have not begun.
     """
     waiting: deque[Future[T]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="prefetch")

@@ -1,4 +1,4 @@
-"""What training for inpainting hides of an image: random masks fixed by seed, name and number, or the image's own."""
+"""Makes the masks that hide an image in training for inpainting: random ones, or the image's mask file."""
 
 import hashlib
 import math
@@ -16,9 +16,10 @@ from sdjax.errors import DataError
 def make_holes(
     record: Record, size: Size, crops: Sequence[Crop], *, count: int, full: float, seed: int
 ) -> Bool[np.ndarray, "V K H W"]:
-    """`count` masks of each crop of an image, True where it is hidden; an image's own is the same each time.
+    """`count` masks of each of V crops of an image, True where the image is hidden.
 
-    full: share of the random masks that hide everything. Raises DataError for an own mask that hides nothing.
+    If the record has a mask file, all `count` masks are that one. Otherwise they are random, and `full` is the share
+    of them that hide everything. Raises DataError for a mask file that hides nothing of the crops.
     """
     if record.hole is None:
         return np.stack(
@@ -29,14 +30,17 @@ def make_holes(
         )
     hole = read_mask(record.hole, size, crops)[..., 0] >= 0.5
     if not hole.any():
-        raise DataError(f"{record.hole}: the mask is nowhere white in what is shown of the image: nothing is painted")
+        raise DataError(f"{record.hole}: the mask is nowhere white in the crops of the image: nothing would be painted")
     return np.repeat(hole[:, None], count, axis=1)
 
 
 def random_hole(size: Size, full: float, *, seed: int, name: str, crop: int, number: int) -> Bool[np.ndarray, "H W"]:
-    """Everything with probability `full`, else one to three rectangles or one to three brush strokes; never nothing."""
+    """A random mask, which depends on the arguments alone and is never empty.
+
+    It hides everything with probability `full`, else one to three rectangles or one to three brush strokes.
+    """
     digest = hashlib.sha256(f"{seed} {crop} {number} {name}".encode()).digest()
-    # Raw words, whose stream NumPy never changes, as fractions below 1.
+    # Fractions below 1, made from raw words because NumPy never changes their stream.
     words = np.random.Philox(np.random.SeedSequence(int.from_bytes(digest))).random_raw(64)
     fractions = iter((words >> np.uint64(11)).astype(np.float64) / 2.0**53)
     if next(fractions) < full:
@@ -49,14 +53,14 @@ def random_hole(size: Size, full: float, *, seed: int, name: str, crop: int, num
 
 
 def _rectangle(pen: ImageDraw.ImageDraw, size: Size, fractions: Iterator[float]) -> None:
-    """0.15 to 0.75 of either side."""
+    """Draws a rectangle. Each of its sides is 0.15 to 0.75 of the picture's."""
     height, width = (max(1, round(side * (0.15 + 0.6 * next(fractions)))) for side in size)
     top, left = int((size.height - height + 1) * next(fractions)), int((size.width - width + 1) * next(fractions))
     pen.rectangle((left, top, left + width - 1, top + height - 1), fill=1)
 
 
 def _stroke(pen: ImageDraw.ImageDraw, size: Size, fractions: Iterator[float]) -> None:
-    """From place to place, two to five of them, 0.08 to 0.25 of the short side wide, round at its ends and joints."""
+    """Draws a line through two to five points, 0.08 to 0.25 of the short side wide, with round ends and joints."""
     width = max(2, math.ceil(min(size) * (0.08 + 0.17 * next(fractions))))
     points = [
         (int(size.width * next(fractions)), int(size.height * next(fractions)))

@@ -1,4 +1,4 @@
-"""One image file -> RGB pixels of a wanted shape, whatever the file holds; DataError names what cannot be used."""
+"""Reads image files of any kind as RGB pixels of a given shape. A DataError names a file that cannot be used."""
 
 import hashlib
 import logging
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 MAX_ENLARGEMENT = 8
-"""An image is refused if it had to be enlarged more than this many times."""
+"""An image that would have to be enlarged more than this many times is refused."""
 MAX_ASPECT = 8
-"""An image is refused if its long side is more than this many times its short one: the crop would show too little."""
+"""An image whose long side is more than this many times its short side is refused: a crop would show too little."""
 
 
 class Size(NamedTuple):
-    """Pixels."""
+    """Height and width in pixels."""
 
     height: int
     width: int
@@ -35,14 +35,14 @@ class Size(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """Where a crop lies in what is left over at either side: 0 left and top, 1/2 the middle, 1 right and bottom."""
+    """The place of a crop in its image, along each axis: 0 is left or top, 1/2 the middle, 1 right or bottom."""
 
     x: float = 0.5
     y: float = 0.5
 
 
 def random_crops(count: int, *, seed: int, name: str) -> tuple[Crop, ...]:
-    """The crops of an image: its middle for `count` 0, else `count` places fixed by seed, name and number."""
+    """`count` random crops, each fixed by seed, name and number; for `count` 0, one crop from the middle."""
 
     def place(number: int) -> Crop:
         digest = hashlib.sha256(f"{seed} {number} {name}".encode()).digest()
@@ -52,10 +52,10 @@ def random_crops(count: int, *, seed: int, name: str) -> tuple[Crop, ...]:
 
 
 def read_size(path: str | Path) -> Size:
-    """The size of an image when upright, from its header alone. Raises DataError."""
+    """The size of an image when turned upright, from its header alone. Raises DataError, see `read_image`."""
 
     def size(image: Image.Image) -> Size:
-        # Pillow would decode a whole PNG in search of EXIF data behind its pixels, where hardly any file has it.
+        # Pillow would decode a whole PNG to search for EXIF data after the pixels, where hardly any file has it.
         searched = image.format != "PNG" or "exif" in image.info
         turned = searched and image.getexif().get(0x0112, 1) >= 5  # orientations with x and y exchanged
         return Size(image.width, image.height) if turned else Size(image.height, image.width)
@@ -66,62 +66,63 @@ def read_size(path: str | Path) -> Size:
 def read_image(
     path: str | Path, size: Size, background: str = "white", crops: Sequence[Crop] = (Crop(),)
 ) -> UInt8[np.ndarray, "V H W 3"]:
-    """Read, turn upright (EXIF), put transparency on `background`, cut each crop out, resize (Lanczos).
+    """Reads an image, turns it upright (EXIF), fills transparency with `background`, resizes its crops (Lanczos).
 
-    A crop is the largest part of the image that has the shape of `size`. Palette, grey, CMYK and 16-bit images become
-    8-bit RGB; of an animation the first frame is taken, with a warning. Raises DataError for a missing, truncated or
-    foreign file, for decompression and PNG text bombs (Pillow's limits: 89 million pixels, 1 MB a text chunk), and for
-    images too small or too narrow (MAX_ENLARGEMENT, MAX_ASPECT).
+    Each crop is as large as the image allows in the shape of `size`. Palette, grey, CMYK and 16-bit images become 8-bit
+    RGB. Of an animation, the first frame is taken, with a warning. Raises DataError for a missing, truncated or foreign
+    file, for decompression and PNG text bombs (Pillow's limits: 89 million pixels, 1 MB a text chunk), and for images
+    that are too small or too narrow (MAX_ENLARGEMENT, MAX_ASPECT).
     """
 
     def upright(image: Image.Image) -> Image.Image:
-        # A phone's MPO holds a preview beside the picture, which is no animation.
+        # The second frame of a phone's MPO is a preview.
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             log.warning("%s holds several frames: the first is taken", path)
         return _rgb(ImageOps.exif_transpose(image), background)
 
     image = _read(path, upright)
     _check_enlargement(path, image, size)
-    # Begins at a whole pixel, so that a crop at the image's own scale stays sharp.
+    # Crops begin at whole pixels, so that a crop that is not resized stays sharp.
     return _cut(image, size, crops, Image.Resampling.LANCZOS, whole=True)
 
 
 def read_mask(
     path: str | Path, size: Size, crops: Sequence[Crop] = (Crop(),), *, alpha: bool = False
 ) -> Float32[np.ndarray, "V H W 1"]:
-    """A mask's brightness (or an image's alpha channel), 0 to 1, its crops averaged over areas down to `size`.
+    """Crops of a mask's brightness (or of an image's alpha channel), 0 to 1, averaged over areas down to `size`.
 
-    A mask of another size than its image is stretched over it, for crops are shares of either. Raises DataError as
-    `read_image` does, for an image without an alpha channel, and for a mask that is black in every crop.
+    A mask of another size than its image is in effect stretched over the image, because a crop's place is relative.
+    Raises DataError for the files that `read_image` refuses (but not for small ones), for an image without an alpha
+    channel, and for a mask that is black in every crop.
     """
 
     def channel(image: Image.Image) -> Image.Image:
         image = ImageOps.exif_transpose(image)
         if alpha and not image.has_transparency_data:
-            raise DataError("has no alpha channel to be its mask; give masks in data.mask_path")
+            raise DataError("has no alpha channel to use as a mask; give masks in data.mask_path")
         return image.convert("RGBA").getchannel("A") if alpha else _rgb(image, "black").convert("L")
 
-    # Floats, since 8 bits would round the averages.
+    # In floats, because 8 bits would round the averages.
     mask = _cut(_read(path, channel).convert("F"), size, crops, Image.Resampling.BOX, whole=False)[..., None]
     if not mask.any():
-        raise DataError(f"{path}: the mask is all black in what is shown of the image: nothing could be learnt from it")
+        raise DataError(f"{path}: the mask is all black in the crops of the image: nothing would be learned")
     return np.clip(mask / np.float32(255), 0, 1)
 
 
 def to_float(image: UInt8[np.ndarray, "*S"]) -> Float32[np.ndarray, "*S"]:
-    """0..255 -> -1..1, the range the VAE takes."""
+    """Scales 0..255 to -1..1, the range that the VAE takes."""
     return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """The image in RGB; what is transparent becomes white."""
+    """The image in RGB, on white where it is transparent."""
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
 def pixels(image: Image.Image, size: Size) -> Float32[np.ndarray, "H W 3"]:
-    """An image as values in [0, 1], resized (Lanczos) if it has another size; what is transparent becomes white."""
+    """The image as values in [0, 1], on white where it is transparent, resized (Lanczos) if it has another size."""
     image = on_white(image)
     if image.size != (size.width, size.height):
         image = image.resize((size.width, size.height), Image.Resampling.LANCZOS)
@@ -134,10 +135,10 @@ def picture(values: Float[np.ndarray, "H W 3"]) -> Image.Image:
 
 
 def _read(path: str | Path, use: Callable[[Image.Image], T]) -> T:
-    """`use` of the opened file; whatever goes wrong is a DataError that names the file."""
+    """Returns `use` of the opened image. Every error becomes a DataError that names the file."""
     try:
         with warnings.catch_warnings(), Path(path).open("rb") as file:
-            # A bomb just below Pillow's error limit only warns; other warnings (odd EXIF, say) do not matter here.
+            # Pillow only warns of a bomb just below its limit for errors. Other warnings (of odd EXIF) do not matter.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return use(_open(file))
@@ -150,7 +151,7 @@ def _read(path: str | Path, use: Callable[[Image.Image], T]) -> T:
 def _open(file: BinaryIO) -> Image.Image:
     Image.init()
     image = Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
-    # Before decoding: a wrong shape need not be decoded to be refused.
+    # Checked before decoding, which an image of a wrong shape does not need.
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise DataError(f"{image.width}x{image.height} is too narrow; at most {MAX_ASPECT}:1")
     return image
@@ -165,7 +166,10 @@ def _check_enlargement(path: str | Path, image: Image.Image, size: Size) -> None
 def _cut(
     image: Image.Image, size: Size, crops: Sequence[Crop], resampling: Image.Resampling, *, whole: bool
 ) -> np.ndarray:
-    """Each crop at `size`: `[V, H, W]` and the channels if there are several. `whole`: begins at a whole pixel."""
+    """The crops, resized to `size`: `[V, H, W]`, or `[V, H, W, C]` for several channels.
+
+    whole: crops begin at whole pixels.
+    """
     scale = min(image.width / size.width, image.height / size.height)
     width, height = size.width * scale, size.height * scale
     boxes = []
@@ -173,7 +177,7 @@ def _cut(
         left, top = (image.width - width) * crop.x, (image.height - height) * crop.y
         if whole:
             left, top = min(round(left), image.width - width), min(round(top), image.height - height)
-        # The rounding of floats must not lead out of the image.
+        # Rounding errors must not lead out of the image.
         boxes.append((left, top, min(left + width, image.width), min(top + height, image.height)))
     return np.stack([np.asarray(image.resize((size.width, size.height), resampling, box=box)) for box in boxes])
 
@@ -189,7 +193,7 @@ def _rgb(image: Image.Image, background: str) -> Image.Image:
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8 bits; Pillow's own conversion would clip everything above 255 to white."""
+    """Converts 16-bit grey to 8 bits. Pillow's conversion would clip all values above 255 to white."""
     values = np.asarray(image).astype(np.float64)
     if image.mode == "F" or values.max(initial=0) > 65535 or values.min(initial=0) < 0:
         raise DataError(f"grey values of mode {image.mode} are not 8 or 16 bits")

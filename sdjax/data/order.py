@@ -1,11 +1,11 @@
-"""Which examples make up batch number n: a pure function of the seed, with no state to save.
+"""Chooses the examples of each batch. The choice depends on the seed and the batch's number alone: no state is saved.
 
-The examples of one shape (a bucket) form one endless stream: all of them in a shuffled order, each as often as its
-repeats say, then all again in another order, and so on. Every batch takes the next B positions of one bucket's stream.
-So a batch may span two epochs, none is short, every image is seen as often as its share says (to within one batch), and
-a bucket smaller than a batch simply repeats inside it. Devices and workers play no part.
+The examples of one shape (a bucket) form an endless stream: all of them in random order, each as often as its repeats
+say, then all of them in another order, and so on. Every batch takes the next B examples of one bucket's stream. So a
+batch may span two epochs, no batch is short, every image is seen as often as its share says (to within one batch), and
+a bucket smaller than a batch repeats images inside it. The numbers of devices and workers make no difference.
 
-The buckets take turns in a fixed pattern: after any n batches, each has had its share of n, rounded down or up.
+The buckets take turns in a fixed pattern: after any n batches, each bucket has had its share of n, rounded down or up.
 """
 
 import functools
@@ -18,25 +18,28 @@ from jaxtyping import Bool, Int64, UInt64
 
 
 class Order(NamedTuple):
-    """What the order depends on."""
+    """The order of the batches, given by everything that it depends on."""
 
     repeats: tuple[tuple[int, ...], ...]
-    """Bucket by bucket, how often an epoch shows each image."""
+    """For each bucket, how often an epoch shows each image."""
     batch_size: int
-    """Examples a batch, over all devices."""
+    """Number of examples of a batch, over all devices."""
     seed: int
     """0 or more."""
     flip: bool = False
+    """Whether images are mirrored at random."""
     caption_dropout: float = 0.0
+    """Probability that the empty caption replaces the image's."""
     crops: int = 1
+    """Number of crops of each image."""
     versions: int = 1
-    """Of each caption."""
+    """Number of versions of each caption."""
     holes: int = 1
-    """Masks of each crop, in training for inpainting."""
+    """Number of masks of each crop, in training for inpainting."""
 
     @property
     def size(self) -> int:
-        """Examples an epoch."""
+        """Number of examples of an epoch."""
         return sum(map(sum, self.repeats))
 
 
@@ -45,25 +48,25 @@ class Choice(NamedTuple):
 
     bucket: int
     example: Int64[np.ndarray, " B"]
-    """Places in the bucket."""
+    """Index of the image in the bucket."""
     flip: Bool[np.ndarray, " B"]
-    """Show it mirrored."""
+    """Whether the image is mirrored."""
     drop: Bool[np.ndarray, " B"]
-    """Show it with the empty caption."""
+    """Whether the empty caption replaces the image's."""
     crop: Int64[np.ndarray, " B"]
-    """In turn: an image's k-th showing takes crop k modulo their number."""
+    """Index of the crop. Crops take turns: the k-th showing of an image shows crop k modulo `Order.crops`."""
     version: Int64[np.ndarray, " B"]
-    """Of the caption, drawn at random."""
+    """Index of the caption's version, drawn at random."""
     hole: Int64[np.ndarray, " B"]
-    """Of the crop, drawn at random."""
+    """Index of the crop's mask, drawn at random."""
 
 
 def choose(order: Order, number: int) -> Choice:
-    """The examples of batch `number` (0 is the first)."""
+    """The examples of batch `number`, counted from 0."""
     bucket, turn = _turn(tuple(map(sum, order.repeats)), number)
     repeats = np.asarray(order.repeats[bucket])
     entries = np.repeat(np.arange(len(repeats)), repeats)
-    showing = np.arange(len(entries)) - np.repeat(np.cumsum(repeats) - repeats, repeats)  # 0, 1, ... of its repeats
+    showing = np.arange(len(entries)) - np.repeat(np.cumsum(repeats) - repeats, repeats)  # 0, 1, ... for each image
     size = len(entries)
     position = np.arange(order.batch_size) + turn * order.batch_size
     epoch, place = position // size, position % size
@@ -91,19 +94,20 @@ def choose(order: Order, number: int) -> Choice:
 
 
 def beside(order: Order, count: int) -> Order:
-    """The order in which `count` class images (in one bucket) go along with the order's batches."""
+    """The order of `count` class images, all in one bucket, for batches that go with the batches of `order`."""
     return Order(((1,) * count,), order.batch_size, order.seed + (1 << 128), order.flip, holes=order.holes)
 
 
 def describe(order: Order, batches: int, names: Sequence[object] = ()) -> str:
-    """What a run over `batches` batches will see, for the log; `names` are those of the buckets, if there are any."""
-    images = sum(map(len, order.repeats))
-    text = f"{images} images" + (f" ({order.size} with repeats)" if order.size != images else "")
+    """Describes, for the log, what `batches` batches show. names: of the buckets, if they have any."""
+    count = sum(map(len, order.repeats))
+    text = f"{count} images" + (f" ({order.size} with repeats)" if order.size != count else "")
     text += f", {order.batch_size} a batch: {batches * order.batch_size / order.size:.4g} epochs"
     if len(names) > 1:
-        counts = ", ".join(f"{len(own)} at {name}" for name, own in zip(names, order.repeats, strict=True))
+        counts = ", ".join(f"{len(images)} at {name}" for name, images in zip(names, order.repeats, strict=True))
         text += f"; {len(names)} shapes: {counts}"
-    small = [str(name) for name, own in zip(names or [""], order.repeats, strict=True) if sum(own) < order.batch_size]
+    buckets = zip(names or [""], order.repeats, strict=True)
+    small = [str(name) for name, repeats in buckets if sum(repeats) < order.batch_size]
     if small:
         text += "; fewer images than a batch holds" + (f" at {', '.join(small)}" if len(names) > 1 else "")
         text += ", so each such batch repeats some" if len(names) > 1 else ", so each batch repeats some"
@@ -111,7 +115,7 @@ def describe(order: Order, batches: int, names: Sequence[object] = ()) -> str:
 
 
 def _turn(shares: tuple[int, ...], number: int) -> tuple[int, int]:
-    """(bucket of batch `number`, batches of that bucket before it)."""
+    """The bucket of batch `number`, and the number of earlier batches of that bucket."""
     pattern = _pattern(shares)
     rounds, place = divmod(number, len(pattern))
     bucket = int(pattern[place])
@@ -120,19 +124,20 @@ def _turn(shares: tuple[int, ...], number: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=8)
 def _pattern(shares: tuple[int, ...]) -> Int64[np.ndarray, " P"]:
-    """The buckets in their turns, until each has had its share exactly.
+    """The bucket of each batch, from the first batch until each bucket has had exactly its share.
 
-    Turn k of bucket b, with p its share of all, may come from k/p on and must come before (k+1)/p; of those that may,
-    the most urgent comes. These are unit jobs on one machine, which this rule schedules whenever it can be done, as it
-    can here (the quota method of Balinski and Young 1975): every bucket always has had its share, rounded down or up.
+    Let p be a bucket's fraction of all batches. Its turn k (from 0) may come at batch k/p or later and must come before
+    batch (k+1)/p. Of the turns that may come, the one with the earliest deadline comes. This is the scheduling of unit
+    jobs on one machine, where this rule finds a schedule whenever there is one. Here there is one (the quota method of
+    Balinski and Young 1975), so at any time every bucket has had its share, rounded down or up.
     """
     divisor = math.gcd(*shares)
-    own = np.array(shares, np.int64) // divisor
-    total = int(own.sum())
-    done = np.zeros(len(own), np.int64)
+    turns = np.array(shares, np.int64) // divisor
+    total = int(turns.sum())
+    done = np.zeros(len(turns), np.int64)
     pattern = np.empty(total, np.int64)
     for n in range(total):
-        deadline = np.where(done * total // own <= n, -(-(done + 1) * total // own), 2 * total)
+        deadline = np.where(done * total // turns <= n, -(-(done + 1) * total // turns), 2 * total)
         pattern[n] = np.argmin(deadline)
         done[pattern[n]] += 1
     pattern.flags.writeable = False
@@ -141,7 +146,7 @@ def _pattern(shares: tuple[int, ...]) -> Int64[np.ndarray, " P"]:
 
 @functools.lru_cache(maxsize=16)
 def _bits(seed: int, epoch: int, *, purpose: int, size: int) -> UInt64[np.ndarray, " N"]:
-    """Random words of Philox, whose raw stream NumPy never changes (that of `Generator.permutation` it may)."""
+    """Random 64-bit words of Philox. NumPy never changes this raw stream, but may change `Generator.permutation`."""
     key = np.random.SeedSequence([seed, epoch, purpose])
     bits = np.random.Philox(key).random_raw(size)
     bits.flags.writeable = False

@@ -1,4 +1,4 @@
-"""A folder of images -> an immutable list of (image, caption), and the part of it that is held out."""
+"""Reads a folder of images as a list of records (image and caption), and chooses those that are held out."""
 
 import fnmatch
 import hashlib
@@ -21,21 +21,21 @@ class Record(NamedTuple):
     """One training example."""
 
     name: str
-    """Path below the data folder, with forward slashes."""
+    """Path of the image relative to the data folder, with forward slashes."""
     path: Path
     caption: str
     repeats: int = 1
-    """Times it is shown in an epoch, 1 or more."""
+    """How often an epoch shows the image, 1 or more."""
     mask: Path | None = None
-    """Image that is white where this one is learned."""
+    """Mask file: white where the image is learned."""
     hole: Path | None = None
-    """Image that is white where this one is painted, in training for inpainting."""
+    """Mask file for inpainting: white where the image is painted."""
     versions: tuple[str, ...] = ()
-    """What the caption becomes in training, in one version or another; empty: the caption itself."""
+    """The versions of the caption that training shows; empty: the caption itself."""
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """The versions of the caption, at least one."""
+        """The captions that training shows, at least one."""
         return self.versions or (self.caption,)
 
 
@@ -48,24 +48,28 @@ def scan(
 ) -> tuple[Record, ...]:
     """The images of a folder and its sub-folders with their captions, sorted by name.
 
-    With a metadata.jsonl (`{"file_name": ..., "text": ...}` a line) the images are the ones it lists; else every image
-    counts and NAME.txt beside NAME.png is its caption. `caption` stands in where an image has none. A caption that is
-    absent, blank or not UTF-8 is a missing one: `missing_caption` decides. With "folder" the sub-folder's name is the
-    caption, and sub-folders may be called N_NAME: their images are shown N times an epoch. The first pattern in
-    `repeats` (fnmatch, over names) that an image matches overrides that number; 0 leaves it out. Nothing outside the
-    folder is read.
+    If the folder has a metadata.jsonl, with `{"file_name": ..., "text": ...}` on each line, the images are those that
+    it lists. Otherwise every image counts, and NAME.txt beside NAME.png holds its caption. A caption that is absent,
+    blank or not UTF-8 is missing. Nothing outside the folder is read.
 
-    Raises DataError: no folder, no images, a path or link that leaves the folder, a malformed metadata.jsonl line.
+    caption: the caption of images that have none.
+    missing_caption: what happens to images that still have none. With "folder", their caption is the name of their
+    sub-folder, and images in a sub-folder called N_NAME are shown N times an epoch.
+    repeats: pattern (fnmatch) over names -> how often an epoch shows the image, 0 to leave it out. The first pattern
+    that matches counts, instead of N.
+
+    Raises DataError for a folder that does not exist or has no images, for missing captions as `missing_caption` says,
+    for a path or link that leaves the folder, and for a malformed line of metadata.jsonl.
     """
     repeats = repeats or {}
     root = Path(folder).resolve()
     if not root.is_dir():
         raise DataError(f"data.path = {str(folder)!r} is not a folder")
     metadata = root / "metadata.jsonl"
-    found = _listed(root, metadata) if metadata.is_file() else _beside(root)
+    captioned = _from_metadata(root, metadata) if metadata.is_file() else _from_text_files(root)
     records, missing = [], []
-    for name, (path, own_caption) in sorted(found.items()):
-        times, folder_caption = _of_folder(name) if missing_caption == "folder" else (1, "")
+    for name, (path, own_caption) in sorted(captioned.items()):
+        times, folder_caption = _from_folder_name(name) if missing_caption == "folder" else (1, "")
         pattern = next((p for p in repeats if fnmatch.fnmatchcase(name, p)), None)
         times = times if pattern is None else repeats[pattern]
         if not times:
@@ -76,17 +80,17 @@ def scan(
         if text or missing_caption == "empty":
             records.append(Record(name, path, text, times))
     for pattern in repeats:
-        if not fnmatch.filter(found, pattern):
-            log.warning("data.repeats: no image in %s is called %s", root, pattern)
+        if not fnmatch.filter(captioned, pattern):
+            log.warning("data.repeats: no image in %s matches %s", root, pattern)
     if missing and missing_caption in ("fail", "folder"):
         raise DataError(
             f"{root}: no caption for {_some(missing)}; "
             "write NAME.txt or metadata.jsonl, set data.caption, or data.missing_caption = 'empty' or 'skip'"
-            + (" (these are in no sub-folder)" if missing_caption == "folder" else "")
+            + (" (these images are in no sub-folder)" if missing_caption == "folder" else "")
         )
     if missing:
-        done = "skipped" if missing_caption == "skip" else "taken with an empty caption"
-        log.warning("%s: no caption for %s: %s", root, _some(missing), done)
+        action = "skipped" if missing_caption == "skip" else "taken with an empty caption"
+        log.warning("%s: no caption for %s: %s", root, _some(missing), action)
     if not records:
         raise DataError(f"{root}: no images with captions; expected {', '.join(sorted(SUFFIXES))} files")
     return tuple(records)
@@ -95,9 +99,9 @@ def scan(
 def with_masks(
     records: Iterable[Record], folder: str | Path, field: Literal["mask", "hole"] = "mask"
 ) -> tuple[Record, ...]:
-    """The records, each with the image of the same name (whatever its suffix) below `folder` as its mask (or hole).
+    """The records, each with the image of the same name (and any suffix) below `folder` as its mask file `field`.
 
-    Raises DataError: no folder, no mask for an image, a link that leaves the folder.
+    Raises DataError for a folder that does not exist, an image without a mask, and a link that leaves the folder.
     """
     setting, white = {"mask": ("mask_path", "learns"), "hole": ("inpaint_mask_path", "paints")}[field]
     root = Path(folder).resolve()
@@ -120,10 +124,11 @@ def with_masks(
 def split(
     records: Sequence[Record], *, count: int = 0, fraction: float = 0.0
 ) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
-    """(training, held out), each in the order of `records`.
+    """The training records and the held-out records, both in the order of `records`.
 
-    Who is held out depends on the names alone (the smallest hashes), so adding an image moves few others.
-    `fraction` rounds to at least one image. Raises DataError if nothing would be left to train on.
+    The held-out ones depend on the names alone (those with the smallest hashes), so adding an image moves few others.
+    count: number of held-out records. fraction: their share instead, rounded to at least one record. Raises DataError
+    if no record would be left to train on.
     """
     if fraction:
         count = max(1, round(fraction * len(records)))
@@ -138,7 +143,7 @@ def split(
 
 
 def fingerprint(records: Iterable[Record]) -> str:
-    """Hex digest of names, captions, images and masks: the same on every machine, other after any change."""
+    """Hex digest of names, captions, images and masks. Any change alters it; the machine and the folder do not."""
     total = hashlib.sha256()
     for record in records:
         masks = [] if record.mask is None else [file_digest(record.mask)]
@@ -172,23 +177,23 @@ def file_digest(path: Path) -> str:
         return ""
 
 
-def _of_folder(name: str) -> tuple[int, str]:
-    """(repeats, caption) that the sub-folder of an image stands for: cat is (1, cat), 3_cat is (3, cat)."""
+def _from_folder_name(name: str) -> tuple[int, str]:
+    """The repeats and the caption of an image by its sub-folder: 1 and cat for cat/, 3 and cat for 3_cat/."""
     folder = Path(name).parent.name
     number, caption = re.fullmatch(r"(?:(\d+)_)?(.*)", folder, re.DOTALL).groups()  # type: ignore[union-attr]
     return int(number or 1), caption.strip()
 
 
-Found = dict[str, tuple[Path, str]]
+_Captioned = dict[str, tuple[Path, str]]  # name -> path and caption, which may be empty
 
 
-def _listed(root: Path, metadata: Path) -> Found:
-    """The images metadata.jsonl names. A listed file that does not exist is a bad image, met when it is read."""
+def _from_metadata(root: Path, metadata: Path) -> _Captioned:
+    """The images that metadata.jsonl lists. A file that does not exist is included: reading it raises an error."""
     try:
         lines = metadata.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise DataError(f"{metadata} is not UTF-8") from None
-    found: Found = {}
+    captioned: _Captioned = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -204,33 +209,34 @@ def _listed(root: Path, metadata: Path) -> Found:
             raise DataError(f"{where}: text = {text!r} is not text")
         path = _inside(root, root / entry["file_name"], where)
         name = path.relative_to(root).as_posix()
-        if name in found:
+        if name in captioned:
             raise DataError(f"{where}: {name} is listed twice")
-        found[name] = (path, text.strip())
-    unlisted = len(images_below(root).difference(path for path, _ in found.values()))
+        captioned[name] = (path, text.strip())
+    unlisted = len(images_below(root).difference(path for path, _ in captioned.values()))
     if unlisted:
         log.info("%s: %d images are not in metadata.jsonl and are left out", root, unlisted)
-    return found
+    return captioned
 
 
-def _beside(root: Path) -> Found:
-    found: Found = {}
+def _from_text_files(root: Path) -> _Captioned:
+    """All images of a folder, with the captions in the text files beside them."""
+    captioned: _Captioned = {}
     for path in images_below(root):
         name = path.relative_to(root).as_posix()
         _inside(root, path, str(root))
         text = path.with_suffix(".txt")
-        found[name] = (path, "")
+        captioned[name] = (path, "")
         if text.is_file():
             _inside(root, text, str(root))
             try:
-                found[name] = (path, text.read_text(encoding="utf-8-sig").strip())
+                captioned[name] = (path, text.read_text(encoding="utf-8-sig").strip())
             except UnicodeDecodeError:
                 log.warning("%s is not UTF-8: counted as missing", text)
-    return found
+    return captioned
 
 
 def images_below(root: Path) -> set[Path]:
-    """The image files of a folder and its sub-folders, by their suffix; hidden ones do not count."""
+    """The image files in a folder and its sub-folders, known by their suffix, without hidden ones."""
     return {
         path
         for path in root.rglob("*")
@@ -241,7 +247,7 @@ def images_below(root: Path) -> set[Path]:
 
 
 def _inside(root: Path, path: Path, where: str) -> Path:
-    """`path` without links and dots; DataError if that is not below `root`, which has none."""
+    """`path` without links and dots. Raises DataError if it is not inside `root`, which must have none either."""
     resolved = path.resolve()
     if not resolved.is_relative_to(root):
         raise DataError(f"{where}: {path.name!r} leads out of the folder; copy the file into {root}")
@@ -249,5 +255,6 @@ def _inside(root: Path, path: Path, where: str) -> Path:
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
+    """The names for a message; of many, their number and the first `most`."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{len(names)} images ({shown}, ...)"
