@@ -1,4 +1,4 @@
-"""Shapes of about the same area, and the images that go to each."""
+"""Shapes of about the same area, and the images that are trained at each shape."""
 
 import math
 
@@ -27,13 +27,13 @@ def test_the_shapes_of_512():
 @given(st.integers(1, 128).map(lambda n: 8 * n), st.sampled_from([8, 16, 64]), st.floats(1, 8))
 @settings(deadline=None)
 def test_every_shape_fits_and_cannot_grow(resolution, step, aspect):
-    found = sizes(resolution, step=step, max_aspect=aspect)
-    assert len(set(found)) == len(found)
-    assert [size.width / size.height for size in found] == sorted(size.width / size.height for size in found)
-    assert set(found) == {Size(*reversed(size)) for size in found}
-    if found == (Size(resolution, resolution),):
+    shapes = sizes(resolution, step=step, max_aspect=aspect)
+    assert len(set(shapes)) == len(shapes)
+    assert [size.width / size.height for size in shapes] == sorted(size.width / size.height for size in shapes)
+    assert set(shapes) == {Size(*reversed(size)) for size in shapes}
+    if shapes == (Size(resolution, resolution),):
         return
-    for size in found:
+    for size in shapes:
         assert size.height % step == size.width % step == 0
         assert max(size) <= aspect * min(size)
         assert size.height * size.width <= resolution**2

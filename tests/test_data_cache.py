@@ -1,4 +1,4 @@
-"""Latents and embeddings: computed once, kept on disk, and computed again when anything is wrong with them."""
+"""The cache: latents and embeddings are computed once, kept on disk, and computed again if they are damaged."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from sdjax.errors import DataError
 
 
 class Encoder:
-    """Stands for the VAE: each image's mean colour, and how often it was asked."""
+    """Stands for the VAE: returns the mean colour of each image's left half and keeps the shapes of its batches."""
 
     def __init__(self):
         self.shapes = []
@@ -164,40 +164,40 @@ def test_bad_images_are_skipped_counted_and_remembered(folder, caplog):
 
 
 def test_nothing_but_bad_images(tmp_path):
-    """Whoever asks for several shapes decides whether that is too few."""
+    """No error, since other shapes may have good images: the caller decides."""
     records = (Record("gone.png", tmp_path / "gone.png", "x"),)
     for encode in (Encoder(), None):
-        made = cache_images(records, Views(Size(8, 8)), encode, folder=tmp_path, model="m", on_bad_image="skip")
-        assert made.records == ()
-        assert len(made.skipped) == 1
+        images = cache_images(records, Views(Size(8, 8)), encode, folder=tmp_path, model="m", on_bad_image="skip")
+        assert images.records == ()
+        assert len(images.skipped) == 1
 
 
 def wide(path):
-    """A picture three times as wide as high, its own mask: grey that grows to the right."""
+    """A picture three times as wide as high, which is also its mask: grey that gets lighter to the right."""
     grey = np.repeat(np.arange(48, dtype=np.uint8)[None] * 5, 16, axis=0)
     Image.fromarray(grey).save(path)
     return Record(path.name, path, "x", mask=path)
 
 
 def test_images_and_masks_move_together(tmp_path):
-    """Of a picture that is its own mask, every crop and its mirror image show the same."""
+    """The picture is also its mask, so every crop and mirror image of it must show the same as the mask."""
     records = [wide(tmp_path / f"{i}.png") for i in range(3)]
     views = Views(Size(16, 16), flip=True, crops=3, seed=4)
-    made = cache_images(records, views, None, folder=tmp_path / "cache", model="")
-    made = cache_masks(made, views, 4, folder=tmp_path / "cache")
-    pixels, mask = made.arrays["pixels"], made.arrays["mask"]
+    images = cache_images(records, views, None, folder=tmp_path / "cache", model="")
+    images = cache_masks(images, views, 4, folder=tmp_path / "cache")
+    pixels, mask = images.arrays["pixels"], images.arrays["mask"]
     assert pixels.shape == (3, 6, 16, 16, 3)
     assert pixels.dtype == np.uint8
     assert mask.shape == (3, 6, 4, 4, 1)
     averaged = pixels[..., :1].reshape(3, 6, 4, 4, 4, 4, 1).mean((3, 5)) / 255
-    np.testing.assert_allclose(mask, averaged, atol=3 / 255)  # half a pixel, for images alone begin at whole ones
+    np.testing.assert_allclose(mask, averaged, atol=3 / 255)  # half a pixel: only crops of images begin at whole pixels
     np.testing.assert_array_equal(pixels[:, 1::2], pixels[:, ::2, :, ::-1])
     assert len({crop.tobytes() for image in pixels for crop in image[::2]}) > 6
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_masks_are_an_entry_of_their_own(folder, tmp_path):
-    """Another mask, or the alpha channel instead, leaves the latents as they are."""
+def test_masks_have_a_separate_entry(folder, tmp_path):
+    """Another mask file, or the alpha channel instead, does not make the latents computed again."""
     views = Views(Size(8, 8))
     settings = {"folder": tmp_path / "cache", "model": "m"}
     Image.new("L", (4, 4), 255).save(tmp_path / "white.png")
@@ -205,8 +205,8 @@ def test_masks_are_an_entry_of_their_own(folder, tmp_path):
     encode = Encoder()
     for name, value in (("white.png", 1), ("grey.png", 0.2)):
         records = [record._replace(mask=tmp_path / name) for record in scan(folder)]
-        made = cache_masks(cache_images(records, views, encode, **settings), views, 8, folder=tmp_path / "cache")
-        np.testing.assert_allclose(made.arrays["mask"], np.full((7, 1, 1, 1, 1), value), atol=1e-6)
+        images = cache_masks(cache_images(records, views, encode, **settings), views, 8, folder=tmp_path / "cache")
+        np.testing.assert_allclose(images.arrays["mask"], np.full((7, 1, 1, 1, 1), value), atol=1e-6)
         assert len(encode.shapes) == 2
     with pytest.raises(DataError, match="no alpha channel"):
         cache_masks(cache_images(scan(folder), views, encode, **settings), views, 8, folder=tmp_path / "cache")
@@ -214,21 +214,21 @@ def test_masks_are_an_entry_of_their_own(folder, tmp_path):
 
 
 def hidden(images, holes):
-    """Stands for the VAE: what is kept of the image, and the hole, at full size."""
+    """Stands for the VAE: the hole and the rest of the image, at full size."""
     return {"hole": holes[..., None].astype(np.float32), "kept": np.where(holes[..., None], 0, images)}
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_images_and_holes_move_together(tmp_path, own):
-    """Each hole is cut out of its own crop, and mirrored with it; an image that is its own mask shows where."""
+@pytest.mark.parametrize("mask_files", [False, True])
+def test_images_and_holes_move_together(tmp_path, mask_files):
+    """Each hole is cut out of its crop and mirrored with the crop. An image that is also its mask shows where."""
     records = [wide(tmp_path / f"{i}.png")._replace(mask=None) for i in range(3)]
-    records = [record._replace(hole=record.path if own else None) for record in records]
-    count = 1 if own else 2
+    records = [record._replace(hole=record.path if mask_files else None) for record in records]
+    count = 1 if mask_files else 2
     views = Views(Size(16, 16), flip=True, crops=3, seed=4, holes=count, full=0.2)
     images = cache_images(records, views, None, folder=tmp_path / "cache", model="")
-    made = cache_holes(images, views, hidden, folder=tmp_path / "cache", model="m", batch_size=2)
-    assert made.arrays["pixels"] is images.arrays["pixels"]
-    hole, kept = made.arrays["hole"], made.arrays["kept"]
+    with_holes = cache_holes(images, views, hidden, folder=tmp_path / "cache", model="m", batch_size=2)
+    assert with_holes.arrays["pixels"] is images.arrays["pixels"]
+    hole, kept = with_holes.arrays["hole"], with_holes.arrays["kept"]
     assert hole.shape == (3, 3 * count * 2, 16, 16, 1) and kept.shape == (3, 3 * count * 2, 16, 16, 3)
     np.testing.assert_array_equal(hole[:, 1::2], hole[:, ::2, :, ::-1])
     assert hole.any((1, 2, 3, 4)).all()
@@ -239,7 +239,7 @@ def test_images_and_holes_move_together(tmp_path, own):
                     at = (crop * count + k) * 2 + mirrored
                     pixels = images.arrays["pixels"][i, crop * 2 + mirrored]
                     np.testing.assert_array_equal(kept[i, at], np.where(hole[i, at] == 1, 0, pixels))
-                if own:  # half a pixel, for images alone begin at whole ones
+                if mask_files:  # half a pixel: only crops of images begin at whole pixels
                     edge = np.abs(pixels[..., :1].astype(int) - 127) <= 3
                     np.testing.assert_array_equal((hole[i, at] == 1) | edge, (pixels[..., :1] > 127) | edge)
                 else:
@@ -247,41 +247,41 @@ def test_images_and_holes_move_together(tmp_path, own):
                     np.testing.assert_array_equal(hole[i, at - 1, ..., 0], expected)
 
 
-def test_holes_are_an_entry_of_their_own(folder, tmp_path):
-    """Cached under all they depend on, beside the latents, which stay as they are."""
+def test_holes_have_a_separate_entry(folder, tmp_path):
+    """The entry depends on everything that makes the holes. The latents are not computed again."""
     views = Views(Size(8, 8), holes=2)
     Image.new("L", (4, 4), 255).save(tmp_path / "white.png")
     Image.new("L", (4, 4), 99).save(tmp_path / "grey.png")
     images = cache_images(scan(folder), views, Encoder(), folder=tmp_path / "cache", model="m")
-    asked = []
+    batches = []
 
     def encode(images, holes):
-        asked.append(len(images))
+        batches.append(len(images))
         return hidden(images, holes)
 
-    def made(records=images.records, model="m", **changes):
-        given = images._replace(records=records)
-        made = cache_holes(given, views._replace(**changes), encode, folder=tmp_path / "cache", model=model)
-        return made.arrays["hole"]
+    def cached(records=images.records, model="m", **changes):
+        changed = views._replace(**changes)
+        folder = tmp_path / "cache"
+        return cache_holes(images._replace(records=records), changed, encode, folder=folder, model=model).arrays["hole"]
 
-    first = made()
-    assert asked == [4] * 4  # 7 images in full batches, twice
-    np.testing.assert_array_equal(made(), first)
-    assert asked == [4] * 4
-    own = [record._replace(hole=tmp_path / "white.png") for record in images.records]
-    assert made(own, holes=1).all()
+    first = cached()
+    assert batches == [4] * 4  # 7 images in full batches, twice
+    np.testing.assert_array_equal(cached(), first)
+    assert batches == [4] * 4
+    white = [record._replace(hole=tmp_path / "white.png") for record in images.records]
+    assert cached(white, holes=1).all()
     for changes in ({"model": "n"}, {"seed": 1}, {"full": 1.0}, {"holes": 3}, {"flip": True}, {"background": "red"}):
-        before = len(asked)
-        changed = made(**changes)
-        assert len(asked) > before, changes
+        before = len(batches)
+        changed = cached(**changes)
+        assert len(batches) > before, changes
         assert changed.all() == ("full" in changes)
     with pytest.raises(DataError, match=r"grey.png: the mask is nowhere white"):
-        made([record._replace(hole=tmp_path / "grey.png") for record in images.records], holes=1)
+        cached([record._replace(hole=tmp_path / "grey.png") for record in images.records], holes=1)
     assert len(list((tmp_path / "cache").glob("latents-*"))) == 1
 
 
 def test_each_picture_is_hashed_once(tmp_path, monkeypatch):
-    """For the fingerprint of the data set and the keys of all cache entries, images, masks and holes alike."""
+    """The fingerprint of the data set and the cache entries of images, masks and holes share the digests."""
     records = [wide(tmp_path / f"{i}.png") for i in range(3)]
     Image.new("L", (48, 16), 255).save(tmp_path / "hole.png")
     records = [record._replace(hole=tmp_path / "hole.png") for record in records]
@@ -310,7 +310,7 @@ def test_each_picture_is_hashed_once(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").iterdir())) == 6  # two of images, two of masks, two of holes
 
 
-def test_a_cache_that_cannot_be_written_is_said(folder):
+def test_a_cache_that_cannot_be_written_is_an_error(folder):
     (folder.parent / "cache").write_text("in the way")
     with pytest.raises(DataError, match=r"cannot write the cache in .*set data.cache"):
         latents(folder, Encoder())
@@ -353,7 +353,7 @@ def test_rows_that_differ_in_shape_are_refused(tmp_path):
 
 
 def test_killed_while_writing_leaves_nothing_half_done(folder):
-    """kill -9 in the middle of encoding, for real."""
+    """Really kills a process in the middle of encoding."""
     code = f"""
         import sys, time
         import numpy as np
@@ -376,7 +376,7 @@ def test_killed_while_writing_leaves_nothing_half_done(folder):
     (leftover,) = (folder.parent / "cache").iterdir()
     assert leftover.name.startswith(".new-")
     assert moments(folder, Encoder())[1, 0, 0, 0, 0] == 30
-    assert leftover.exists()  # it might still be in use
+    assert leftover.exists()  # another run might still write it
     os.utime(leftover, (0, time.time() - 2 * 86400))
     latents(folder, Encoder(), model="other")
     assert not leftover.exists()

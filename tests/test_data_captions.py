@@ -1,4 +1,4 @@
-"""Versions of captions: fixed by seed and caption, and never without a tag."""
+"""Versions of captions depend only on seed and caption, and always keep a tag."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ def split(version):
     return version.split(", ")
 
 
-def test_without_shuffling_and_dropping_a_caption_stays_as_it_is():
+def test_without_shuffling_and_dropping_a_caption_is_unchanged():
     assert tag_versions(" odd ,, spacing", 8, seed=1, keep=1) == (" odd ,, spacing",)
 
 

@@ -1,4 +1,4 @@
-"""Batches gathered from cached arrays, and made ahead of time."""
+"""Batches gathered from cached arrays, also ahead of time."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ CAPTIONS = ("", "even", "odd", "odd too", "class")
 
 
 def bucket(shape, *, images=6, views=2, start=0, **arrays):
-    """moments: 10 * example + view + start, at two captions (`even` twice) each."""
+    """Images with moments of 10 * example + view + start, and two captions each (`even` twice)."""
     versions = (("even", "even"), ("odd", "odd too"))
     records = tuple(Record(f"{i}.png", None, "", 1 + i % 2, versions=versions[i % 2]) for i in range(images))
     moments = np.zeros((images, views, *shape, 8), np.float32) + start
@@ -25,7 +25,7 @@ def bucket(shape, *, images=6, views=2, start=0, **arrays):
 
 
 def texts():
-    """context: the row of the caption; the empty caption is row 0."""
+    """Texts whose context is the caption's row; the empty caption has row 0."""
     context = np.arange(len(CAPTIONS), dtype=np.float32)[:, None, None] * np.ones((1, 4, 5), np.float32)
     return Texts({caption: row for row, caption in enumerate(CAPTIONS)}, {"context": context})
 
@@ -35,7 +35,7 @@ def dataset(*buckets):
     return Dataset(tuple(join(images, texts()) for images in buckets), texts().arrays, 0)
 
 
-def test_a_batch_holds_what_the_plan_says():
+def test_a_batch_holds_what_the_order_says():
     data = dataset(bucket((2, 2), views=6))
     assert data.repeats == ((1, 2, 1, 2, 1, 2),)
     order = Order(data.repeats, 4, seed=1, flip=True, caption_dropout=0.3, crops=3, versions=2)
@@ -65,7 +65,7 @@ def test_a_batch_has_one_shape():
     assert (shapes.count((2, 4)), shapes.count((4, 2))) == (18, 6)
 
 
-def test_views_must_be_those_of_the_plan():
+def test_views_must_be_those_of_the_order():
     for order in (Order(((1,) * 6,), 4, 0), Order(((1,) * 6,), 4, 0, crops=2, flip=True)):
         with pytest.raises(ConfigError, match=r"wants \d views of each image, but the cache holds 2"):
             make_batch(dataset(), order, 0)
@@ -84,10 +84,10 @@ def test_masks_and_pixels_are_gathered_and_texts_may_be_missing():
 
 
 def test_holes_are_those_of_their_crop():
-    """Every view of an example tells its number, its crop, its mask and whether it is mirrored."""
+    """The value of every view encodes its example, its crop, its mask and whether it is mirrored."""
     example, crop, hole, flip = np.meshgrid(*map(np.arange, (6, 2, 3, 2)), indexing="ij")
-    told = 1000 * example + 100 * crop + 10 * hole + flip
-    arrays = {"moments": told[:, :, 0], "hole": told, "kept": told}
+    values = 1000 * example + 100 * crop + 10 * hole + flip
+    arrays = {"moments": values[:, :, 0], "hole": values, "kept": values}
     arrays = {name: array.reshape(6, -1, 1, 1, 1) for name, array in arrays.items()}
     images = Images(bucket((1, 1)).records, arrays, ())
     data = Dataset((join(images, texts()),), {}, 0)
@@ -101,7 +101,7 @@ def test_holes_are_those_of_their_crop():
 
 
 def test_class_images_follow_with_their_weight():
-    """The mean of weight times error is the mean over images plus 0.5 times that over class images."""
+    """The mean of weight * error is the images' mean error plus 0.5 times the class images' mean error."""
     shapes = (2, 4), (4, 2)
     data = dataset(*(bucket(shape, start=100 * i) for i, shape in enumerate(shapes)))
     prior = tuple(bucket(shape, images=3, start=1000 + 100 * i) for i, shape in enumerate(shapes))
@@ -123,7 +123,7 @@ def test_class_images_follow_with_their_weight():
         assert (batch["context"][4:] == CAPTIONS.index("class")).all()
         error = np.random.default_rng(number).random(8)
         assert np.mean(batch["weight"] * error) == pytest.approx(error[:4].mean() + 0.5 * error[4:].mean())
-        # In two parts for accumulation, each takes every second example: as many of either kind.
+        # Two parts for accumulation take every second example each, so both get as many images as class images.
         for part in (0, 1):
             assert sorted(batch["weight"][part::2]) == [1, 1, 2, 2]
 
@@ -138,7 +138,7 @@ def test_the_order_does_not_depend_on_workers(workers):
 
 
 def test_batches_are_made_ahead_but_not_without_end():
-    made = []
+    numbers = []
 
     def endless():
         number = 0
@@ -146,18 +146,18 @@ def test_batches_are_made_ahead_but_not_without_end():
             yield number
             number += 1
 
-    batches = prefetch(lambda n: made.append(n) or n, endless(), depth=2)
+    batches = prefetch(lambda n: numbers.append(n) or n, endless(), depth=2)
     assert next(batches) == 0
     for _ in range(200):
-        if len(made) == 3:
+        if len(numbers) == 3:
             break
         time.sleep(0.01)
-    assert made == [0, 1, 2]
+    assert numbers == [0, 1, 2]
     batches.close()
     assert next(iter(prefetch(lambda n: n, range(0), depth=2)), None) is None
 
 
-def test_an_error_comes_out_at_its_place():
+def test_an_error_is_raised_in_place_of_its_batch():
     def make(number):
         if number == 3:
             raise ValueError("batch 3 is bad")

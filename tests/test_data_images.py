@@ -1,4 +1,4 @@
-"""Image files of every kind, and those made to do harm."""
+"""Image files of every kind, also broken and malicious ones."""
 
 import struct
 import zlib
@@ -15,14 +15,14 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
 def halves(mode="RGB", size=(32, 32)):
-    """Left half red, right half blue."""
+    """An image whose left half is red and whose right half is blue."""
     image = Image.new("RGB", size, RED)
     image.paste(BLUE, (size[0] // 2, 0, *size))
     return image.convert(mode)
 
 
 def read_image(path, side, background="white"):
-    """Its middle square."""
+    """The middle square of an image."""
     (image,) = read_views(path, Size(side, side), background)
     return image
 
@@ -127,7 +127,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
-def test_of_an_animation_the_first_frame(tmp_path, suffix, caplog):
+def test_the_first_frame_of_an_animation_is_read(tmp_path, suffix, caplog):
     path = tmp_path / f"a.{suffix}"
     frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, GREEN, BLUE)]
     frames[0].save(path, save_all=True, append_images=frames[1:])
@@ -209,7 +209,7 @@ def test_hopeless_shapes_are_refused(tmp_path, size, message):
 
 
 def gradients(path, size=(48, 16)):
-    """Red grows to the right, green downwards, by 5 a pixel."""
+    """An image whose red grows to the right and whose green grows downwards, by 5 a pixel."""
     x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     Image.fromarray(np.stack([5 * x, 5 * y, 0 * x], axis=-1).astype(np.uint8)).save(path)
     return path
@@ -270,7 +270,7 @@ def test_a_mask_is_averaged_over_areas(tmp_path):
 
 
 def test_a_mask_of_another_size_covers_the_image(tmp_path):
-    """A stretched mask, and one as large as the image, show the same part in every crop."""
+    """A smaller mask and one as large as the image show the same in every crop."""
     large = Image.new("L", (64, 32), 0)
     large.paste(255, (32, 0, 64, 16))
     large.save(tmp_path / "large.png")

@@ -1,4 +1,4 @@
-"""The order of examples: pure, complete, and the same however it is asked for."""
+"""The order of examples is pure and complete, and does not depend on how batches are requested."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sdjax.data.order import Order, beside, choose, describe
 
 BUCKETS = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=12).map(tuple), min_size=1, max_size=4).map(tuple)
-PLANS = st.builds(
+ORDERS = st.builds(
     Order,
     repeats=BUCKETS,
     batch_size=st.integers(1, 16),
@@ -30,18 +30,18 @@ def plain(size, batch_size, seed, **settings):
 
 
 def stream(order, batches, field="example", bucket=0):
-    """What one bucket shows in so many batches of all."""
+    """The values of `field` that one bucket has in the first `batches` batches of all buckets."""
     choices = [choose(order, n) for n in range(batches)]
     empty = getattr(choose(order, 0), field)[:0]
     return np.concatenate([empty, *(getattr(c, field) for c in choices if c.bucket == bucket)])
 
 
 def batches_for(order, examples, bucket):
-    """So many batches of all that the bucket has shown at least so many examples."""
+    """A number of batches of all buckets in which this bucket shows at least `examples` examples."""
     return -(-(-(-examples // order.batch_size) * order.size) // sum(order.repeats[bucket]))
 
 
-@given(PLANS, st.data())
+@given(ORDERS, st.data())
 @settings(max_examples=50, deadline=None)
 def test_every_epoch_shows_every_image_as_often_as_it_says(order, data):
     bucket = data.draw(st.integers(0, len(order.repeats) - 1))
@@ -51,30 +51,30 @@ def test_every_epoch_shows_every_image_as_often_as_it_says(order, data):
         np.testing.assert_array_equal(np.sort(epoch), expected)
 
 
-@given(PLANS, st.integers(0, 200))
+@given(ORDERS, st.integers(0, 200))
 @settings(max_examples=50, deadline=None)
 def test_buckets_take_turns_by_their_shares(order, batches):
-    """Each has had its share of the batches at any time, rounded down or up."""
+    """After any number of batches, each bucket has had its share of them, rounded down or up."""
     buckets = [choose(order, n).bucket for n in range(batches)]
-    for bucket, own in enumerate(order.repeats):
-        share = batches * sum(own) / order.size
+    for bucket, repeats in enumerate(order.repeats):
+        share = batches * sum(repeats) / order.size
         assert np.floor(share) <= buckets.count(bucket) <= np.ceil(share)
 
 
-@given(PLANS, st.integers(0, 60))
+@given(ORDERS, st.integers(0, 60))
 @settings(max_examples=50, deadline=None)
 def test_every_image_is_seen_as_often_as_its_share_to_within_a_batch(order, batches):
-    for bucket, own in enumerate(order.repeats):
-        shown = np.bincount(stream(order, batches, bucket=bucket).astype(int), minlength=len(own))
-        for count, repeats in zip(shown, own, strict=True):
-            expected = batches * order.batch_size * repeats / order.size
-            assert abs(count - expected) < order.batch_size + repeats
+    for bucket, repeats in enumerate(order.repeats):
+        shown = np.bincount(stream(order, batches, bucket=bucket).astype(int), minlength=len(repeats))
+        for count, times in zip(shown, repeats, strict=True):
+            expected = batches * order.batch_size * times / order.size
+            assert abs(count - expected) < order.batch_size + times
 
 
-@given(PLANS, st.integers(1, 16), st.data())
+@given(ORDERS, st.integers(1, 16), st.data())
 @settings(max_examples=50, deadline=None)
 def test_the_stream_does_not_depend_on_the_batch_size(order, other_size, data):
-    """So neither accumulation nor the number of devices changes what is seen when."""
+    """So neither accumulation nor the number of devices changes the order of the examples."""
     bucket = data.draw(st.integers(0, len(order.repeats) - 1))
     other = order._replace(batch_size=other_size)
     length = 2 * sum(order.repeats[bucket]) + 1
@@ -85,14 +85,14 @@ def test_the_stream_does_not_depend_on_the_batch_size(order, other_size, data):
         )
 
 
-@given(PLANS, st.integers(0, 100))
+@given(ORDERS, st.integers(0, 100))
 @settings(max_examples=50, deadline=None)
 def test_a_batch_is_a_pure_function_of_its_number(order, number):
     for a, b in zip(choose(order, number), choose(order, number), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-@given(PLANS)
+@given(ORDERS)
 @settings(max_examples=50, deadline=None)
 def test_flips_and_drops_only_when_asked(order):
     choice = choose(order, 0)
@@ -133,7 +133,7 @@ def test_buckets_do_not_share_their_order():
     assert (first.example != second.example).any()
 
 
-def test_class_images_go_along_in_an_order_of_their_own():
+def test_class_images_have_a_separate_order():
     order = Order(((1, 2), (1,)), 3, 7, flip=True, caption_dropout=1.0, crops=2, versions=4, holes=5)
     classes = beside(order, 5)
     seen = stream(classes, 5)
@@ -161,7 +161,7 @@ def test_epochs_and_seeds_differ():
     assert (choose(order, 0).example != choose(order._replace(seed=1), 0).example).any()
 
 
-def test_the_order_is_fixed_for_all_time():
+def test_the_order_is_the_same_in_every_version():
     order = plain(10, 5, 42, flip=True)
     choice = choose(order, 3)
     assert choice.example.tolist() == [9, 6, 8, 0, 1]
@@ -177,7 +177,7 @@ def test_another_process_draws_the_same():
     assert done.stdout.strip() == str([str(x) for n in range(9) for x in choose(order, n)])
 
 
-def test_what_a_run_sees_is_said():
+def test_the_log_describes_what_a_run_shows():
     assert describe(plain(64, 4, 0), 300) == "64 images, 4 a batch: 18.75 epochs"
     for names in ([], ["64x64"]):
         assert describe(plain(3, 4, 0), 10, names).endswith("than a batch holds, so each batch repeats some")

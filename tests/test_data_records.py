@@ -1,4 +1,4 @@
-"""Folders of captioned images, good and bad, as records."""
+"""Records of folders of captioned images, good and bad."""
 
 import hashlib
 import json
@@ -110,7 +110,7 @@ def test_malformed_metadata(tmp_path, line, message):
 
 
 def test_folders_name_and_repeat_their_images(tmp_path):
-    """kohya's layout: 3_red cat holds pictures of a red cat, each shown three times an epoch."""
+    """As in kohya's scripts: 3_red cat/ holds pictures of a red cat, which an epoch shows three times each."""
     for name in ("3_red cat/a.png", "3_red cat/b.png", "2_/c.png", "dog/d.png", "0_none/e.png", "1_x/10_y/f.png"):
         image(tmp_path / name)
     (tmp_path / "3_red cat" / "b.txt").write_text("its own")
@@ -186,7 +186,7 @@ def test_nothing_to_train_on(tmp_path):
         scan(tmp_path, missing_caption="skip")
 
 
-def test_an_image_listed_but_absent_is_left_to_whoever_reads_it(tmp_path):
+def test_an_image_that_is_listed_but_absent_is_a_record(tmp_path):
     listed(tmp_path, {"file_name": "gone.png", "text": "x"})
     assert captions(scan(tmp_path)) == {"gone.png": "x"}
 
