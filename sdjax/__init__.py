@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ConfigError", "DataError", "SdjaxError", "StableDiffusion", "TrainingStopped", "load", "save_png"]
 
-# Imported when first used, so that `import sdjax` and a command's `--help` do not wait for JAX.
+# These are imported when they are first used, so `import sdjax` and the `--help` of a command do not wait for JAX.
 _MODULE_OF = {
     "StableDiffusion": "sdjax.draw.pipeline",
     "load": "sdjax.draw.pipeline",

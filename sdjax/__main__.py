@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the first word names, with the rest of the line; returns its exit code."""
+    """Runs the command that the first word names, with the other words, and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     usage = f"usage: sdjax {{{','.join(COMMANDS)}}} ...   (--help after a command lists its flags)"
     if argv[:1] in (["-h"], ["--help"]):
@@ -36,7 +36,7 @@ def _convert(argv: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "generate": _generate, "convert": _convert}
-"""Imported when called: no command waits for what another one needs."""
+"""Each imports its module when it is called, so no command waits for the imports of another."""
 
 
 if __name__ == "__main__":

@@ -1,30 +1,31 @@
-"""Files of one form to another: `python -m sdjax.convert SRC DST --to FORMAT`.
+"""The command that converts models, LoRAs and embeddings: `python -m sdjax.convert SRC DST --to FORM`.
 
-A leaf: nothing imports it. JAX is imported only once the command line has been found good.
+It imports JAX after it has checked the flags, so mistakes are reported at once.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from sdjax.errors import ConfigError, DataError
 from sdjax.runtime import command
 from sdjax.settings import Dtype, LoraTargets
 
 _EPILOG = """forms:
-  diffusers    a model folder                               from a folder, a single file or a hub id
-  single_file  a model as .safetensors, as A1111 keeps it   from the same; with --for-inpainting a standard model gets
-                                                            a U-Net that sees the mask, to be trained for inpainting
-  kohya        a LoRA for A1111, ComfyUI and diffusers      from a LoRA (--model says of what), or with --base from a
-  peft         a LoRA for diffusers and PEFT                tuned model: the best LoRA of --rank for the difference
-  embedding    new words, a file each                       from an embedding, or a LoRA file with words bundled in it
+  diffusers    a model folder, from a folder, a single file or a hub id
+  single_file  a model in one .safetensors file, as A1111 keeps models; from the same
+  kohya        a LoRA for A1111, ComfyUI and diffusers, from a LoRA and its --model, or extracted
+  peft         a LoRA for diffusers and PEFT, from the same
+  embedding    new words, one file each, from an embedding or from a LoRA file with words
+
+To extract a LoRA from a fine-tuned model SRC, give --base: the result is the best LoRA of --rank for the difference.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code, see `command.run`."""
+    """Runs the command and returns its exit code; see `command.run`."""
     return command.run(_run, argv)
 
 
@@ -47,62 +48,61 @@ def _parser() -> command.Parser:
     add("src", metavar="SRC", help="file, folder or hub id")
     add("dst", metavar="DST", type=Path, help="file or folder to write")
     add("--to", required=True, metavar="FORM", help=f"one of {', '.join(FORMS)}")
-    add(
-        "--dtype", metavar="TYPE", help=f"of the weights written: {', '.join(get_args(Dtype))} (a model's own; float32)"
-    )
-    add("--model", metavar="SRC", help="kohya, peft: the model a LoRA was made for")
-    add("--base", metavar="SRC", help="kohya, peft: the model that SRC was tuned from")
-    add("--rank", type=int, metavar="R", help="with --base: of the LoRA (16)")
-    add("--targets", metavar="SET", help=f"with --base: {', '.join(get_args(LoraTargets))} (attention)")
-    add("--token", metavar="WORD", help="embedding: another name for the word, where SRC holds one")
-    add("--tokenizer", metavar="DIR", help="folder of the tokenizer, for models of a single file (the hub's)")
-    add("--prediction-type", metavar="NAME", default="", help="epsilon or v_prediction, where the model's own is wrong")
-    add("--for-inpainting", action="store_true", help="diffusers, single_file: of a standard model, to be trained")
-    add("--debug", action="store_true", help="show tracebacks of errors")
+    dtypes, targets = ", ".join(get_args(Dtype)), ", ".join(get_args(LoraTargets))
+    add("--dtype", metavar="TYPE", help=f"of the weights written: {dtypes} (a model keeps its own; others float32)")
+    add("--model", metavar="SRC", help="kohya, peft: the model that the LoRA was made for")
+    add("--base", metavar="SRC", help="kohya, peft: the model that SRC was fine-tuned from")
+    add("--rank", type=int, metavar="R", help="with --base: the rank of the LoRA (16)")
+    add("--targets", metavar="SET", help=f"with --base: the layers to adapt: {targets} (attention)")
+    add("--token", metavar="WORD", help="embedding: another name for the word, if SRC holds one word")
+    add("--tokenizer", metavar="DIR", help="folder of the tokenizer, for a model in a single file (that on the hub)")
+    add("--prediction-type", metavar="NAME", default="", help="epsilon or v_prediction, if the model has the wrong one")
+    add("--for-inpainting", action="store_true", help="diffusers, single_file: add a mask to the input, for training")
+    add("--debug", action="store_true", help="show the tracebacks of errors")
     return parser
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What can be told wrong without reading anything. Raises ConfigError."""
-    if args.to not in FORMS:
-        raise ConfigError(f"--to {args.to}: choices are {', '.join(FORMS)}")
-    if args.dtype is not None and args.dtype not in get_args(Dtype):
-        raise ConfigError(f"--dtype {args.dtype}: choices are {', '.join(get_args(Dtype))}")
-    if args.targets is not None and args.targets not in get_args(LoraTargets):
-        raise ConfigError(f"--targets {args.targets}: choices are {', '.join(get_args(LoraTargets))}")
+    """Raises ConfigError for mistakes that show before anything is read."""
+    for name, choices in (("to", FORMS), ("dtype", get_args(Dtype)), ("targets", get_args(LoraTargets))):
+        value = vars(args)[name]
+        if value is not None and value not in choices:
+            raise ConfigError(f"--{name} {value}: choices are {', '.join(choices)}")
     if args.rank is not None and args.rank < 1:
         raise ConfigError(f"--rank {args.rank}: must be 1 or more")
-    belongs = {
-        "--model": ("kohya", "peft"),
-        "--base": ("kohya", "peft"),
-        "--rank": ("kohya", "peft"),
-        "--targets": ("kohya", "peft"),
+    models, loras = ("diffusers", "single_file"), ("kohya", "peft")
+    forms_of = {
+        **dict.fromkeys(("--model", "--base", "--rank", "--targets"), loras),
         "--token": ("embedding",),
-        "--tokenizer": ("diffusers", "single_file", "kohya", "peft"),
-        "--prediction-type": ("diffusers", "single_file"),
-        "--for-inpainting": ("diffusers", "single_file"),
+        "--tokenizer": (*models, *loras),
+        **dict.fromkeys(("--prediction-type", "--for-inpainting"), models),
     }
-    for flag, forms in belongs.items():
+    for flag, forms in forms_of.items():
         if vars(args)[flag[2:].replace("-", "_")] and args.to not in forms:
             raise ConfigError(f"{flag} has no meaning for --to {args.to}, only for {', '.join(forms)}")
-    if args.to in ("kohya", "peft"):
+    if args.to in loras:
         if bool(args.model) == bool(args.base):
-            choice = "--model (what SRC, a LoRA, was made for) or --base (what SRC, a model, was tuned from)"
+            choice = "--model (SRC is a LoRA made for it) or --base (SRC is a model fine-tuned from it)"
             raise ConfigError(f"--to {args.to} needs either {choice}")
         if args.model and (args.rank or args.targets):
-            raise ConfigError("--rank and --targets go with --base: a LoRA keeps its own")
-    files = {"single_file", "kohya", "peft"}
-    if args.to in files and args.dst.suffix.lower() != ".safetensors":
+            raise ConfigError("--rank and --targets go with --base: an existing LoRA keeps its rank and layers")
+    if args.to in ("single_file", *loras) and args.dst.suffix.lower() != ".safetensors":
         raise ConfigError(f"{args.dst}: --to {args.to} writes a file whose name ends in .safetensors")
     if args.to == "diffusers" and args.dst.suffix.lower() in (".safetensors", ".ckpt"):
         raise ConfigError(f"{args.dst}: --to diffusers writes a folder; for a file choose --to single_file")
 
 
-def _model(args: argparse.Namespace) -> list[Path]:
-    from sdjax.loading import outline, with_weights
+def _outline(source: str, args: argparse.Namespace):
+    from sdjax.loading import outline
 
-    tokenizer = args.tokenizer if Path(args.src).is_file() else None
-    source = outline(args.src, tokenizer=tokenizer, prediction_type=args.prediction_type)
+    tokenizer = args.tokenizer if Path(source).is_file() else None
+    return outline(source, tokenizer=tokenizer, prediction_type=args.prediction_type)
+
+
+def _model(args: argparse.Namespace) -> list[Path]:
+    from sdjax.loading import with_weights
+
+    source = _outline(args.src, args)
     if args.for_inpainting and source.is_inpainting:
         raise ConfigError(f"--for-inpainting: {args.src} is made for inpainting already")
     stored = str(next(iter(source.folder.tensors("unet").values())).dtype)
@@ -118,36 +118,35 @@ def _model(args: argparse.Namespace) -> list[Path]:
 def _lora(args: argparse.Namespace) -> list[Path]:
     import jax.numpy as jnp
 
-    from sdjax import lora, trees
     from sdjax.formats.lora_file import load_lora, save_lora
-    from sdjax.loading import load_weights, outline
 
-    source = lambda name: outline(name, tokenizer=args.tokenizer if Path(name).is_file() else None)
-    base = source(args.base or args.model)
-    if args.base:
-        tuned, adapters = source(args.src), {}
-        for part in base.shapes.keys() - {"vae"}:
-            one, two = load_weights(tuned, part), load_weights(base, part)
-            if _shapes(one) != _shapes(two):
-                raise DataError(
-                    f"{args.src} and {args.base} are models of different kinds: their {part}s differ in shape"
-                )
-            own = lora.extract(one, two, rank=args.rank or 16, which=args.targets or "attention")
-            if any(jnp.any(layer["up"] != 0) for _, layer in trees.layers(own, "up")):
-                adapters[part] = own
-        if not adapters:
-            raise DataError(f"{args.src} and {args.base} are the same in all layers a LoRA would adapt")
-    else:
-        adapters = load_lora(args.src, base.shapes)
+    base = _outline(args.base or args.model, args)
+    adapters = load_lora(args.src, base.shapes) if args.model else _extract(args, _outline(args.src, args), base)
     args.dst.parent.mkdir(parents=True, exist_ok=True)
     save_lora(args.dst, adapters, base.shapes, style=args.to, dtype=jnp.dtype(args.dtype or "float32"))
     return [args.dst]
 
 
-def _shapes(params) -> dict:
-    from sdjax.trees import leaves
+def _extract(args: argparse.Namespace, tuned, base) -> dict[str, Any]:
+    """The adapters that turn one model, given by its outline, into a tuned one, for all parts but the VAE."""
+    import jax.numpy as jnp
 
-    return {path: leaf.shape for path, leaf in leaves(params)}
+    from sdjax import lora, trees
+    from sdjax.loading import load_weights
+
+    parts = [part for part in base.shapes if part != "vae"]
+    if different := [part for part in parts if tuned.shapes.get(part) != base.shapes[part]]:
+        fault = f"{', '.join(different)} differ in shape"
+        raise DataError(f"{args.src} and {args.base} are models of different kinds: {fault}")
+    adapters = {}
+    for part in parts:
+        weights = (load_weights(model, part) for model in (tuned, base))
+        adapter = lora.extract(*weights, rank=args.rank or 16, which=args.targets or "attention")
+        if any(jnp.any(layer["up"] != 0) for _, layer in trees.layers(adapter, "up")):
+            adapters[part] = adapter
+    if not adapters:
+        raise DataError(f"{args.src} and {args.base} are the same in all layers that a LoRA would adapt")
+    return adapters
 
 
 def _embedding(args: argparse.Namespace) -> list[Path]:
@@ -162,7 +161,7 @@ def _embedding(args: argparse.Namespace) -> list[Path]:
         words = dict(zip([args.token], words.values(), strict=True))
     if args.dst.suffix.lower() == ".safetensors":
         if len(words) != 1:
-            raise ConfigError(f"{args.src} holds the words {', '.join(words)}: give a folder to write them to")
+            raise ConfigError(f"{args.src} holds the words {', '.join(words)}: write them to a folder")
         paths = [args.dst]
     else:
         paths = [args.dst / file_name(word) for word in words]

@@ -1,8 +1,8 @@
-"""The errors a user can meet, each with the exit code its command ends with."""
+"""The errors that a user can meet, with the exit code of a command for each."""
 
 
 class SdjaxError(Exception):
-    """Base of every error this library raises on purpose; its message is one or two lines."""
+    """The base class of all errors that sdjax raises on purpose. A message has one or two lines."""
 
     exit_code = 1
 
@@ -14,12 +14,12 @@ class ConfigError(SdjaxError, ValueError):
 
 
 class DataError(SdjaxError, ValueError):
-    """An image, a caption, a weight file or a checkpoint is wrong or missing."""
+    """An image, a caption, a weight file or a checkpoint is wrong or missing, or cannot be written."""
 
     exit_code = 3
 
 
 class TrainingStopped(SdjaxError, RuntimeError):
-    """Training stopped itself: a loss that is not a number, or no memory left."""
+    """Training or drawing stopped itself: the loss is not a number, or no memory is left."""
 
     exit_code = 4

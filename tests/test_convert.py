@@ -7,8 +7,7 @@ import micro
 import numpy as np
 import pytest
 
-import sdjax
-from sdjax import __main__, convert, lora, trees
+from sdjax import __main__, convert, loading, lora, trees
 from sdjax.formats.embedding_file import load_embedding, save_embedding
 from sdjax.formats.lora_file import load_lora, save_lora
 from sdjax.formats.safetensors_file import read_safetensors
@@ -25,7 +24,7 @@ quick = pytest.fixture(scope="module", autouse=True)(micro.quick_compilation)
 def model(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(micro, "UNET", {**micro.UNET, **SHALLOW})
-        return sdjax.load(micro.make_model(tmp_path_factory.mktemp("model") / "model"))
+        return loading.load(micro.make_model(tmp_path_factory.mktemp("model") / "model"))
 
 
 def run(*words):
@@ -44,10 +43,10 @@ def same(one, two, **tolerance):
 
 def test_a_folder_to_a_file_and_back(model, tmp_path, capsys):
     file, folder = tmp_path / "new" / "m.safetensors", tmp_path / "folder"
-    assert __main__.main(["convert", str(model.model.outline.folder.path), str(file), "--to", "single_file"]) == 0
-    assert run(file, folder, "--to", "diffusers", "--tokenizer", model.model.outline.folder.path) == 0
+    assert __main__.main(["convert", str(model.outline.folder.path), str(file), "--to", "single_file"]) == 0
+    assert run(file, folder, "--to", "diffusers", "--tokenizer", model.outline.folder.path) == 0
     assert capsys.readouterr().out.splitlines() == [str(file), str(folder)]
-    same(sdjax.load(folder).params, model.params)
+    same(loading.load(folder).params, model.params)
     half = tmp_path / "half.safetensors"
     assert run(folder, half, "--to", "single_file", "--dtype", "float16", "--prediction-type", "v_prediction") == 0
     # A model keeps the type of its weights unless asked.
@@ -62,11 +61,11 @@ def test_a_standard_model_is_widened_for_inpainting(model, tmp_path, capsys):
     folder, file = tmp_path / "nine", tmp_path / "nine.safetensors"
     for target in (folder, file):
         form = "single_file" if target.suffix else "diffusers"
-        assert run(model.model.outline.folder.path, target, "--to", form, "--for-inpainting") == 0
+        assert run(model.outline.folder.path, target, "--to", form, "--for-inpainting") == 0
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
-    wide = sdjax.load(folder)
-    same(sdjax.load(file, tokenizer=folder).params, wide.params)
-    assert wide.model.outline.unet.config.in_channels == 9
+    wide = loading.load(folder)
+    same(loading.load(file, tokenizer=folder).params, wide.params)
+    assert wide.outline.unet.config.in_channels == 9
     latents, context = np.ones((1, 8, 8, 9), np.float32), np.ones((1, 8, 16), np.float32)
     same(wide.predict(latents, 500, context), model.predict(latents[..., :4], 500, context), atol=1e-5)
     assert run(folder, tmp_path / "again", "--to", "diffusers", "--for-inpainting") == 2
@@ -79,7 +78,7 @@ def test_a_lora_to_either_style_and_back(model, tmp_path):
     save_lora(tmp_path / "a.safetensors", adapter, model.params)
     for style, source, target in (("peft", "a", "b"), ("kohya", "b", "c")):
         source, target = tmp_path / f"{source}.safetensors", tmp_path / f"{target}.safetensors"
-        assert run(source, target, "--to", style, "--model", model.model.outline.folder.path) == 0
+        assert run(source, target, "--to", style, "--model", model.outline.folder.path) == 0
         got = load_lora(target, model.params)["unet"]
         same(deltas(got), deltas(adapter["unet"]), atol=1e-5)
     assert any(key.endswith("lora_A.weight") for key in read_safetensors(tmp_path / "b.safetensors").tensors)
@@ -89,12 +88,12 @@ def test_a_lora_is_taken_out_of_a_tuned_model(model, tmp_path, capsys):
     adapter = lora.init(jax.random.key(0), model.params["unet"], rank=2)
     adapter = jax.tree.map(lambda leaf: leaf + np.float32(0.1) * (leaf.ndim > 0), adapter)
     model.with_lora({"unet": adapter}).save(tmp_path / "tuned")
-    flags = ("--to", "kohya", "--base", model.model.outline.folder.path)
+    flags = ("--to", "kohya", "--base", model.outline.folder.path)
     assert run(tmp_path / "tuned", tmp_path / "a.safetensors", *flags, "--rank", 2, "--dtype", "float32") == 0
     read = load_lora(tmp_path / "a.safetensors", model.params)
     assert list(read) == ["unet"]
     same(deltas(read["unet"]), deltas(adapter), atol=1e-4)
-    assert run(model.model.outline.folder.path, tmp_path / "b.safetensors", *flags) == 3
+    assert run(model.outline.folder.path, tmp_path / "b.safetensors", *flags) == 3
     assert "are the same" in capsys.readouterr().err
     assert run("tiny", tmp_path / "b.safetensors", *flags) == 3
     assert "different kinds" in capsys.readouterr().err
@@ -121,7 +120,7 @@ def test_embeddings(model, tmp_path, capsys):
     assert run(tmp_path / "xl.safetensors", target, "--to", "embedding") == 0
     assert load_embedding(target)["<y>"].keys() == both.keys()
     capsys.readouterr()
-    for flags, fault in (((target,), "give a folder"), ((tmp_path / "y", "--token", "<z>"), "names one word")):
+    for flags, fault in (((target,), "write them to a folder"), ((tmp_path / "y", "--token", "<z>"), "names one word")):
         assert run(tmp_path / "lora.safetensors", *flags, "--to", "embedding") == 2
         assert fault in capsys.readouterr().err
     save_lora(tmp_path / "lora.safetensors", adapter, model.params, embeddings={"a:b": words["b"], "a?b": words["b"]})
@@ -161,8 +160,8 @@ def test_faults_of_files_have_their_exit_code(model, tmp_path, capsys):
     for words in (
         (tmp_path / "none.safetensors", tmp_path / "a", "--to", "embedding"),
         (tmp_path / "none.safetensors", tmp_path / "a", "--to", "diffusers"),
-        (model.model.outline.folder.path, file / "x" / "a.safetensors", "--to", "single_file"),
-        (model.model.outline.folder.path, file, "--to", "diffusers"),
+        (model.outline.folder.path, file / "x" / "a.safetensors", "--to", "single_file"),
+        (model.outline.folder.path, file, "--to", "diffusers"),
     ):
         assert run(*words) == 3
         assert capsys.readouterr().err.startswith("error: ")

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from sdjax.errors import DataError
 from sdjax.formats.parameter_names import load_params, to_state_dict
 from sdjax.formats.safetensors_file import read_safetensors, save_safetensors
-from sdjax.trees import leaves
+from sdjax.trees import leaves, nest
 
 # A model of every kind of leaf, written out by hand: our tree beside PyTorch's names and shapes.
 
@@ -59,18 +59,8 @@ VAE = {
 TABLES = {"unet": UNET, "text_encoder": TEXT, "vae": VAE}
 
 
-def tree(flat):
-    nested = {}
-    for path, value in flat.items():
-        node = nested
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = value
-    return nested
-
-
 def expected(table):
-    return tree({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, (_, shape, _) in table.items()})
+    return nest({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, (_, shape, _) in table.items()})
 
 
 def state_dict(table, seed=0, dtype=np.float32):
@@ -98,7 +88,7 @@ def torch_expected(model):
             elif leaf == "weight":
                 ours = "embedding" if isinstance(module, torch.nn.Embedding) else "scale"
             flat[(*path, ours)] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return tree(flat)
+    return nest(flat)
 
 
 # Names and layouts.
@@ -257,7 +247,7 @@ def test_placement():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, None, "x"))
-    places = tree({path: split if path == ("conv_in", "kernel") else whole for path in UNET})
+    places = nest({path: split if path == ("conv_in", "kernel") else whole for path in UNET})
     params = load(state_dict(UNET), UNET, sharding=places)
     assert params["conv_in"]["kernel"].sharding == split
     assert params["conv_in"]["kernel"].addressable_shards[2].data.shape == (3, 3, 4, 1)

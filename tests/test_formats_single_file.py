@@ -10,13 +10,14 @@ import micro
 import numpy as np
 import pytest
 
-import sdjax
 from sdjax import loading
 from sdjax.diffusion import NoiseSchedule
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats import single_file
-from sdjax.formats.ldm_config import SD1, SD2, SDXL, infer_configs
+from sdjax.formats.families import SD1, SD2, SDXL
+from sdjax.formats.ldm_config import infer_configs
 from sdjax.formats.ldm_names import ldm_name, ldm_prefixes, ldm_vae_name, vae_name
+from sdjax.formats.openclip import to_openclip
 from sdjax.formats.parameter_names import tensor_name
 from sdjax.formats.safetensors_file import read_safetensors, save_safetensors
 from sdjax.models import clip, unet, vae
@@ -62,7 +63,7 @@ def model(kind, tmp_path_factory):
     if kind == "sdxl":  # OpenCLIP's activation in the second text model
         file = folder / "text_encoder_2" / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_act": "gelu"}))
-    return sdjax.load(folder)
+    return loading.load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -95,33 +96,33 @@ def same(one, two):
 
 
 def test_what_we_write_we_read(model, written, tmp_path):
-    read = sdjax.load(written, tokenizer=model.model.outline.folder.path)
+    read = loading.load(written, tokenizer=model.outline.folder.path)
     assert same(read.params, model.params)
-    assert (read.model.outline.folder.configs, read.model.outline.folder.scheduler) == (
-        model.model.outline.folder.configs,
-        model.model.outline.folder.scheduler,
+    assert (read.outline.folder.configs, read.outline.folder.scheduler) == (
+        model.outline.folder.configs,
+        model.outline.folder.scheduler,
     )
-    assert read.model.outline.folder.model_index["_class_name"] == model.model.outline.folder.model_index["_class_name"]
+    assert read.outline.folder.model_index["_class_name"] == model.outline.folder.model_index["_class_name"]
     read.save(tmp_path / "folder")
-    again = sdjax.load(tmp_path / "folder")
+    again = loading.load(tmp_path / "folder")
     assert same(again.params, model.params)
     prompts = ["a red heart", "!"]
-    for got, wanted in zip(again.model.encode_prompts(prompts), model.model.encode_prompts(prompts), strict=True):
+    for got, wanted in zip(again.encode_prompts(prompts), model.encode_prompts(prompts), strict=True):
         np.testing.assert_array_equal(got, wanted)
 
 
 def test_a_file_without_configs_is_understood(model, kind, foreign):
     """All that matters is inferred, heads, activations and scale included."""
-    read = sdjax.load(foreign, tokenizer=model.model.outline.folder.path, prediction_type="epsilon")
+    read = loading.load(foreign, tokenizer=model.outline.folder.path, prediction_type="epsilon")
     assert same(read.params, model.params)
-    assert read.model.outline.unet.config.sample_size == {"sdxl": 512}.get(kind, 256)  # a factor of 2 in place of 8
+    assert read.outline.unet.config.sample_size == {"sdxl": 512}.get(kind, 256)  # a factor of 2 in place of 8
     for one, two in (
-        (read.model.outline.unet, model.model.outline.unet),
-        (read.model.outline.vae, model.model.outline.vae),
+        (read.outline.unet, model.outline.unet),
+        (read.outline.vae, model.outline.vae),
     ):
         assert dataclasses.replace(one.config, sample_size=0) == dataclasses.replace(two.config, sample_size=0)
-    for name, text in model.model.outline.text_models.items():
-        assert dataclasses.replace(read.model.outline.text_models[name].config, eos_token_id=1) == text.config
+    for name, text in model.outline.text_models.items():
+        assert dataclasses.replace(read.outline.text_models[name].config, eos_token_id=1) == text.config
     np.testing.assert_allclose(read.encode_text("a heart"), model.encode_text("a heart"), atol=1e-5)
 
 
@@ -149,7 +150,7 @@ def test_half_precision(model, tmp_path):
     model.save(tmp_path / "half.safetensors", dtype="float16")
     tensors, _ = read_safetensors(tmp_path / "half.safetensors")
     assert {str(tensor.dtype) for tensor in tensors.values()} == {"float16"}
-    read = sdjax.load(tmp_path / "half.safetensors", tokenizer=model.model.outline.folder.path)
+    read = loading.load(tmp_path / "half.safetensors", tokenizer=model.outline.folder.path)
     halved = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float16).astype(np.float32), model.params)
     assert same(read.params, halved)
 
@@ -163,10 +164,10 @@ def test_diffusers_reads_the_same_weights(model, kind, written):
     from safetensors.torch import load_file
 
     checkpoint = load_file(written)
-    configs = {"class_embed_type": None, "addition_embed_type": None, **model.model.outline.folder.configs["unet"]}
+    configs = {"class_embed_type": None, "addition_embed_type": None, **model.outline.folder.configs["unet"]}
     found = {
         "unet": theirs.convert_ldm_unet_checkpoint(dict(checkpoint), configs),
-        "vae": theirs.convert_ldm_vae_checkpoint(dict(checkpoint), model.model.outline.folder.configs["vae"]),
+        "vae": theirs.convert_ldm_vae_checkpoint(dict(checkpoint), model.outline.folder.configs["vae"]),
     }
     if kind != "sd2":
         found["text_encoder"] = theirs.convert_ldm_clip_checkpoint(dict(checkpoint))
@@ -182,7 +183,7 @@ def test_diffusers_reads_the_same_weights(model, kind, written):
         found[name] = theirs.convert_open_clip_checkpoint(Model, dict(checkpoint), prefix=prefix)
     assert found.keys() == model.params.keys()
     for name, own in found.items():
-        wanted = model.model.outline.folder.tensors(name)
+        wanted = model.outline.folder.tensors(name)
         if kind == "sd2" and name == "text_encoder":  # they leave out block 23, whatever the model's size
             own = {key: tensor for key, tensor in own.items() if "layers.2." not in key and "projection" not in key}
         vae_names = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -202,11 +203,11 @@ def test_diffusers_makes_a_pipeline_of_it(model, kind, written):
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
     made = {"sd1": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[kind].from_single_file(
-        str(written), config=str(model.model.outline.folder.path), local_files_only=True
+        str(written), config=str(model.outline.folder.path), local_files_only=True
     )
     # They tell SDXL's two text models apart by width, which here is the same.
     for name in model.params.keys() - {"text_encoder_2"}:
-        theirs, ours = getattr(made, name).state_dict(), model.model.outline.folder.tensors(name)
+        theirs, ours = getattr(made, name).state_dict(), model.outline.folder.tensors(name)
         ours = {key.removeprefix("text_model."): tensor for key, tensor in ours.items()}
         theirs = {key.removeprefix("text_model."): tensor for key, tensor in theirs.items()}
         assert theirs.keys() == ours.keys()
@@ -223,7 +224,7 @@ def test_pickles_nest_their_tensors_and_tell_the_step(model, kind, foreign, tmp_
     nested = {key: torch.from_numpy(tensor.copy()) for key, tensor in tensors.items()}
     nested = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in nested.items()}
     torch.save({"state_dict": nested, "global_step": step, "epoch": 3}, tmp_path / "model.ckpt")
-    read = loading.outline(tmp_path / "model.ckpt", tokenizer=model.model.outline.folder.path)
+    read = loading.outline(tmp_path / "model.ckpt", tokenizer=model.outline.folder.path)
     own = loading.load_weights(read, "unet")
     assert same(
         own, jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float16).astype(np.float32), model.params["unet"])
@@ -293,6 +294,16 @@ PUBLISHED = {
 }
 
 
+TEXT_PREFIXES = {
+    SD1: {"text_encoder": "cond_stage_model.transformer.text_model."},
+    SD2: {"text_encoder": "cond_stage_model.model."},
+    SDXL: {
+        "text_encoder": "conditioner.embedders.0.transformer.text_model.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+}
+
+
 def torch_shapes(params):
     """PyTorch's names and shapes of a tree of shapes, as arrays of no memory."""
     found = {}
@@ -323,8 +334,9 @@ def test_published_models_are_recognised(family, tmp_path, monkeypatch):
     for key, tensor in shapes["vae"].items():
         module, _, leaf = key.rpartition(".")
         file[f"first_stage_model.{ldm_vae_name(module, 4)}.{leaf}"] = tensor
-    for name, (prefix, openclip) in single_file._TEXT[family].items():
-        text = single_file._to_openclip(shapes[name], spare=family == SD2) if openclip else shapes[name]
+    for name, prefix in TEXT_PREFIXES[family].items():
+        openclip = prefix.endswith(".model.")
+        text = to_openclip(shapes[name], sd2=family == SD2) if openclip else shapes[name]
         file |= {prefix + key: tensor for key, tensor in text.items()}
     assert len(shapes["unet"]) == {SD1: 686, SD2: 686, SDXL: 1680}[family]
     assert len(shapes["vae"]) == 248 and file.keys() >= {
@@ -373,7 +385,7 @@ def test_other_files_are_named(tmp_path, keys, kind):
     path = tmp_path / "a.safetensors"
     save_safetensors(path, {key: np.zeros((2, 2), np.float32) for key in keys})
     with pytest.raises(DataError, match=re.escape(kind)) as caught:
-        sdjax.load(path)
+        loading.load(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
@@ -386,7 +398,7 @@ def test_parts_that_are_missing_or_odd_are_named(model, foreign, tmp_path):
         changed = {new: tensor for key, tensor in tensors.items() if (new := change(key))}
         save_safetensors(path, changed)
         with pytest.raises(DataError, match=match):
-            sdjax.load(path, tokenizer=model.model.outline.folder.path, prediction_type="epsilon")
+            loading.load(path, tokenizer=model.outline.folder.path, prediction_type="epsilon")
 
     refused("without its VAE", lambda key: None if key.startswith("first_stage") else key)
     refused("no encoder.conv_in.weight", lambda key: None if key.endswith("model.encoder.conv_in.weight") else key)
@@ -404,7 +416,7 @@ def test_the_other_vae_prefix(model, foreign, tmp_path):
     save_safetensors(
         tmp_path / "a.safetensors", {k.replace("first_stage_model.", "vae."): t for k, t in tensors.items()}
     )
-    read = loading.outline(tmp_path / "a.safetensors", tokenizer=model.model.outline.folder.path)
+    read = loading.outline(tmp_path / "a.safetensors", tokenizer=model.outline.folder.path)
     assert same(loading.load_weights(read, "vae"), model.params["vae"])
 
 
@@ -416,11 +428,11 @@ def test_the_channels_tell_inpainting(model, foreign, tmp_path):
     for channels in (9, 8):
         save_safetensors(path, {**tensors, key: np.zeros((32, channels, 3, 3), np.float32)})
         if channels == 9:
-            read = loading.outline(path, tokenizer=model.model.outline.folder.path)
+            read = loading.outline(path, tokenizer=model.outline.folder.path)
             assert read.unet.config.in_channels == 9 and read.schedule.prediction_type == "epsilon"
             assert read.folder.model_index["_class_name"] == "StableDiffusionInpaintPipeline"
     with pytest.raises(DataError, match="takes 8 channels"):
-        sdjax.load(path, tokenizer=model.model.outline.folder.path)
+        loading.load(path, tokenizer=model.outline.folder.path)
 
 
 @SD1_ALONE
@@ -430,7 +442,7 @@ def test_damaged_configs_are_refused(model, foreign, tmp_path):
     for damaged in ("{", "[]", '{"configs": {}, "scheduler": {}}'):
         save_safetensors(path, tensors, {**metadata, "sdjax.configs": damaged})
         with pytest.raises(DataError, match="configs is damaged"):
-            sdjax.load(path, tokenizer=model.model.outline.folder.path)
+            loading.load(path, tokenizer=model.outline.folder.path)
 
 
 def test_the_prediction_type_is_what_is_known_of_it(model, kind, foreign, tmp_path, caplog):
@@ -440,7 +452,7 @@ def test_the_prediction_type_is_what_is_known_of_it(model, kind, foreign, tmp_pa
     def read(extra=None, metadata=None, **settings):
         save_safetensors(path, {**tensors, **(extra or {})}, metadata)
         caplog.clear()
-        folder = single_file.read_single_file(path, tokenizer=model.model.outline.folder.path, **settings)
+        folder = single_file.read_single_file(path, tokenizer=model.outline.folder.path, **settings)
         return NoiseSchedule.from_config(folder.scheduler)
 
     assert read().prediction_type == ("v_prediction" if kind == "sd2" else "epsilon")
@@ -458,18 +470,19 @@ def test_the_prediction_type_is_what_is_known_of_it(model, kind, foreign, tmp_pa
 
 def test_velocity_and_zero_snr_survive(model, kind, tmp_path):
     folder = dataclasses.replace(
-        model.model.outline.folder,
+        model.outline.folder,
         scheduler={
-            **model.model.outline.folder.scheduler,
+            **model.outline.folder.scheduler,
             "prediction_type": "v_prediction",
             "rescale_betas_zero_snr": True,
         },
     )
-    dataclasses.replace(model, folder=folder).save(tmp_path / "a.safetensors")
+    model = dataclasses.replace(model, outline=dataclasses.replace(model.outline, folder=folder))
+    model.save(tmp_path / "a.safetensors")
     tensors, metadata = read_safetensors(tmp_path / "a.safetensors")
     assert metadata["modelspec.prediction_type"] == "v" and "ztsnr" in tensors
     assert ("v_pred" in tensors) == (kind == "sdxl")
-    read = single_file.read_single_file(tmp_path / "a.safetensors", tokenizer=model.model.outline.folder.path)
+    read = single_file.read_single_file(tmp_path / "a.safetensors", tokenizer=model.outline.folder.path)
     assert read.scheduler == folder.scheduler
 
 
@@ -478,25 +491,25 @@ def test_settings_that_do_not_go_together(model, written, tmp_path):
     with pytest.raises(ConfigError, match="never as a pickle"):
         single_file.save_single_file(
             tmp_path / "a.ckpt",
-            configs=model.model.outline.folder.configs,
+            configs=model.outline.folder.configs,
             params=model.params,
-            scheduler=model.model.outline.folder.scheduler,
+            scheduler=model.outline.folder.scheduler,
         )
-    rows = {name: np.zeros((1, 16), np.float32) for name in model.model.outline.text_models}
+    rows = {name: np.zeros((1, 16), np.float32) for name in model.outline.text_models}
     with pytest.raises(ConfigError, match="cannot hold the new words <w>"):
         model.with_embedding({"<w>": rows}).save(tmp_path / "a.safetensors")
     with pytest.raises(ConfigError, match="is for models of a single file"):
-        sdjax.load(model.model.outline.folder.path, tokenizer=tmp_path)
+        loading.load(model.outline.folder.path, tokenizer=tmp_path)
     with pytest.raises(DataError, match="cannot be read"):
-        sdjax.load(tmp_path / "none.safetensors")
+        loading.load(tmp_path / "none.safetensors")
     with pytest.raises(DataError, match="is no folder with"):
-        sdjax.load(written, tokenizer=tmp_path)
+        loading.load(written, tokenizer=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_tokenizers_pad_as_the_family_does(model, kind, foreign, tmp_path, monkeypatch):
     """From the hub, or one folder for all; a model's folder is taken as it is."""
-    exclamation = model.model.outline.tokenizers["tokenizer"].vocabulary.convert_tokens_to_ids("!")
+    exclamation = model.outline.tokenizers["tokenizer"].vocabulary.convert_tokens_to_ids("!")
     pads = {"tokenizer": exclamation if kind == "sd2" else 1} | ({"tokenizer_2": exclamation} if kind == "sdxl" else {})
     shutil.copytree(micro.TOKENIZER, tmp_path / "tokenizer")
 
@@ -505,11 +518,11 @@ def test_tokenizers_pad_as_the_family_does(model, kind, foreign, tmp_path, monke
         return {name: Tokenizer.from_folder(path, window=16).pad for name, path in folder.tokenizers.items()}
 
     assert found(micro.TOKENIZER) == pads
-    assert set(found(model.model.outline.folder.path).values()) == {1}
+    assert set(found(model.outline.folder.path).values()) == {1}
     assert found(tmp_path) == pads | {"tokenizer": 1}
-    with pytest.raises(DataError, match=r"2263 words are not Stable Diffusion's 49408: give its tokenizer's folder"):
+    with pytest.raises(DataError, match=r"its tokenizer has 2263 words, Stable Diffusion's 49408: give its folder"):
         found()
-    monkeypatch.setattr(single_file, "_VOCABULARY", 2263)
+    monkeypatch.setattr(single_file, "VOCABULARY", 2263)
     monkeypatch.setattr(single_file, "snapshot", lambda repository, patterns: micro.TOKENIZER)
     assert found() == pads
 

@@ -137,8 +137,8 @@ def test_clip_reads_the_tokenizer_as_we_do(tokenizer_folder):
 
 def test_untrained_model_loads_and_its_branches_start_at_zero(tmp_path):
     counts = recipe.write_model(tmp_path / "model", ["red heart", "a cat"], seed=1)
-    sd = loading.load(tmp_path / "model")
-    unet, vae, text = sd.params["unet"], sd.params["vae"], sd.params["text_encoder"]
+    model = loading.load(tmp_path / "model")
+    unet, vae, text = model.params["unet"], model.params["vae"], model.params["text_encoder"]
     for ends in (
         unet["conv_out"],
         unet["mid_block"]["resnets_0"]["conv2"],
@@ -150,11 +150,11 @@ def test_untrained_model_loads_and_its_branches_start_at_zero(tmp_path):
         assert not np.any(np.asarray(ends["kernel"]))
     kernel = np.asarray(unet["mid_block"]["resnets_0"]["conv1"]["kernel"])
     assert np.std(kernel) * np.sqrt(9 * 128) == pytest.approx(1, abs=0.02)
-    assert sd.model.outline.schedule.prediction_type == "v_prediction"
+    assert model.outline.schedule.prediction_type == "v_prediction"
     # The whole vocabulary is larger than these two captions': weights in float16, and a tokenizer below 100 kB.
     whole = 2 * (
         sum(counts.values())
-        + (512 + recipe.MERGES + 2 - sd.model.outline.text_models["text_encoder"].config.vocab_size) * 128
+        + (512 + recipe.MERGES + 2 - model.outline.text_models["text_encoder"].config.vocab_size) * 128
     )
     assert whole + 100_000 < 12_000_000
 

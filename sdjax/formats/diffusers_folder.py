@@ -1,4 +1,4 @@
-"""A model folder in diffusers' layout: read from the disk or the hub, written whole or not at all."""
+"""Model folders in diffusers' layout: reads them from the disk or the hub, and writes them."""
 
 import dataclasses
 import json
@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from sdjax.errors import DataError
+from sdjax.formats.hub import snapshot
 from sdjax.formats.parameter_names import listing, to_state_dict
 from sdjax.formats.safetensors_file import save_safetensors
 from sdjax.formats.weights_file import read_tensors
-from sdjax.runtime.whole_file import sync_folder
+from sdjax.runtime.whole_file import replacing_folder
 
-MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _CLASSES = {
@@ -26,43 +27,45 @@ _CLASSES = {
     "text_encoder": _TEXT_CLASSES,
     "text_encoder_2": _TEXT_CLASSES,
 }
-# Latents alone, or latents with a mask and the masked image; others feed the U-Net what this library does not make.
-INPUT_CHANNELS = (4, 9)
+# Latents alone, or latents with a mask and the masked image. sdjax makes no other input for a U-Net.
+_INPUT_CHANNELS = (4, 9)
 READABLE = "sdjax reads Stable Diffusion 1.x, 2.x and XL (base)"
-_ABSENT = ("feature_extractor", "image_encoder", "safety_checker")  # never kept; diffusers wants them named
+# sdjax never keeps these parts, but diffusers expects their names in model_index.json.
+_ABSENT = ("feature_extractor", "image_encoder", "safety_checker")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFolder:
-    """What a model folder holds: everything small is read and checked, the weights are found and left for `tensors`."""
+    """What a model folder holds. Its small files are read and checked; `tensors` reads the weights later."""
 
     path: Path
     model_index: dict[str, Any]
-    configs: dict[str, dict[str, Any]]  # model -> config.json
+    configs: dict[str, dict[str, Any]]  # part ("unet", "vae", "text_encoder", "text_encoder_2") -> config.json
     scheduler: dict[str, Any]  # scheduler_config.json
     tokenizers: dict[str, Path]  # "tokenizer" and, for SDXL, "tokenizer_2" -> folder
-    weights: dict[str, tuple[Path, ...]]  # model -> its file, or its shards
-    state: Mapping[str, Mapping[str, np.ndarray]] | None = None  # of a checkpoint file that holds all models
+    weights: dict[str, tuple[Path, ...]]  # part -> the file of its weights, or the files of its shards
+    state: Mapping[str, Mapping[str, np.ndarray]] | None = None  # part -> tensors, if one file holds all parts
 
-    def tensors(self, model: str) -> dict[str, np.ndarray]:
-        """The state dict of one model, PyTorch names -> views read when touched."""
+    def tensors(self, part: str) -> dict[str, np.ndarray]:
+        """The state dict of a part: PyTorch's names -> arrays. An array is read from the disk when it is used."""
         if self.state is not None:
-            return dict(self.state[model])
+            return dict(self.state[part])
         tensors: dict[str, np.ndarray] = {}
-        for file in self.weights[model]:
-            part = read_tensors(file).tensors
-            if twice := part.keys() & tensors.keys():
-                raise DataError(f"{file}: tensors another shard holds too: {listing(sorted(twice))}")
-            tensors |= part
+        for file in self.weights[part]:
+            shard = read_tensors(file).tensors
+            if repeated := shard.keys() & tensors.keys():
+                raise DataError(f"{file}: holds tensors that another shard holds too: {listing(sorted(repeated))}")
+            tensors |= shard
         return tensors
 
 
 def read_folder(source: str | os.PathLike, *, variant: str | None = None, revision: str | None = None) -> ModelFolder:
-    """Reads a model folder, or a hub id, which is downloaded first (only what is needed) or found in the cache.
+    """Reads a model folder, or a model on the hub, whose needed files are downloaded unless they are in the cache.
 
-    variant: as in `diffusion_pytorch_model.fp16.safetensors`; a model without such a file gives its plain one, and a
-    folder with nothing plain gives its fp16.
-    Raises DataError for a folder that is missing, incomplete, or of another kind of model, which it names.
+    source: a folder or a hub id. variant: of the weight files, such as "fp16" for
+    `diffusion_pytorch_model.fp16.safetensors`. For a part without files of this variant the plain files are used.
+    Without a variant the plain files are used, or fp16 where there are no plain ones.
+    Raises DataError for a folder that is missing, incomplete, or of another kind of model, which the error names.
     """
     path = Path(source)
     if not path.is_dir():
@@ -71,15 +74,12 @@ def read_folder(source: str | os.PathLike, *, variant: str | None = None, revisi
         path = _download(str(source), variant, revision)
     index = _read_index(path)
     _check_kind(path, index)
-    present = [name for name in MODELS if _class_of(index, name)]
+    present = [name for name in _PARTS if _class_of(index, name)]
     configs = {name: _read_json(path / name / "config.json") for name in present}
-    channels = configs["unet"].get("in_channels", 4)
-    if channels not in INPUT_CHANNELS:
-        kind = f"a {index.get('_class_name')} whose U-Net takes {channels} channels"
-        raise DataError(f"{path}: {kind}; {READABLE} with {' or '.join(map(str, INPUT_CHANNELS))}")
+    check_input_channels(configs["unet"], f"{path}: a {index.get('_class_name')}")
     tokenizers = {name: path / name for name in _TOKENIZERS if _class_of(index, name)}
     for name, folder in tokenizers.items():
-        if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
+        if not has_tokenizer(folder):
             raise DataError(f"{path}: {name}/ has neither tokenizer.json nor vocab.json and merges.txt")
     return ModelFolder(
         path=path,
@@ -101,34 +101,26 @@ def save_folder(
     model_index: Mapping[str, Any] | None = None,
     dtype: Any = None,
 ) -> None:
-    """Writes a folder diffusers loads: built beside `path`, put in its place once whole.
+    """Writes a folder that diffusers loads. `path` is either complete or as it was before.
 
-    configs, params: by model ("unet", "vae", "text_encoder", ...); tokenizers: name -> folder to copy; scheduler: its
-    config, with `_class_name`; model_index: of the folder the model came from, for the pipeline's class and settings;
-    dtype: of the weights written, None keeps theirs.
-    An earlier model folder at `path` is replaced; anything else there is a DataError.
+    configs, params: part ("unet", "vae", "text_encoder", ...) -> config and parameter tree. tokenizers: name -> folder
+    to copy. scheduler: the config of the scheduler, with `_class_name`. model_index: of the folder that the model came
+    from, for the class and the settings of the pipeline. dtype: of the weights written; None keeps each array's dtype.
+    A model folder that is at `path` is replaced. Raises DataError if anything else is there, except an empty folder.
     """
     path = Path(path)
     if path.exists() and not (path / "model_index.json").exists() and (not path.is_dir() or any(path.iterdir())):
         raise DataError(f"{path}: exists and is not a model folder; it is left alone")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}.*.partial"):
-        shutil.rmtree(leftover)  # of a save that was killed
-    building = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        building.mkdir()
+    with replacing_folder(path) as folder:
         for name, tree in params.items():
-            _save_model(building / name, configs[name], name, tree, dtype)
-        for name, folder in tokenizers.items():
-            shutil.copytree(folder, building / name)
-        _write_json(building / "scheduler" / "scheduler_config.json", _portable(scheduler))
-        _write_json(building / "model_index.json", make_index(configs, tokenizers, scheduler, model_index or {}))
-        _replace_folder(building, path)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+            _save_part(folder / name, configs[name], name, tree, dtype)
+        for name, tokenizer in tokenizers.items():
+            shutil.copytree(tokenizer, folder / name)
+        _write_json(folder / "scheduler" / "scheduler_config.json", _portable(scheduler))
+        _write_json(folder / "model_index.json", make_index(configs, tokenizers, scheduler, model_index or {}))
 
 
-def _save_model(folder: Path, config: Mapping[str, Any], name: str, params: Mapping[str, Any], dtype: Any) -> None:
+def _save_part(folder: Path, config: Mapping[str, Any], name: str, params: Mapping[str, Any], dtype: Any) -> None:
     default = {"_class_name": _CLASSES[name][0]} if name in ("unet", "vae") else {}
     config = default | _portable(config)
     for key in ("dtype", "torch_dtype"):
@@ -143,7 +135,7 @@ def _save_model(folder: Path, config: Mapping[str, Any], name: str, params: Mapp
 def make_index(
     configs: Mapping[str, Any], tokenizers: Mapping[str, Any], scheduler: Mapping[str, Any], old: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """model_index.json of these parts; `old`: of the folder they came from, for its settings."""
+    """The content of model_index.json for these parts. old: that of the folder they came from, for its settings."""
     kind = "StableDiffusionXL" if "text_encoder_2" in configs else "StableDiffusion"
     kind += "InpaintPipeline" if configs["unet"].get("in_channels", 4) == 9 else "Pipeline"
     settings = {key: value for key, value in old.items() if not isinstance(value, list)}
@@ -157,16 +149,16 @@ def make_index(
     index |= {name: ["diffusers", _CLASSES[name][0]] for name in ("unet", "vae")}
     for name in ("text_encoder", "text_encoder_2"):
         if name in configs:
-            own = [item for item in _portable(configs[name]).get("architectures", []) if item in _TEXT_CLASSES]
+            classes = [item for item in _portable(configs[name]).get("architectures", []) if item in _TEXT_CLASSES]
             default = _TEXT_CLASSES[name == "text_encoder_2"]
-            index[name] = ["transformers", own[0] if own else default]
+            index[name] = ["transformers", classes[0] if classes else default]
     index |= {name: ["transformers", "CLIPTokenizer"] for name in tokenizers}
     index["scheduler"] = ["diffusers", _portable(scheduler)["_class_name"]]
     return dict(sorted(index.items()))
 
 
 def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config under PyTorch's class names (nothing resolves the Flax ones any more), without where it came from."""
+    """The config without its origin, and with PyTorch's class names for Flax's, which nothing loads any more."""
     config = {key: value for key, value in config.items() if key != "_name_or_path"}
     if "_class_name" in config:
         config["_class_name"] = config["_class_name"].removeprefix("Flax")
@@ -175,19 +167,17 @@ def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _replace_folder(new: Path, path: Path) -> None:
-    """Puts `new` at `path`. A folder cannot be replaced in one rename: for a moment the old one stands beside it."""
-    for file in new.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-    old = path.with_name(f".{path.name}.old")
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-    new.rename(path)
-    sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def check_input_channels(unet: Mapping[str, Any], kind: str) -> None:
+    """Raises DataError for the config of a U-Net with an unknown number of input channels. kind: what it belongs to."""
+    channels = unet.get("in_channels", 4)
+    if channels not in _INPUT_CHANNELS:
+        choices = " or ".join(map(str, _INPUT_CHANNELS))
+        raise DataError(f"{kind} whose U-Net takes {channels} channels; {READABLE} with {choices}")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds the files of a tokenizer."""
+    return (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists()
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -198,8 +188,8 @@ def _read_index(path: Path) -> dict[str, Any]:
             config = _read_json(path / name)
             kind = config.get("_class_name") or (config.get("architectures") or [config.get("peft_type")])[0]
             raise DataError(f"{path}: holds a single {kind or 'model'}, not a whole pipeline; {READABLE}")
-    held = listing(sorted(item.name for item in path.iterdir())) or "nothing"
-    raise DataError(f"{path}: no model_index.json, so not a diffusers model folder; it holds {held}")
+    content = listing(sorted(item.name for item in path.iterdir())) or "nothing"
+    raise DataError(f"{path}: no model_index.json, so not a diffusers model folder; it holds {content}")
 
 
 def _check_kind(path: Path, index: Mapping[str, Any]) -> None:
@@ -208,15 +198,16 @@ def _check_kind(path: Path, index: Mapping[str, Any]) -> None:
         raise DataError(f"{path}: a {pipeline}, which has no U-Net; {READABLE}")
     if not _class_of(index, "text_encoder") and _class_of(index, "text_encoder_2"):
         raise DataError(f"{path}: an SDXL refiner ({pipeline} without text_encoder); {READABLE}")
-    for name in MODELS:
-        own = _class_of(index, name)
-        if own is None and name != "text_encoder_2":
+    for name in _PARTS:
+        part = _class_of(index, name)
+        if part is None and name != "text_encoder_2":
             raise DataError(f"{path}: model_index.json names no {name}")
-        if own is not None and own not in _CLASSES[name]:
-            raise DataError(f"{path}: a {pipeline} whose {name} is a {own}, not {_CLASSES[name][0]}; {READABLE}")
+        if part is not None and part not in _CLASSES[name]:
+            raise DataError(f"{path}: a {pipeline} whose {name} is a {part}, not {_CLASSES[name][0]}; {READABLE}")
 
 
 def _class_of(index: Mapping[str, Any], name: str) -> str | None:
+    """The class of a part in model_index.json; None for a part that the model does not have."""
     entry = index.get(name)
     if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str):
         return entry[1].removeprefix("Flax")
@@ -242,17 +233,17 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
-# Which weight file: safetensors before pickles, one file before shards.
+# The choice among weight files: safetensors before pickles, one file before shards.
 
 
-def _stem(model: str, suffix: str) -> str:
-    if model in ("unet", "vae"):
+def _stem(part: str, suffix: str) -> str:
+    if part in ("unet", "vae"):
         return "diffusion_pytorch_model"
     return "model" if suffix == ".safetensors" else "pytorch_model"
 
 
 def _choices(variant: str | None) -> Iterator[tuple[str, str]]:
-    """(suffix, variant with its dot or "") in order of preference."""
+    """Yields (suffix, "" or "." and the variant), the preferred ones first."""
     variants = ["" if variant is None else f".{variant}", ".fp16" if variant is None else ""]
     return ((suffix, name) for suffix in (".safetensors", ".bin") for name in variants)
 
@@ -273,7 +264,7 @@ def _find_weights(folder: Path, variant: str | None) -> tuple[Path, ...]:
 def _read_shards(index: Path) -> tuple[Path, ...]:
     places = _read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise DataError(f"{index}: no table weight_map of tensor names to files")
+        raise DataError(f"{index}: no object weight_map of tensor names to files")
     files = tuple(index.parent / name for name in sorted(set(places.values())))
     for file in files:
         if file.parent != index.parent or file.name in ("", ".", ".."):
@@ -283,19 +274,19 @@ def _read_shards(index: Path) -> tuple[Path, ...]:
     return files
 
 
-# The hub.
+# Models on the hub.
 
 _SMALL_FILES = [
     "model_index.json",
-    *(f"{name}/config.json" for name in MODELS),
-    *(f"{name}/*.index*.json" for name in MODELS),
+    *(f"{name}/config.json" for name in _PARTS),
+    *(f"{name}/*.index*.json" for name in _PARTS),
     *(f"{name}/*" for name in _TOKENIZERS),
     "scheduler/scheduler_config.json",
 ]
 
 
 def _download(repository: str, variant: str | None, revision: str | None) -> Path:
-    """The snapshot's folder in huggingface_hub's cache; a broken download goes on where it stopped."""
+    """Downloads the needed files of a model on the hub. Returns their folder in the cache."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII):
         raise DataError(f"{repository}: no such folder, and not a hub id of the form owner/name")
     path = snapshot(repository, _SMALL_FILES, revision)
@@ -303,14 +294,13 @@ def _download(repository: str, variant: str | None, revision: str | None) -> Pat
         raise DataError(f"{repository}: not a diffusers model on the hub: it has no model_index.json")
     index = _read_index(path)
     _check_kind(path, index)
-    wanted = [name for name in MODELS if _class_of(index, name)]
+    wanted = [name for name in _PARTS if _class_of(index, name)]
     for suffix, name in _choices(variant):
-        # One kind of file at a time: a repository often holds the same weights four times over.
-        patterns = [f"{model}/{_stem(model, suffix)}{name}{suffix}" for model in wanted]
-        patterns += [f"{model}/{_stem(model, suffix)}{name}-*-of-*{suffix}" for model in wanted]
-        patterns += [f"{model}/{_stem(model, suffix)}-*-of-*{name}{suffix}" for model in wanted]
-        snapshot(repository, patterns, path.name)
-        wanted = [model for model in wanted if not _has_weights(path / model, suffix, name)]
+        # One kind of file at a time, because a repository often holds the same weights in four kinds.
+        stems = [f"{part}/{_stem(part, suffix)}" for part in wanted]
+        ends = (f"{name}{suffix}", f"{name}-*-of-*{suffix}", f"-*-of-*{name}{suffix}")
+        snapshot(repository, [stem + end for stem in stems for end in ends], path.name)
+        wanted = [part for part in wanted if not _has_weights(path / part, suffix, name)]
         if not wanted:
             break
     return path
@@ -319,39 +309,3 @@ def _download(repository: str, variant: str | None, revision: str | None) -> Pat
 def _has_weights(folder: Path, suffix: str, variant: str) -> bool:
     stem = _stem(folder.name, suffix)
     return any(folder.glob(f"{stem}{variant}{suffix}")) or (folder / f"{stem}{suffix}.index{variant}.json").exists()
-
-
-def snapshot(repository: str, patterns: list[str], revision: str | None = None) -> Path:
-    """Files of a hub repository in its cache's folder, downloaded where missing; DataError says why it cannot be."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    # The bases of its HTTP error are those of the transport library, which changes from version to version.
-    transport: tuple[type[Exception], ...] = HfHubHTTPError.__bases__  # pyright: ignore[reportAssignmentType]
-    try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except GatedRepoError:
-        cause = "a gated model: accept its terms on its hub page and log in with `hf auth login`"
-    except RepositoryNotFoundError:
-        cause = "no such folder, and no such model on the hub: check the name, or `hf auth login` if it is private"
-    except RevisionNotFoundError:
-        cause = f"the model has no revision {revision!r}: leave it out for the newest"
-    except LocalEntryNotFoundError:
-        cause = "no such folder, not in the cache, and the hub cannot be reached: go online once, or give a folder"
-    except HFValidationError as error:
-        cause = f"no such folder, and not a hub id: {_first_line(error)}"
-    except (OSError, EntryNotFoundError, *transport) as error:
-        cause = f"the download failed ({_first_line(error)}): run it again, it goes on where it stopped"
-    raise DataError(f"{repository}: {cause}")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,6 +1,7 @@
-"""What a CompVis (LDM) checkpoint does not say: the configs of its models, read off the shapes of its weights.
+"""Infers the configs of a CompVis (LDM) checkpoint, which holds none, from the shapes of its weights.
 
-What no shape shows (heads, norm groups, noise schedule, scale of the latents) is that of the model's family.
+Shapes do not show the number of heads and norm groups, the noise schedule and the scale of the latents. These are taken
+from the model's family.
 """
 
 import itertools
@@ -10,22 +11,23 @@ from typing import Any
 import numpy as np
 
 from sdjax.errors import DataError
+from sdjax.formats.families import SD1, SD2, SDXL
 
-SD1, SD2, SDXL = "Stable Diffusion 1", "Stable Diffusion 2", "SDXL"
 _SCALING = {SD1: 0.18215, SD2: 0.18215, SDXL: 0.13025}
-_HEAD_WIDTH = 64  # channels a head, but in SD1's U-Net, which has 8 heads everywhere
+_HEAD_WIDTH = 64  # channels of a head, except in SD1's U-Net, which has 8 heads at every level
 
 Tensors = Mapping[str, np.ndarray]
 
 
 def infer_configs(family: str, parts: Mapping[str, Tensors], prediction_type: str) -> dict[str, dict[str, Any]]:
-    """Part -> diffusers' config.json.
+    """The content of diffusers' config.json for each part.
 
-    parts: the U-Net's and VAE's tensors by LDM's names, text models' by transformers' without `text_model.`.
-    Raises DataError where a part does not have the structure Stable Diffusion has.
+    parts: part -> tensors. The names in the U-Net and the VAE are LDM's, the names in a text model are those of
+    transformers without `text_model.`.
+    Raises DataError for a part that does not have the structure of Stable Diffusion.
     """
     try:
-        configs = {name: _text_config(family, name, own) for name, own in parts.items() if name.startswith("text")}
+        configs = {name: _text_config(family, name, text) for name, text in parts.items() if name.startswith("text")}
         pooled = configs.get("text_encoder_2", {}).get("projection_dim", 0)
         size = {SD1: 512, SD2: 768 if prediction_type == "v_prediction" else 512, SDXL: 1024}[family]
         vae = _vae_config(family, parts["vae"], size)
@@ -39,7 +41,7 @@ def infer_configs(family: str, parts: Mapping[str, Tensors], prediction_type: st
 
 
 def scheduler_config(family: str, prediction_type: str, *, zero_terminal_snr: bool = False) -> dict[str, Any]:
-    """scheduler_config.json as the family's own folders have it."""
+    """The content of scheduler_config.json, the same as in the published folders of the family."""
     name = {SD1: "PNDMScheduler", SD2: "DDIMScheduler", SDXL: "EulerDiscreteScheduler"}[family]
     config = {
         "_class_name": name,
@@ -145,7 +147,7 @@ def _text_config(family: str, name: str, text: Tensors) -> dict[str, Any]:
         "architectures": ["CLIPTextModelWithProjection" if projects else "CLIPTextModel"],
         "attention_dropout": 0.0,
         "bos_token_id": 0,
-        "eos_token_id": 2,  # stands for the largest id, as in the families' own folders
+        "eos_token_id": 2,  # stands for the largest id, as in the published folders
         "hidden_act": "gelu" if openclip else "quick_gelu",
         "hidden_size": width,
         "initializer_factor": 1.0,
@@ -163,7 +165,7 @@ def _text_config(family: str, name: str, text: Tensors) -> dict[str, Any]:
 
 
 def _count(tensors: Tensors, prefix: str) -> int:
-    """How many of the numbered prefixes (`{}` is the number) the tensors have, from 0 on."""
+    """How many prefixes, numbered from 0, begin a tensor's name. prefix: with `{}` in place of the number."""
     return next(i for i in itertools.count() if not any(key.startswith(prefix.format(i)) for key in tensors))
 
 

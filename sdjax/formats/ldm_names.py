@@ -1,7 +1,7 @@
-"""The names CompVis's (LDM's) code gives modules of the U-Net and the VAE, and OpenCLIP's those of a text model.
+"""The names of the U-Net's and the VAE's modules in CompVis' code (LDM), beside those of diffusers.
 
-diffusers and LDM count the U-Net's blocks in the same order; LDM numbers them in one run through all levels, so its
-numbers follow from how many blocks each level of our parameter tree has.
+diffusers and LDM count the blocks of a U-Net in the same order. LDM numbers them without a break through all levels, so
+its numbers follow from the number of blocks at each level.
 """
 
 import itertools
@@ -36,24 +36,12 @@ _IN_VAE = {
     "to_v": "v",
     "to_out.0": "proj_out",
 }
-_IN_OPENCLIP = {
-    "embeddings.token_embedding": "token_embedding",
-    "embeddings.position_embedding": "positional_embedding",
-    "final_layer_norm": "ln_final",
-    "text_projection": "text_projection",
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-    "self_attn.in_proj": "attn.in_proj",
-}
 
 
 def ldm_prefixes(unet: Mapping[str, Any]) -> dict[str, str]:
-    """diffusers' prefix -> LDM's, for every block of a U-Net parameter tree.
+    """diffusers' prefix -> LDM's, for the modules of a U-Net: `down_blocks.1.attentions.0` -> `input_blocks.4.1`.
 
-    `down_blocks.1.attentions.0` -> `input_blocks.4.1`; what stands under an attention has the same name in both.
+    unet: a parameter tree. What follows the prefix of an attention is the same in both.
     """
     prefixes = dict(_TOP)
     number = 1
@@ -79,7 +67,10 @@ def ldm_prefixes(unet: Mapping[str, Any]) -> dict[str, str]:
 
 
 def ldm_name(module: str, prefixes: Mapping[str, str]) -> str | None:
-    """LDM's name of a module given by diffusers' name; None if LDM has none. Inverted `prefixes` lead back."""
+    """LDM's name of a U-Net module, from diffusers' name; None if LDM has none.
+
+    prefixes: those of `ldm_prefixes`. With inverted prefixes the function returns diffusers' name for LDM's.
+    """
     parts = module.split(".")
     for end in range(len(parts), 0, -1):
         if prefix := prefixes.get(".".join(parts[:end])):
@@ -88,7 +79,7 @@ def ldm_name(module: str, prefixes: Mapping[str, str]) -> str | None:
 
 
 def ldm_vae_name(module: str, levels: int) -> str:
-    """LDM's name of a VAE's module given by diffusers' name; LDM counts the decoder's levels from the outside in."""
+    """LDM's name of a VAE module, from diffusers' name. LDM numbers the decoder's levels in reverse order."""
     name = re.sub(r"(?<=mid_block\.)resnets\.(\d+)", lambda match: f"block_{int(match[1]) + 1}", module)
     name = name.replace("mid_block.attentions.0", "mid.attn_1").replace("mid_block.", "mid.")
     name = re.sub(r"down_blocks\.(\d+)", r"down.\1", name)
@@ -109,37 +100,29 @@ def vae_name(module: str, levels: int) -> str:
     name = re.sub(r"\.block\.(\d+)", r".resnets.\1", name)
     name = name.replace(".downsample.", ".downsamplers.0.").replace(".upsample.", ".upsamplers.0.")
     for ours, theirs in _IN_VAE.items():
-        # A VAE has a `norm` in its attention alone.
+        # Only the attention of a VAE has a `norm`.
         if name.endswith(f".{theirs}") and (ours != "group_norm" or ".attentions." in name):
             return name.removesuffix(theirs) + ours
     return name
 
 
 def unet_structure(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The blocks of a U-Net with a diffusers config, as far as `ldm_prefixes` looks at them."""
+    """A tree without weights that has the blocks of a U-Net with this config of diffusers, for `ldm_prefixes`."""
     levels = len(config["block_out_channels"])
     layers = config.get("layers_per_block", 2)
     layers = list(layers) if isinstance(layers, (list, tuple)) else [layers] * levels
     tree: dict[str, Any] = {}
-    for way, counts, step in (
-        ("down", layers, "downsamplers_0"),
-        ("up", [n + 1 for n in layers[::-1]], "upsamplers_0"),
-    ):
+    for way, counts in (("down", layers), ("up", [n + 1 for n in layers[::-1]])):
         for level, (kind, count) in enumerate(zip(config[f"{way}_block_types"], counts, strict=True)):
-            parts = ["resnets", "attentions"] if kind.startswith("CrossAttn") else ["resnets"]
-            names = [f"{part}_{i}" for part in parts for i in range(count)]
-            names += [step] if level < levels - 1 else []
+            stems = ["resnets", "attentions"] if kind.startswith("CrossAttn") else ["resnets"]
+            names = [f"{stem}_{i}" for stem in stems for i in range(count)]
+            names += [f"{way}samplers_0"] if level < levels - 1 else []
             tree[f"{way}_blocks_{level}"] = {name: {} for name in names}
     return tree
 
 
-def openclip_name(module: str) -> str:
-    """OpenCLIP's name of a text model's module given by transformers' name (`in_proj`: q, k and v in one)."""
-    layer, number, rest = re.fullmatch(r"(?:(encoder\.layers)\.(\d+)\.)?(.+)", module).groups()  # pyright: ignore[reportOptionalMemberAccess]
-    return (f"transformer.resblocks.{number}." if layer else "") + _IN_OPENCLIP[rest]
-
-
 def _numbered(tree: Mapping[str, Any], stem: str) -> Iterator[tuple[int, Any]]:
+    """Yields the number and the subtree of each module whose name is `stem` and a number, from 0 on."""
     for i in itertools.count():
         if f"{stem}_{i}" not in tree:
             return

@@ -1,4 +1,4 @@
-"""A LoRA file of any style -> our LoRA tree, and back."""
+"""Reads a LoRA file of any style as a LoRA tree, and writes one."""
 
 import logging
 import os
@@ -10,6 +10,7 @@ import numpy as np
 
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.embedding_file import bundle
+from sdjax.formats.families import CONTEXT_WIDTHS
 from sdjax.formats.lora_kohya import (
     context_width,
     is_kohya,
@@ -28,30 +29,29 @@ from sdjax.trees import layers, nest
 log = logging.getLogger(__name__)
 
 STYLES = ("kohya", "peft")
-_FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 _FOLDER_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
 
 def load_lora(path: str | os.PathLike, expected: Mapping[str, Any]) -> dict[str, Any]:
-    """A LoRA file (kohya or diffusers/PEFT style, found out) -> {"unet": ..., "text_encoder": ...} in float32.
+    """The LoRA tree in a file of kohya's or of PEFT's style: part ("unet", ...) -> adapter in float32.
 
-    path: a file, or a folder holding `pytorch_lora_weights.safetensors`. expected: the parameter trees (or their
-    shapes) of the components it may adapt; every key must belong to one of their layers.
-    Raises DataError for another model's LoRA, another kind of network, unknown keys, wrong shapes, NaN and Inf.
+    path: a file, or a folder that holds `pytorch_lora_weights.safetensors` or `.bin`. expected: the parameter trees, or
+    their shapes, of the parts that the LoRA may adapt; every key must belong to one of their layers.
+    Raises DataError for the LoRA of another model, another kind of network, unknown keys, wrong shapes, NaN and Inf.
     """
     path = Path(path)
     if path.is_dir():
-        file = next((path / name for name in _FOLDER_FILES if (path / name).exists()), None)
-        if file is None:
+        files = [path / name for name in _FOLDER_FILES if (path / name).exists()]
+        if not files:
             raise DataError(f"{path}: holds neither {' nor '.join(_FOLDER_FILES)}")
-        path = file
+        path = files[0]
     tensors, metadata = read_tensors(path)
     if not tensors:
         raise DataError(f"{path}: holds no tensors")
     if bundled := sorted({key.split(".")[1] for key in tensors if key.startswith("bundle_emb.")}):
-        log.warning("%s holds words too: %s; --embedding or with_embedding reads them", path, ", ".join(bundled))
+        log.warning("%s also holds words: %s; --embedding or with_embedding reads them", path, ", ".join(bundled))
     if any(key.startswith(("unet:", "text_encoder:")) for key in tensors):
-        raise DataError(f"{path}: a LoRA of cloneofsimo's format, which is not read here")
+        raise DataError(f"{path}: a LoRA of cloneofsimo's format, which is not supported")
     try:
         _check_family(tensors, expected)
         adapters = read_kohya(tensors, expected) if is_kohya(tensors) else read_peft(tensors, metadata, expected)
@@ -74,24 +74,26 @@ def save_lora(
 ) -> None:
     """Writes a LoRA tree to a .safetensors file.
 
-    expected: the parameter trees (or shapes) of the whole model: SDXL is told by `text_encoder_2`, its names in kohya's
-    style by the U-Net's blocks. style: "kohya" (every program reads it) or "peft" (diffusers; the one that keeps
-    DoRA there). embeddings: new words, by word and text model, bundled in a file of kohya's style for A1111 and ComfyUI
-    (diffusers refuses such a file; `embedding_file.load_embedding` reads them). metadata: goes on top of what the style
-    itself records.
+    expected: the parameter trees, or their shapes, of the whole model. They tell whether it is SDXL (`text_encoder_2`)
+    and how kohya's style numbers its blocks. style: "kohya", which every program reads, or "peft" for diffusers, which
+    keeps DoRA in this style only. embeddings: word -> text model -> vectors of new words, bundled in a file of kohya's
+    style for A1111 and ComfyUI; diffusers refuses the file, and `embedding_file.load_embedding` reads them. metadata:
+    replaces or adds to the entries that the style records.
+    Raises ConfigError for a wrong style or embeddings with "peft", DataError for an empty LoRA, for layers that the
+    model does not have, NaN and Inf (also those that `dtype` causes).
     """
     if style not in STYLES:
         raise ConfigError(f"LoRA style {style!r}: choices are {', '.join(STYLES)}")
     kernels = {place for place, _ in layers(expected, "kernel")}
     adapters = {place: to_torch(layer, "/".join(place)) for place, layer in layers(lora, "down")}
     if stray := ["/".join(place) for place in adapters if place not in kernels]:
-        raise DataError(f"{path}: the LoRA adapts layers the model has not: {listing(stray)}")
+        raise DataError(f"{path}: the LoRA adapts layers that the model does not have: {listing(stray)}")
     if not adapters:
         raise DataError(f"{path}: the LoRA adapts no layer, nothing to save")
     with np.errstate(over="ignore"):
         tensors = write_peft(adapters, dtype) if style == "peft" else write_kohya(adapters, expected, dtype)
     if embeddings and style == "peft":
-        raise ConfigError("a LoRA in PEFT's style cannot hold embeddings: save them as files of their own")
+        raise ConfigError("a LoRA in PEFT's style cannot hold embeddings: save them as separate files")
     tensors |= {name: rows.astype(dtype) for name, rows in bundle(embeddings or {}).items()}
     if bad := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
         raise DataError(f"{path}: NaN or Inf in the LoRA (as {np.dtype(dtype)}): {listing(bad)}")
@@ -104,16 +106,15 @@ def save_lora(
 
 
 def _check_family(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> None:
-    """Says which model a LoRA belongs to when it is another one, in place of a list of keys that do not fit."""
+    """Raises DataError naming the family of the LoRA if the model is of another. A list of keys would tell less."""
     width = context_width(expected)
     for key, tensor in tensors.items():
         halves = ("lora_down.weight", "lora_A.weight", "lora.down.weight", "to_k_lora.down.weight")
         if "attn2" in key and "to_k" in key and key.endswith(halves) and tensor.ndim >= 2:
-            own = tensor.shape[1]
-            if width is not None and own != width:
-                raise DataError(f"made for {_family(own)}; the model is {_family(width)}")
+            if width is not None and tensor.shape[1] != width:
+                raise DataError(f"made for {_family(tensor.shape[1])}; the model is {_family(width)}")
             return
 
 
 def _family(width: int) -> str:
-    return f"{_FAMILIES.get(width, 'a model')} (text width {width})"
+    return f"{CONTEXT_WIDTHS.get(width, 'a model')} (text width {width})"

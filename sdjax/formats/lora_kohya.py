@@ -1,22 +1,23 @@
 """LoRA in kohya's naming, which A1111, ComfyUI and diffusers read: `lora_unet_..._to_q.lora_down.weight`.
 
-A module's name has its dots turned into underscores, so it cannot be split again: names are looked up in a table made
-from the model's own layers.
+The name of a module has underscores in place of its dots, so it cannot be split again. It is looked up among the names
+of the model's layers.
 """
 
 import hashlib
 import io
 import json
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from sdjax.errors import DataError
+from sdjax.formats.families import ARCHITECTURES, CONTEXT_WIDTHS, SD1, SD2, SDXL
 from sdjax.formats.ldm_names import ldm_name, ldm_prefixes
-from sdjax.formats.lora_layer import TorchAdapter, scalar
-from sdjax.formats.parameter_names import listing, module_name
+from sdjax.formats.lora_layer import TorchAdapter, alpha_of, group_tensors, rank_of
+from sdjax.formats.parameter_names import module_name, text_module_name
 from sdjax.formats.safetensors_file import encode
 from sdjax.trees import Path, layers
 
@@ -25,7 +26,8 @@ _READ_PREFIXES = {
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
 }
-# What other networks call their tensors.
+_TENSORS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha", "dora_scale": "magnitude"}
+# How the tensors of other networks begin.
 _OTHER_KINDS = {
     "hada_": "LoHa",
     "lokr_": "LoKr",
@@ -38,56 +40,45 @@ _OTHER_KINDS = {
     "w_norm": "norm difference",
     "b_norm": "norm difference",
 }
+_BASE_MODELS = {SD1: "sd_v1", SD2: "sd_v2", SDXL: "sdxl_base_v1-0"}
 
 
-def is_kohya(names: Mapping[str, Any]) -> bool:
-    """Whether the file speaks kohya's naming."""
-    return any(name.startswith(("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")) for name in names)
+def is_kohya(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are a LoRA in kohya's naming."""
+    return any(name.startswith(prefixes) for name in names for prefixes in _READ_PREFIXES.values())
 
 
 def read_kohya(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> dict[Path, TorchAdapter]:
-    """(component, *layer path) -> adapter. Alpha missing or 0 means the rank; `bundle_emb.*` entries are left out.
+    """(part, *path of a layer) -> adapter. An alpha that is missing or 0 means the rank. `bundle_emb.*` is left out.
 
-    Raises DataError for keys that belong to no layer, half pairs, and kinds other than LoRA and DoRA, which it names.
+    Raises DataError for keys that belong to no layer, for a layer without `down` or `up`, and for networks other than
+    LoRA and DoRA, which the error names.
     """
-    parts: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-    for key, tensor in tensors.items():
-        if not key.startswith("bundle_emb."):
-            module, _, part = key.partition(".")
-            parts[module][part] = tensor
-    table = _read_table(expected)
-    known = {"lora_down.weight", "lora_up.weight", "alpha", "dora_scale"}
-    unknown = []
-    adapters: dict[Path, TorchAdapter] = {}
-    for module, held in parts.items():
-        for part in held.keys() - known:
-            if kind := next((kind for start, kind in _OTHER_KINDS.items() if part.startswith(start)), None):
-                raise DataError(f"a {kind} network ({module}.{part}); only LoRA, LoCon and DoRA are supported")
-        if module not in table or held.keys() - known:
-            unknown += [f"{module}.{part}" for part in held if module not in table or part not in known]
-            continue
-        path = table[module]
-        if not {"lora_down.weight", "lora_up.weight"} <= held.keys():
-            raise DataError(f"{module} has {listing(sorted(held))} but needs lora_down.weight and lora_up.weight")
-        if path in adapters:
-            raise DataError(f"{module} and another name mean the same layer")
-        down = held["lora_down.weight"]
-        rank = down.shape[0] if down.ndim else 1
-        alpha = scalar(held["alpha"], f"{module}.alpha") if "alpha" in held else 0.0
+    paths = _paths(expected)
+
+    def parse(key: str) -> tuple[Path, str] | None:
+        module, _, name = key.partition(".")
+        if kind := next((kind for start, kind in _OTHER_KINDS.items() if name.startswith(start)), None):
+            raise DataError(f"a {kind} network ({key}); only LoRA, LoCon and DoRA are supported")
+        return (paths[module], _TENSORS[name]) if module in paths and name in _TENSORS else None
+
+    adapters = {}
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("bundle_emb.")}
+    for path, parts in group_tensors(tensors, parse).items():
+        rank, alpha = rank_of(parts["down"]), alpha_of(parts, path)
         scale = alpha / rank if alpha and rank else 1.0
-        adapters[path] = TorchAdapter(down, held["lora_up.weight"], scale, held.get("dora_scale"))
-    if unknown:
-        raise DataError(f"{len(unknown)} keys of no layer of this model: {listing(unknown)}")
+        adapters[path] = TorchAdapter(parts["down"], parts["up"], scale, parts.get("magnitude"))
     return adapters
 
 
 def write_kohya(
     adapters: Mapping[Path, TorchAdapter], expected: Mapping[str, Any], dtype: Any
 ) -> dict[str, np.ndarray]:
-    """-> tensors by kohya's names: SDXL with the U-Net in LDM's naming and lora_te1_/lora_te2_, else lora_te_.
+    """The tensors of a LoRA by kohya's names. For SDXL the U-Net's names are LDM's, and text models are te1 and te2.
 
-    All layers get the alpha most of them have, the difference going into `up`: diffusers overlooks an attention layer's
-    own alpha where alphas differ, and an alpha of 0 (an adapter switched off) would be read as the rank.
+    All layers get the alpha that most of them have, and `up` takes the difference. There are two reasons: diffusers
+    ignores the alpha of an attention layer in a file with several alphas, and it takes an alpha of 0 (an adapter
+    switched off) for the rank.
     """
     alphas = Counter(_alpha(adapter) for adapter in adapters.values() if adapter.scale)
     alpha = alphas.most_common(1)[0][0] if alphas else 1.0
@@ -100,19 +91,22 @@ def write_kohya(
             name = "lora_unet_" + (ldm_name(name, prefixes) or name).replace(".", "_")
         else:
             name = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}[path[0]] if sdxl else "lora_te_"
-            name += _text_name(path[1:])
+            name += text_module_name(path[1:]).replace(".", "_")
         up = adapter.up * np.float32(_alpha(adapter) / alpha)
         tensors[f"{name}.lora_down.weight"] = adapter.down.astype(dtype)
         tensors[f"{name}.lora_up.weight"] = up.astype(dtype)
         tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
         if adapter.magnitude is not None:
-            shape = (-1,) + (1,) * (adapter.down.ndim - 1)  # LyCORIS's, one number an output
+            shape = (-1,) + (1,) * (adapter.down.ndim - 1)  # LyCORIS's shape: [out, 1, ...]
             tensors[f"{name}.dora_scale"] = adapter.magnitude.reshape(shape).astype(dtype)
     return tensors
 
 
 def kohya_metadata(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> dict[str, str]:
-    """The `ss_*` and `modelspec.*` entries other programs show and decide by, for tensors of `write_kohya`."""
+    """The metadata by which other programs describe and classify a LoRA: `ss_*` and `modelspec.*`.
+
+    tensors: those of `write_kohya`.
+    """
     downs = [tensor for name, tensor in tensors.items() if name.endswith(".lora_down.weight")]
     alpha = next(f"{float(tensor):g}" for name, tensor in tensors.items() if name.endswith(".alpha"))
     ranks = {down.shape[0] for down in downs}
@@ -128,21 +122,16 @@ def kohya_metadata(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "diffusers",
     }
-    version, architecture = {
-        768: ("sd_v1", "stable-diffusion-v1"),
-        1024: ("sd_v2", "stable-diffusion-v2-512"),
-        2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
-    }.get(context_width(expected) or 0, (None, None))
-    if version:
-        metadata |= {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")}
-        metadata["modelspec.architecture"] = f"{architecture}/lora"
+    if family := CONTEXT_WIDTHS.get(context_width(expected) or 0):
+        metadata |= {"ss_base_model_version": _BASE_MODELS[family], "ss_v2": str(family == SD2)}
+        metadata["modelspec.architecture"] = f"{ARCHITECTURES[family]}/lora"
     return metadata
 
 
 def kohya_hashes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> dict[str, str]:
-    """`sshs_model_hash`, over the tensors alone, and `sshs_legacy_hash`, A1111's old one, over 64 KiB of the file.
+    """The hashes that kohya's scripts record, of the file without metadata other than `ss_*`.
 
-    Both as kohya's scripts define them; the file hashed holds the `ss_*` metadata only.
+    `sshs_model_hash` covers the tensors. `sshs_legacy_hash`, once A1111's, covers 64 KiB of the file.
     """
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     header, *data = encode(tensors, training)
@@ -153,32 +142,24 @@ def kohya_hashes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str])
 
 
 def context_width(expected: Mapping[str, Any]) -> int | None:
-    """The width of the text the U-Net attends to: 768 in SD 1, 1024 in SD 2, 2048 in SDXL."""
+    """The width of the text that the U-Net attends to (see `families.CONTEXT_WIDTHS`); None without a U-Net."""
     kernels = (
         layer["kernel"] for path, layer in layers(expected.get("unet", {}), "kernel") if path[-2:] == ("attn2", "to_k")
     )
     return next((kernel.shape[0] for kernel in kernels), None)
 
 
-def _read_table(expected: Mapping[str, Any]) -> dict[str, Path]:
-    """Every kohya name, old and new, a layer of this model goes by -> (component, *layer path)."""
-    table: dict[str, Path] = {}
-    for component, tree in expected.items():
-        names: dict[str, Path] = {}
-        prefixes = ldm_prefixes(tree) if component == "unet" else {}
-        for path, _ in layers(tree, "kernel"):
-            name = module_name(path)
-            other = ldm_name(name, prefixes) if component == "unet" else _text_name(path)
-            names |= {spelling.replace(".", "_"): path for spelling in (name, other) if spelling}
-        for prefix in _READ_PREFIXES.get(component, ()):
-            table |= {prefix + name: (component, *path) for name, path in names.items()}
-    return table
+def _paths(expected: Mapping[str, Any]) -> dict[str, Path]:
+    """Every name that kohya's scripts, old or new, give to a layer of this model -> (part, *path of the layer)."""
+    paths: dict[str, Path] = {}
+    prefixes = ldm_prefixes(expected.get("unet", {}))
+    for path, _ in layers(expected, "kernel"):
+        name = module_name(path[1:])
+        other = ldm_name(name, prefixes) if path[0] == "unet" else text_module_name(path[1:])
+        for start in _READ_PREFIXES.get(path[0], ()):
+            paths |= {start + spelling.replace(".", "_"): path for spelling in (name, other) if spelling}
+    return paths
 
 
 def _alpha(adapter: TorchAdapter) -> float:
     return float(np.float32(adapter.scale * adapter.down.shape[0]))
-
-
-def _text_name(path: Path) -> str:
-    name = module_name(path).replace(".", "_")
-    return name if path[0] == "text_projection" else f"text_model_{name}"

@@ -1,43 +1,81 @@
-"""One layer's adapter: PyTorch's layout <-> ours."""
+"""The adapter of one layer: its tensors in a file, and their conversion between PyTorch's layout and sdjax's."""
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sdjax.errors import DataError
-from sdjax.formats.safetensors_file import is_floating
+from sdjax.formats.parameter_names import from_torch_layout, listing, to_torch_layout
+from sdjax.formats.weights_file import to_float32
+from sdjax.trees import Path
 
 
 class TorchAdapter(NamedTuple):
-    """`W' = W + scale * up down` in PyTorch's layout, as files hold it."""
+    """An adapter in PyTorch's layout, as files hold it: `W' = W + scale * up down`."""
 
-    down: np.ndarray  # [R, in], convolution [R, in, kh, kw]
-    up: np.ndarray  # [out, R], convolution [out, R, 1, 1]
+    down: np.ndarray  # [R, in], in a convolution [R, in, h, w]
+    up: np.ndarray  # [out, R], in a convolution [out, R, 1, 1]
     scale: float
-    magnitude: np.ndarray | None = None  # DoRA: one number an output
+    magnitude: np.ndarray | None = None  # of DoRA: one number for each output
+
+
+def group_tensors(
+    tensors: Mapping[str, np.ndarray], parse: Callable[[str], tuple[Path, str] | None]
+) -> dict[Path, dict[str, np.ndarray]]:
+    """Path of a layer -> the tensors of its adapter: `down`, `up` and, where the file has them, `alpha`, `magnitude`.
+
+    parse: key in the file -> path of the layer and name of the tensor; None for a key of no layer.
+    Raises DataError for keys of no layer, for two keys with the same meaning, and for a layer without `down` or `up`.
+    """
+    adapters: dict[Path, dict[str, np.ndarray]] = defaultdict(dict)
+    unknown = []
+    for key, tensor in tensors.items():
+        place = parse(key)
+        if place is None:
+            unknown.append(key)
+            continue
+        path, name = place
+        if name in adapters[path]:
+            raise DataError(f"{key} and another key mean the same tensor of {'/'.join(path)}")
+        adapters[path][name] = tensor
+    if unknown:
+        raise DataError(f"{len(unknown)} keys of no layer of this model: {listing(unknown)}")
+    for path, parts in adapters.items():
+        if not {"down", "up"} <= parts.keys():
+            raise DataError(f"{'/'.join(path)} has {listing(sorted(parts))} but needs both down and up")
+    return adapters
+
+
+def rank_of(down: np.ndarray) -> int:
+    """The rank R of an adapter, by its `down` in PyTorch's layout."""
+    return np.atleast_1d(down).shape[0]
+
+
+def alpha_of(parts: Mapping[str, np.ndarray], path: Path) -> float | None:
+    """The alpha among the tensors of an adapter; None if there is none. DataError if it is more than one number."""
+    if "alpha" not in parts:
+        return None
+    alpha = parts["alpha"]
+    if alpha.size != 1:
+        raise DataError(f"{'/'.join(path)}: alpha has shape {list(alpha.shape)} where one number is expected")
+    return float(alpha.astype(np.float32).reshape(()))
 
 
 def from_torch(adapter: TorchAdapter, kernel: tuple[int, ...], name: str) -> dict[str, np.ndarray]:
-    """-> {"down", "up", "scale"[, "magnitude"]} in float32 for a kernel `[in, out]` or `[kh, kw, in, out]`.
+    """The adapter in sdjax's layout and in float32: `down`, `up`, `scale` and, for DoRA, `magnitude`.
 
-    Raises DataError naming `name` for shapes that do not belong to that kernel, integers, NaN and Inf.
+    kernel: shape of the layer's kernel, `[in, out]` or `[h, w, in, out]`.
+    Raises DataError naming `name` for shapes that do not fit the kernel, integers, NaN and Inf.
     """
-    down, up = (_to_float32(array, name) for array in (adapter.down, adapter.up))
+    down, up = (to_float32(array, name) for array in (adapter.down, adapter.up))
     if not math.isfinite(adapter.scale):
         raise DataError(f"{name}: a scale of {adapter.scale}")
     if up.ndim == 4 and up.shape[2:] == (1, 1):
         up = up[:, :, 0, 0]
-    if down.ndim == 4:
-        down = down.transpose(2, 3, 1, 0)  # [R, in, kh, kw] -> [kh, kw, in, R]
-    elif down.ndim == 2:
-        down = down.T
-    # A linear layer and a 1x1 convolution are one thing; files disagree on which to write.
-    if down.ndim == 4 and down.shape[:2] == (1, 1) and len(kernel) == 2:
-        down = down[0, 0]
-    elif down.ndim == 2 and len(kernel) == 4:
-        down = down[None, None]
+    down = from_torch_layout(down, len(kernel))
     fits = down.shape[:-1] == kernel[:-1] and up.ndim == 2 and up.shape == (kernel[-1], down.shape[-1])
     if not fits or up.shape[1] == 0:
         raise DataError(
@@ -49,41 +87,22 @@ def from_torch(adapter: TorchAdapter, kernel: tuple[int, ...], name: str) -> dic
         "scale": np.array(adapter.scale, np.float32),
     }
     if adapter.magnitude is not None:
-        # [out], [out, 1, ..] or [1, out, 1, 1]; LyCORIS's older [1, in] is a norm along the other axis.
+        # Shapes in files: [out], [out, 1, ...] or [1, out, 1, 1]. LyCORIS once wrote [1, in], the norm along the other
+        # axis, which has another meaning.
         wide = [size for size in adapter.magnitude.shape if size != 1]
-        one_an_input = adapter.magnitude.ndim == 2 and adapter.magnitude.shape[0] == 1 and kernel[-1] != 1
-        if adapter.magnitude.size != kernel[-1] or len(wide) > 1 or one_an_input:
+        one_for_each_input = adapter.magnitude.ndim == 2 and adapter.magnitude.shape[0] == 1 and kernel[-1] != 1
+        if adapter.magnitude.size != kernel[-1] or len(wide) > 1 or one_for_each_input:
             shape = list(adapter.magnitude.shape)
             raise DataError(f"{name}: a DoRA magnitude {shape} where each of {kernel[-1]} outputs has one number")
-        layer["magnitude"] = _to_float32(adapter.magnitude, name).reshape(-1)
+        layer["magnitude"] = to_float32(adapter.magnitude, name).reshape(-1)
     return layer
 
 
 def to_torch(layer: Mapping[str, Any], name: str) -> TorchAdapter:
-    """The inverse, in float32."""
+    """The inverse of `from_torch`, in float32. DataError naming `name` for the stacked adapters of a batch."""
     down, up, scale = (np.asarray(layer[part], np.float32) for part in ("down", "up", "scale"))
     if scale.ndim:
         raise DataError(f"{name}: holds an adapter for each example of a batch; choose one to save")
-    up = up.T
-    if down.ndim == 4:
-        down, up = down.transpose(3, 2, 0, 1), up[:, :, None, None]
-    else:
-        down = down.T
+    up = up.T if down.ndim == 2 else up.T[:, :, None, None]
     magnitude = np.asarray(layer["magnitude"], np.float32) if "magnitude" in layer else None
-    return TorchAdapter(down, up, float(scale), magnitude)
-
-
-def scalar(tensor: np.ndarray, name: str) -> float:
-    """The one number an alpha holds."""
-    if tensor.size != 1:
-        raise DataError(f"{name}: shape {list(tensor.shape)} where one number is expected")
-    return float(tensor.astype(np.float32).reshape(()))
-
-
-def _to_float32(array: np.ndarray, name: str) -> np.ndarray:
-    if not is_floating(array.dtype):
-        raise DataError(f"{name}: {array.dtype} where floating-point numbers are expected")
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise DataError(f"{name}: holds NaN or Inf")
-    return array
+    return TorchAdapter(to_torch_layout(down), up, float(scale), magnitude)

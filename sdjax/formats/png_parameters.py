@@ -1,4 +1,4 @@
-"""PNG files that hold the settings of their picture as text, in the form A1111 writes and ComfyUI and others read."""
+"""PNG files with the settings of their picture as text, in the form that A1111 writes and ComfyUI and others read."""
 
 import os
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from sdjax.runtime.whole_file import replacing
 
 
 def parameters_text(prompt: str, negative_prompt: str, fields: Mapping[str, Any]) -> str:
-    """A1111's text of one picture. fields: label -> value, in the order they are written."""
+    """The text of one picture in A1111's form. fields: label -> value, in the order of the text."""
     lines = [prompt, *([f"Negative prompt: {negative_prompt}"] if negative_prompt else [])]
     lines.append(", ".join(f"{label}: {_quoted(value)}" for label, value in {**fields, "Version": "sdjax"}.items()))
     return "\n".join(lines)
@@ -26,7 +26,7 @@ def _quoted(value: Any) -> str:
 def save_png(image: Image.Image, path: str | os.PathLike) -> None:
     """Writes a PNG file, with the text in `image.info["parameters"]` if there is one.
 
-    A file that was there before stays as it was if writing fails.
+    An earlier file stays as it was if writing fails.
     """
     info = PngInfo()
     if "parameters" in image.info:

@@ -1,8 +1,8 @@
-"""safetensors files: read by mapping the file into memory, written in one pass through a temporary file.
+"""safetensors files. Reading maps the file into memory; writing takes one pass.
 
-Format: 8 bytes little-endian header length, a JSON header, then the tensors without gaps.
-Ours rather than the library's because a duplicate key must be refused, a fault must be named in one line, and a
-non-contiguous array must be written right.
+Format: the length of the header in 8 bytes, little-endian; the header in JSON; then the tensors without gaps.
+The library `safetensors` is not used because it accepts duplicate keys, does not name every fault in one line, and
+writes non-contiguous arrays wrongly.
 """
 
 import json
@@ -21,7 +21,7 @@ from sdjax.runtime.whole_file import replacing
 
 _MAX_HEADER = 100_000_000  # bytes, the reference implementation's limit
 _MAX_RANK = 16
-_MAX_SPAN = 2**60  # of the dimensions of an empty tensor, whose bytes bound nothing
+_MAX_SPAN = 2**60  # product of the sizes other than 0, which the number of bytes does not limit in an empty tensor
 
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -45,7 +45,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-# How files that are something else begin, and what to say.
+# How a file of another kind begins, and what the error says about it.
 _IMPOSTORS = (
     (b"PK\x03\x04", "is a PyTorch pickle (zip) under a safetensors name; rename it to .ckpt and it is read safely"),
     (b"\x80", "is a Python pickle under a safetensors name; rename it to .ckpt and it is read safely"),
@@ -56,14 +56,17 @@ _IMPOSTORS = (
 
 
 class SafetensorsFile(NamedTuple):
-    """`tensors`: name -> read-only view into the mapped file, read when touched; `metadata`: strings by name."""
+    """tensors: name -> read-only view into the mapped file, read from the disk when it is used. metadata: by name."""
 
     tensors: dict[str, np.ndarray]
     metadata: dict[str, str]
 
 
 def read_safetensors(path: str | os.PathLike) -> SafetensorsFile:
-    """Maps a safetensors file; bf16 and f8 come as ml_dtypes. Every fault is one DataError naming the file."""
+    """Reads the header of a safetensors file and maps its tensors. bfloat16 and float8 are dtypes of ml_dtypes.
+
+    Raises DataError for every fault, in one line that names the file.
+    """
     path = Path(path)
     size, length, head = _read_head(path)
     with path.open("rb") as file:
@@ -71,12 +74,12 @@ def read_safetensors(path: str | os.PathLike) -> SafetensorsFile:
             raise DataError(f"{path}: {_impostor(head) or _bad_length(size, length)}")
         file.seek(8)
         header = _parse_header(path, file.read(length), head)
-        # Read-only, and alive as long as a view of it is.
+        # The mapping lives as long as a view of it.
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise DataError(f"{path}: __metadata__ in the header is not a table of strings")
+        raise DataError(f"{path}: __metadata__ in the header is not an object of strings")
     entries = sorted(((_parse_entry(path, name, entry), name) for name, entry in header.items()), key=_by_place)
     position = 0
     for (_, _, begin, end), name in entries:
@@ -100,9 +103,10 @@ def save_safetensors(
     *,
     dtype: Any = None,
 ) -> None:
-    """Writes `tensors` (any strides; one contiguous copy at a time) through a temporary file, fsync and rename.
+    """Writes a safetensors file. An earlier file stays as it was if writing fails.
 
-    `dtype`: what floating tensors are written as; None keeps each one's own.
+    tensors: of any strides; they are copied one at a time. dtype: of floating-point tensors in the file; None keeps
+    the dtype of each.
     """
     with replacing(Path(path)) as file:
         for chunk in encode(tensors, metadata, dtype=dtype):
@@ -112,12 +116,12 @@ def save_safetensors(
 def encode(
     tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None, *, dtype: Any = None
 ) -> Iterator[bytes | memoryview]:
-    """The file piece by piece: first length and header together, then the bytes of each tensor."""
+    """Yields the content of a file: first length and header together, then the bytes of each tensor."""
     targets = {name: _target_dtype(array.dtype, dtype) for name, array in tensors.items()}
     for name, target in targets.items():
         if target not in _NAMES:
             raise DataError(f"tensor {name!r}: safetensors has no dtype {target}; it has {', '.join(_DTYPES)}")
-    # Widest first, as the reference implementation does: every tensor then starts on a multiple of its item size.
+    # Widest dtype first, as in the reference implementation: then each tensor starts at a multiple of its item size.
     names = sorted(tensors, key=lambda name: (-targets[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
@@ -135,6 +139,7 @@ def encode(
 
 
 def _read_head(path: Path) -> tuple[int, int, bytes]:
+    """The size of the file, the length of its header, and its first 64 bytes."""
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -166,15 +171,15 @@ def _parse_header(path: Path, text: bytes, head: bytes) -> dict[str, Any]:
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         names = [name for name, _ in pairs]
         raise DataError(f"duplicate key in the header: {next(name for name in names if names.count(name) > 1)!r}")
-    return table
+    return entries
 
 
 def _parse_entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """-> dtype, shape, begin, end (bytes from the start of the data)."""
+    """The dtype, shape, begin and end of a tensor; begin and end in bytes from the start of the data."""
     where = f"{path}: tensor {name!r}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise DataError(f"{where}: the header entry must hold dtype, shape and data_offsets")
@@ -210,12 +215,12 @@ def _view(mapped: mmap.mmap, dtype: np.dtype, shape: tuple[int, ...], offset: in
     return np.frombuffer(mapped, dtype, count, offset).reshape(shape)
 
 
-def _target_dtype(own: np.dtype, wanted: Any) -> np.dtype:
-    return np.dtype(wanted) if wanted is not None and is_floating(own) else own
+def _target_dtype(dtype: np.dtype, wanted: Any) -> np.dtype:
+    return np.dtype(wanted) if wanted is not None and is_floating(dtype) else dtype
 
 
 def is_floating(dtype: np.dtype) -> bool:
-    """Whether numbers of this dtype are floating point, ml_dtypes' included."""
+    """Whether numbers of this dtype are floating-point numbers, of NumPy or of ml_dtypes."""
     try:
         ml_dtypes.finfo(dtype)
     except (ValueError, TypeError):

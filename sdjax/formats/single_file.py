@@ -1,7 +1,7 @@
-"""A whole model in one file with CompVis' (LDM's) names, as A1111 and ComfyUI keep them: read, told apart, written.
+"""A whole model in one file with CompVis' names (LDM), as A1111 and ComfyUI keep models: reads and writes it.
 
-Tokenizers are not in such a file, nor are configs: files written here carry the latter in their metadata, those of
-other programs have them inferred (`ldm_config`).
+Such a file holds no tokenizers and no configs. sdjax writes the configs into the metadata; for files of other programs
+`ldm_config` infers them.
 """
 
 import atexit
@@ -19,28 +19,25 @@ from typing import Any
 import numpy as np
 
 from sdjax.errors import ConfigError, DataError
-from sdjax.formats.diffusers_folder import INPUT_CHANNELS, READABLE, ModelFolder, make_index, snapshot
-from sdjax.formats.ldm_config import SD1, SD2, SDXL, infer_configs, scheduler_config
-from sdjax.formats.ldm_names import (
-    ldm_name,
-    ldm_prefixes,
-    ldm_vae_name,
-    openclip_name,
-    unet_structure,
-    vae_name,
-)
+from sdjax.formats.diffusers_folder import READABLE, ModelFolder, check_input_channels, has_tokenizer, make_index
+from sdjax.formats.families import ARCHITECTURES, CONTEXT_WIDTHS, SD1, SD2, SDXL
+from sdjax.formats.hub import snapshot
+from sdjax.formats.ldm_config import infer_configs, scheduler_config
+from sdjax.formats.ldm_names import ldm_name, ldm_prefixes, ldm_vae_name, unet_structure, vae_name
+from sdjax.formats.openclip import from_openclip, to_openclip
 from sdjax.formats.parameter_names import listing, to_state_dict
 from sdjax.formats.safetensors_file import save_safetensors
-from sdjax.formats.torch_pickle import read_torch
-from sdjax.formats.weights_file import read_tensors
+from sdjax.formats.torch_file import read_torch
+from sdjax.formats.weights_file import SUFFIXES as SUFFIXES
+from sdjax.formats.weights_file import is_safetensors, read_tensors
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 TOKENIZER = "openai/clip-vit-large-patch14"
-"""Whose tokenizer every Stable Diffusion has."""
+"""The repository on the hub whose tokenizer every Stable Diffusion uses."""
+VOCABULARY = 49408
+"""Number of words of that tokenizer."""
 _TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
-_VOCABULARY = 49408
 _CONFIGS = "sdjax.configs"
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 _UNET = "model.diffusion_model."
@@ -53,8 +50,9 @@ _TEXT = {
         "text_encoder_2": ("conditioner.embedders.1.model.", True),
     },
 }
-"""Family -> text model -> its prefix, and whether it has OpenCLIP's names."""
+"""Family -> text model -> prefix of its names, and whether the names are OpenCLIP's."""
 _PADDING = {SD1: {"tokenizer": None}, SD2: {"tokenizer": "!"}, SDXL: {"tokenizer": None, "tokenizer_2": "!"}}
+"""Family -> tokenizer -> the word it pads with; None for the one that the tokenizer names itself."""
 _FOREIGN = {
     r"model\.diffusion_model\.joint_blocks\.": "Stable Diffusion 3",
     r"(model\.diffusion_model\.)?double_blocks\.": "Flux",
@@ -74,13 +72,15 @@ _PARTIAL = {
 def read_single_file(
     path: str | os.PathLike, *, tokenizer: str | os.PathLike | None = None, prediction_type: str = ""
 ) -> ModelFolder:
-    """Reads a checkpoint as if it were a model folder: what is small is read, weights are views read when touched.
+    """Reads a single file as if it were a model folder. The weights are read from the disk when they are used.
 
-    tokenizer: folder of the tokenizer, or of a model that has one (`tokenizer/`, `tokenizer_2/`); default
-    Stable Diffusion's own, from the hub or its cache. prediction_type: "epsilon" or "v_prediction"; no shape tells
-    them apart, so SD2 counts as v unless the file says otherwise (metadata; a training step of 875000, as
-    SD2-base's has). Training averages (`model_ema.*`) and buffers are left out.
-    Raises DataError for a file that is damaged or of another kind, which it names.
+    tokenizer: the folder of a tokenizer, or of a model that has one (`tokenizer/`, `tokenizer_2/`). By default the
+    tokenizer of Stable Diffusion, from the hub or its cache.
+    prediction_type: "epsilon" or "v_prediction". By default what the file says. The shapes of SD2 do not show it, so
+    SD2 counts as "v_prediction" unless the metadata say otherwise, or a training step of 875000, which is SD2-base's.
+    Averages over the training (`model_ema.*`) and buffers are left out.
+    Raises DataError for a file that is damaged or of another kind, which the error names. Raises ConfigError for a
+    wrong prediction_type.
     """
     path = Path(path)
     if prediction_type and prediction_type not in _PREDICTIONS.values():
@@ -89,34 +89,24 @@ def read_single_file(
     try:
         family = _family(tensors)
         parts = _split(tensors, family)
-        own = _own_configs(metadata)
-        if own:
-            configs, scheduler = own
+        if recorded := _recorded_configs(metadata):
+            configs, scheduler = recorded
         else:
             prediction = prediction_type or _prediction_type(path, family, tensors, metadata)
             configs = infer_configs(family, parts, prediction)
             scheduler = scheduler_config(family, prediction, zero_terminal_snr="ztsnr" in tensors)
         if prediction_type:
             scheduler = {**scheduler, "prediction_type": prediction_type}
-        channels = configs["unet"].get("in_channels", 4)
-        if channels not in INPUT_CHANNELS:
-            what = f"a {family} model whose U-Net takes {channels} channels"
-            raise DataError(f"{what}; {READABLE} with {' or '.join(map(str, INPUT_CHANNELS))}")
+        check_input_channels(configs["unet"], f"a {family} model")
         prefixes = {ldm: ours for ours, ldm in ldm_prefixes(unet_structure(configs["unet"])).items()}
         levels = len(configs["vae"]["block_out_channels"])
-        rename = {
-            "unet": lambda module: ldm_name(module, prefixes) or module,
-            "vae": lambda module: vae_name(module, levels),
-        }
-        state = {
-            name: {_renamed(key, rename[name]): tensor for key, tensor in own.items()} if name in rename else own
-            for name, own in parts.items()
-        }
+        parts["unet"] = _renamed(parts["unet"], lambda module: ldm_name(module, prefixes) or module)
+        parts["vae"] = _renamed(parts["vae"], lambda module: vae_name(module, levels))
         tokenizers = _tokenizers(family, tokenizer, configs)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     index = make_index(configs, tokenizers, scheduler, {})
-    return ModelFolder(path, index, configs, scheduler, tokenizers, dict.fromkeys(configs, (path,)), state)
+    return ModelFolder(path, index, configs, scheduler, tokenizers, dict.fromkeys(configs, (path,)), parts)
 
 
 def save_single_file(
@@ -127,12 +117,14 @@ def save_single_file(
     scheduler: Mapping[str, Any],
     dtype: Any = None,
 ) -> None:
-    """Writes a checkpoint that A1111, ComfyUI and diffusers' `from_single_file` load.
+    """Writes a single file that A1111, ComfyUI and diffusers' `from_single_file` load.
 
-    configs, params: by model; scheduler: its config. dtype: of the weights written, None keeps theirs.
+    configs, params: part -> config and parameter tree. scheduler: the config of the scheduler. dtype: of the weights
+    written; None keeps each array's dtype.
+    Raises ConfigError unless the name ends in .safetensors or .sft, DataError for a U-Net that LDM has no names for.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".safetensors", ".sft"):
+    if not is_safetensors(path):
         raise ConfigError(f"{path}: a single file is written as .safetensors, never as a pickle")
     family = SDXL if "text_encoder_2" in params else SD1
     if family == SD1 and configs["text_encoder"].get("hidden_act") == "gelu":
@@ -147,24 +139,21 @@ def save_single_file(
     levels = len(configs["vae"]["block_out_channels"])
     for key, tensor in to_state_dict(params["vae"]).items():
         module, _, leaf = key.rpartition(".")
-        square = ".attentions." in key and tensor.ndim == 2  # 1x1 convolutions in LDM
-        tensors[f"{_VAE[0]}{ldm_vae_name(module, levels)}.{leaf}"] = tensor[:, :, None, None] if square else tensor
+        if ".attentions." in key and tensor.ndim == 2:  # a convolution of 1 x 1 in LDM
+            tensor = tensor[:, :, None, None]
+        tensors[f"{_VAE[0]}{ldm_vae_name(module, levels)}.{leaf}"] = tensor
     for name, (prefix, openclip) in _TEXT[family].items():
         if openclip:
-            own = _to_openclip(to_state_dict(params[name]), spare=family == SD2)
+            text = to_openclip(to_state_dict(params[name]), sd2=family == SD2)
         else:
-            own = to_state_dict(params[name], prefix="text_model.")
-        tensors |= {prefix + key: tensor for key, tensor in own.items()}
+            text = to_state_dict(params[name], prefix="text_model.")
+        tensors |= {prefix + key: tensor for key, tensor in text.items()}
     v = scheduler.get("prediction_type") == "v_prediction"
-    if family == SDXL and v:  # how A1111 and ComfyUI are told
+    if family == SDXL and v:  # A1111 and ComfyUI look for this tensor
         tensors["v_pred"] = np.zeros(0, np.float32)
     if scheduler.get("rescale_betas_zero_snr"):
         tensors["ztsnr"] = np.zeros(0, np.float32)
-    architecture = {
-        SD1: "stable-diffusion-v1",
-        SD2: "stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512",
-        SDXL: "stable-diffusion-xl-v1-base",
-    }[family]
+    architecture = "stable-diffusion-v2-768-v" if family == SD2 and v else ARCHITECTURES[family]
     metadata = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
@@ -176,21 +165,22 @@ def save_single_file(
     save_safetensors(path, tensors, metadata, dtype=dtype)
 
 
-# Telling what a file is.
+# The kind of a file.
 
 
 def _family(tensors: Mapping[str, np.ndarray]) -> str:
+    """The family of the model. Raises DataError for a file of another kind, which the error names."""
     whole = any(key.startswith(_UNET) for key in tensors)
     for pattern, kind in (_FOREIGN if whole else _FOREIGN | _PARTIAL).items():
         if any(re.match(pattern, key) for key in tensors):
             raise DataError(f"{kind}; {READABLE}")
     if not whole:
-        raise DataError(f"no checkpoint of a model: it holds {listing(sorted(tensors)) or 'nothing'}; {READABLE}")
+        raise DataError(f"not a checkpoint of a model: it holds {listing(sorted(tensors)) or 'nothing'}; {READABLE}")
     for family, texts in reversed(_TEXT.items()):
         if all(any(key.startswith(prefix) for key in tensors) for prefix, _ in texts.values()):
             return family
     width = next((tensor.shape[1] for key, tensor in tensors.items() if key.endswith("attn2.to_k.weight")), 0)
-    kind = {768: SD1, 1024: SD2, 2048: SDXL, 1280: "SDXL refiner"}.get(width, f"(text width {width})")
+    kind = {**CONTEXT_WIDTHS, 1280: "SDXL refiner"}.get(width, f"(text width {width})")
     raise DataError(f"a {kind} checkpoint without its text models; {READABLE}")
 
 
@@ -202,14 +192,15 @@ def _prediction_type(path: Path, family: str, tensors: Mapping[str, np.ndarray],
     inpainting = tensors[f"{_UNET}input_blocks.0.0.weight"].shape[1:2] == (9,)
     if family != SD2 or inpainting:
         return "epsilon"
-    content = read_torch(path) if path.suffix.lower() not in (".safetensors", ".sft") else {}
+    content = {} if is_safetensors(path) else read_torch(path)
     if isinstance(content, Mapping) and content.get("global_step") == 875000:
         return "epsilon"
-    log.warning("%s: Stable Diffusion 2, taken for v_prediction; if it is not, give prediction_type", path)
+    log.warning("%s: Stable Diffusion 2, taken for v_prediction; give prediction_type if it is not", path)
     return "v_prediction"
 
 
-def _own_configs(metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def _recorded_configs(metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The configs of the parts and of the scheduler that sdjax wrote into the metadata; None if there are none."""
     if _CONFIGS not in metadata:
         return None
     try:
@@ -222,105 +213,55 @@ def _own_configs(metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str,
     return configs, scheduler
 
 
-# Taking it apart.
-
-
 def _split(tensors: Mapping[str, np.ndarray], family: str) -> dict[str, dict[str, np.ndarray]]:
-    """Part -> its tensors without prefix: text models by transformers' names, the others by LDM's."""
-    under = lambda prefix: {key.removeprefix(prefix): own for key, own in tensors.items() if key.startswith(prefix)}
-    vae = next((own for prefix in _VAE if (own := under(prefix))), {})
-    parts = {
-        "unet": under(_UNET),
-        "vae": {k: own for k, own in vae.items() if not k.startswith(("loss.", "model_ema"))},
-    }
-    if not parts["vae"]:
+    """Part -> tensors without prefix. Names in a text model are those of transformers, the others LDM's."""
+
+    def under(prefix: str) -> dict[str, np.ndarray]:
+        return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+    vae = next(filter(None, map(under, _VAE)), {})
+    vae = {key: tensor for key, tensor in vae.items() if not key.startswith(("loss.", "model_ema"))}
+    if not vae:
         raise DataError(f"a {family} checkpoint without its VAE ({' or '.join(prefix + '*' for prefix in _VAE)})")
+    parts = {"unet": under(_UNET), "vae": vae}
     for name, (prefix, openclip) in _TEXT[family].items():
-        own = {key.removeprefix("text_model."): tensor for key, tensor in under(prefix).items()}
-        parts[name] = _from_openclip(own, spare=family == SD2) if openclip else own
+        text = {key.removeprefix("text_model."): tensor for key, tensor in under(prefix).items()}
+        parts[name] = from_openclip(text, sd2=family == SD2) if openclip else text
     return parts
 
 
-def _renamed(key: str, rename: Callable[[str], str]) -> str:
-    module, _, leaf = key.rpartition(".")
-    return f"{rename(module)}.{leaf}"
-
-
-def _from_openclip(tensors: Mapping[str, np.ndarray], *, spare: bool) -> dict[str, np.ndarray]:
-    """OpenCLIP's text model by transformers' names. spare: without its last block and projection, which SD2 skips."""
-    blocks = {int(match[1]) for key in tensors if (match := re.match(r"transformer\.resblocks\.(\d+)\.", key))}
-    width = tensors["positional_embedding"].shape[-1] if "positional_embedding" in tensors else 0
-    # Of SD2's 24 blocks some files keep 23.
-    kept = 23 if spare and width == 1024 else len(blocks) - spare
-    names = {openclip_name(module): module for module in _openclip_modules(kept)}
-    found: dict[str, np.ndarray] = {}
-    for key, tensor in tensors.items():
-        block = re.match(r"transformer\.resblocks\.(\d+)\.", key)
-        unused = key == "text_projection" or (block is not None and int(block[1]) >= kept)
-        if key in ("logit_scale", "attn_mask") or (spare and unused):
-            continue
-        if key in ("positional_embedding", "text_projection"):
-            found[f"{names[key]}.weight"] = tensor.T if key == "text_projection" else tensor
-        elif key.endswith((".attn.in_proj_weight", ".attn.in_proj_bias")):
-            module, _, leaf = key.rpartition("in_proj_")
-            for own, third in zip("qkv", np.split(tensor, 3), strict=True):
-                found[f"{names[module + 'in_proj'].removesuffix('in_proj')}{own}_proj.{leaf}"] = third
-        else:
-            found[_renamed(key, lambda module: names.get(module, module))] = tensor
-    return found
-
-
-def _to_openclip(tensors: Mapping[str, np.ndarray], *, spare: bool) -> dict[str, np.ndarray]:
-    """The inverse. spare: with the last block and the projection that SD2's loaders expect and never use."""
-    found: dict[str, np.ndarray] = {}
+def _renamed(tensors: Mapping[str, np.ndarray], rename: Callable[[str], str]) -> dict[str, np.ndarray]:
+    """The tensors of a part with other names for its modules."""
+    renamed = {}
     for key, tensor in tensors.items():
         module, _, leaf = key.rpartition(".")
-        if module.endswith((".k_proj", ".v_proj")):
-            continue
-        if module.endswith(".q_proj"):
-            attention = module.removesuffix("q_proj")
-            thirds = [tensors[f"{attention}{own}_proj.{leaf}"] for own in "qkv"]
-            found[f"{openclip_name(f'{attention}in_proj')}_{leaf}"] = np.concatenate(thirds)
-        elif module in ("embeddings.position_embedding", "text_projection"):
-            found[openclip_name(module)] = tensor.T if module == "text_projection" else tensor
-        else:
-            found[f"{openclip_name(module)}.{leaf}"] = tensor
-    found["logit_scale"] = np.array(np.log(100.0), np.float32)
-    if spare:
-        width = tensors["embeddings.token_embedding.weight"].shape[1]
-        found["text_projection"] = np.eye(width, dtype=np.float32)
-        layers = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("encoder.layers."))
-        last, new = f"transformer.resblocks.{layers - 1}.", f"transformer.resblocks.{layers}."
-        found |= {new + key.removeprefix(last): tensor for key, tensor in found.items() if key.startswith(last)}
-    return found
-
-
-def _openclip_modules(layers: int) -> list[str]:
-    inside = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", "self_attn.out_proj", "self_attn.in_proj")
-    outside = ("embeddings.token_embedding", "embeddings.position_embedding", "final_layer_norm", "text_projection")
-    return [*outside, *(f"encoder.layers.{i}.{module}" for i in range(layers) for module in inside)]
+        renamed[f"{rename(module)}.{leaf}"] = tensor
+    return renamed
 
 
 # Tokenizers.
 
 
 def _tokenizers(
-    family: str, given: str | os.PathLike | None, configs: Mapping[str, Mapping[str, Any]]
+    family: str, source: str | os.PathLike | None, configs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Path]:
-    """Name -> folder, with the padding token of the family where the folder is not the model's own."""
-    if given is not None:
-        folder = Path(given)
+    """Name -> folder. The tokenizers pad as the family does, except those of a model's folder, which stay as they are.
+
+    source: see `tokenizer` in `read_single_file`.
+    """
+    if source is not None:
+        folder = Path(source)
         if all((folder / name).is_dir() for name in _PADDING[family]):
             return {name: folder / name for name in _PADDING[family]}
         folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-        if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
+        if not has_tokenizer(folder):
             raise DataError(
-                f"tokenizer = {str(given)!r} is no folder with tokenizer.json, or vocab.json and merges.txt"
+                f"tokenizer = {str(source)!r} is no folder with tokenizer.json, or vocab.json and merges.txt"
             )
     else:
-        words = configs["text_encoder"].get("vocab_size", _VOCABULARY)
-        if words != _VOCABULARY:
-            raise DataError(f"its {words} words are not Stable Diffusion's {_VOCABULARY}: give its tokenizer's folder")
+        words = configs["text_encoder"].get("vocab_size", VOCABULARY)
+        if words != VOCABULARY:
+            raise DataError(f"its tokenizer has {words} words, Stable Diffusion's {VOCABULARY}: give its folder")
         try:
             folder = snapshot(TOKENIZER, _TOKENIZER_FILES)
         except DataError as error:
@@ -330,7 +271,7 @@ def _tokenizers(
 
 @functools.cache
 def _padded(folder: Path, pad: str) -> Path:
-    """A copy of a tokenizer that pads with another word, kept until the program ends."""
+    """A copy of a tokenizer that pads with another word. The copy is removed when the program ends."""
     copy = Path(tempfile.mkdtemp(prefix="sdjax-tokenizer-"))
     atexit.register(shutil.rmtree, copy, ignore_errors=True)
     for name in _TOKENIZER_FILES:

@@ -1,21 +1,41 @@
-"""One file of tensors, whatever its kind."""
+"""Reads one file of tensors of any kind."""
 
 import os
 from pathlib import Path
 
+import numpy as np
+
 from sdjax.errors import DataError
-from sdjax.formats.safetensors_file import SafetensorsFile, read_safetensors
-from sdjax.formats.torch_pickle import read_state_dict
+from sdjax.formats.safetensors_file import SafetensorsFile, is_floating, read_safetensors
+from sdjax.formats.torch_file import read_state_dict
 
 _SAFETENSORS = (".safetensors", ".sft")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+SUFFIXES = (*_SAFETENSORS, *_PICKLES)
+
+
+def is_safetensors(path: str | os.PathLike) -> bool:
+    """Whether the name of the file is that of a safetensors file."""
+    return Path(path).suffix.lower() in _SAFETENSORS
 
 
 def read_tensors(path: str | os.PathLike) -> SafetensorsFile:
-    """Tensors and metadata (none in a pickle) of a .safetensors file or a PyTorch pickle; views, read when touched."""
-    suffix = Path(path).suffix.lower()
-    if suffix in _SAFETENSORS:
+    """The tensors of a safetensors file or a PyTorch pickle, with the metadata of a safetensors file.
+
+    The tensors are views into the mapped file, read from the disk when they are used.
+    """
+    if is_safetensors(path):
         return read_safetensors(path)
-    if suffix in _PICKLES:
+    if Path(path).suffix.lower() in _PICKLES:
         return SafetensorsFile(read_state_dict(path), {})
-    raise DataError(f"{path}: not a kind of weight file; known: {', '.join((*_SAFETENSORS, *_PICKLES))}")
+    raise DataError(f"{path}: not a kind of weight file; known: {', '.join(SUFFIXES)}")
+
+
+def to_float32(tensor: np.ndarray, name: str) -> np.ndarray:
+    """The tensor in float32. Raises DataError naming `name` for integers, NaN and Inf."""
+    if not is_floating(tensor.dtype):
+        raise DataError(f"{name}: {tensor.dtype} where floating-point numbers are expected")
+    tensor = tensor.astype(np.float32)
+    if not np.isfinite(tensor).all():
+        raise DataError(f"{name}: holds NaN or Inf")
+    return tensor

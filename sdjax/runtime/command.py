@@ -1,4 +1,4 @@
-"""What the commands share: a parser whose mistakes are our errors, and errors as one line and an exit code."""
+"""Shared by the commands: a parser that raises ConfigError, and errors shown in one line with an exit code."""
 
 import argparse
 import sys
@@ -9,25 +9,27 @@ from sdjax.errors import ConfigError, DataError, SdjaxError
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ConfigError where argparse would print its usage and exit."""
+    """A parser that raises ConfigError where argparse would print the usage and exit."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; `{self.prog} --help` lists the flags")
 
 
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
-    """Runs a command and returns its exit code: its own or 0, 2 usage, 3 data or weights, 4 stopped itself, 130 Ctrl-C.
+    """Runs a command and returns its exit code.
 
-    argv: default the process's own; with --debug in it, errors keep their traceback.
+    The code is the command's, or 0 if the command returns None. An error gives 2 (usage), 3 (data or weights) or 4
+    (training stopped itself), and Ctrl-C gives 130.
+    argv: by default that of the process. With --debug in it, errors are raised with their traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
         return command(argv) or 0
-    except (SdjaxError, OSError) as error:  # OSError: a full disk, a folder that may not be written to
+    except (SdjaxError, OSError) as error:  # OSError: a full disk, or a folder without permission
         if "--debug" in argv:
             raise
-        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        print(f"error: {told}", file=sys.stderr)
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"error: {message}", file=sys.stderr)
         return error.exit_code if isinstance(error, SdjaxError) else DataError.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

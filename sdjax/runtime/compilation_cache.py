@@ -1,6 +1,7 @@
-"""The persistent compilation cache that the commands turn on: a second start does not compile again.
+"""The persistent compilation cache of JAX, with which a second start does not compile again.
 
-A library call never turns it on by itself: where compiled programs are kept is the program's business, not ours.
+The commands turn the cache on. Library calls never do: the program that uses the library decides where it keeps
+compiled programs.
 """
 
 import os
@@ -10,17 +11,17 @@ from pathlib import Path
 
 
 def default_folder() -> Path:
-    """`$XDG_CACHE_HOME/sdjax/xla`, or `~/.cache/sdjax/xla`."""
+    """The folder `$XDG_CACHE_HOME/sdjax/xla`, or `~/.cache/sdjax/xla`."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "sdjax" / "xla"
 
 
 def enable(folder: str | Path | None = None) -> None:
-    """Keep compiled programs in `folder` (default: `default_folder()`), readable by this user alone.
+    """Keeps compiled programs in a folder, by default `default_folder()`, that only this user can read.
 
-    `JAX_COMPILATION_CACHE_DIR`, when set, wins; when set to nothing there is no cache. A folder that cannot be used, or
-    that others can write, gives a warning and the program goes on without a cache: whoever can write that folder can
-    run code in this process.
+    The environment variable `JAX_COMPILATION_CACHE_DIR` takes precedence; if it is empty there is no cache. A folder
+    that cannot be used, or that other users can write to, gives a warning, and the program continues without a cache.
+    The reason is that whoever can write to the folder can run code in this process.
     """
     import jax
 

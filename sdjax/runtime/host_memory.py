@@ -1,7 +1,7 @@
-"""Memory that a CPU program frees stays with the process: the commands turn this on, the library leaves it alone.
+"""Keeps freed memory in the process, for programs on the CPU. The commands turn this on; library calls never do.
 
-XLA's CPU backend allocates a program's temporary memory anew at each call. glibc returns blocks of that size to the
-system as they are freed, so that every training step begins with a page fault for each 4 KiB of it, all over again.
+XLA's CPU backend allocates the temporary memory of a program at each call. glibc returns blocks of that size to the
+system when they are freed. Without this module every training step causes a page fault for each 4 KiB of them.
 """
 
 import ctypes
@@ -13,20 +13,23 @@ _ROOM = 512 << 20
 
 
 def keep() -> None:
-    """Tell glibc to keep what is freed, if JAX computes on the CPU; elsewhere nothing is kept.
+    """Makes glibc keep freed memory if JAX computes on the CPU.
 
-    To be called before anything asks JAX for its devices.
+    Must be called before anything asks JAX for its devices.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:  # another libc
         return
-    mallopt(_ARENA_MAX, 1)  # a thread that begins with an arena of its own stays with it
+    # One arena for all threads, set before JAX starts threads: a thread keeps the arena that it begins with.
+    mallopt(_ARENA_MAX, 1)
     import jax
 
-    # In threads of its own XLA begins a program while the last one's memory is still there, which then takes it twice.
+    # With asynchronous dispatch XLA begins a program while the memory of the last one is still allocated, so that the
+    # process needs it twice.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if jax.default_backend() == "cpu":
-        mallopt(_TRIM_THRESHOLD, -1)  # never
-        mallopt(_MMAP_MAX, 0)  # no block outside the heap, as those are returned when they are freed
-        # Small blocks that settle where the temporary memory was must leave it a place to come back to.
+        mallopt(_TRIM_THRESHOLD, -1)  # never return the end of the heap
+        mallopt(_MMAP_MAX, 0)  # no blocks outside the heap: glibc returns them when they are freed
+        # Grow the heap in large steps. Small blocks may occupy the place of freed temporary memory, which then needs
+        # room elsewhere.
         mallopt(_TOP_PAD, _ROOM)

@@ -1,4 +1,4 @@
-"""Running out of memory, turned into an error that says what to do about it."""
+"""Turns running out of memory into an error that says what to do."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from sdjax.errors import TrainingStopped
 
 @contextlib.contextmanager
 def advice(text: str) -> Iterator[None]:
-    """Raises `TrainingStopped("out of memory: ...")` in place of the error that JAX or Python raises for it."""
+    """Raises TrainingStopped with this advice if JAX or Python runs out of memory in the block."""
     import jax
 
     try:

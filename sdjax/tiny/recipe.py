@@ -1,25 +1,27 @@
-"""What the embedded model is made from: its pictures with their captions, and the folder its training starts in.
+"""The command that makes what the embedded model is trained from: pictures with captions, and an untrained model.
 
     npm pack emoji-datasource-google@16.0.0
     python -m sdjax.tiny.recipe data runs/tiny/data --noto emoji-datasource-google-16.0.0.tgz
     python -m sdjax.tiny.recipe model runs/tiny/start --captions runs/tiny/data/pictures/metadata.jsonl
 
-then configs/tiny_vae.toml and configs/tiny_model.toml. Both commands give the same files each time.
+The training then runs with configs/tiny_vae.toml and configs/tiny_model.toml. Each command always writes the same
+files.
 
-`subjects.tsv` is the choice of subjects: an emoji's code points, its name, other names. The names are CLDR's short ones
-(Unicode License v3) where those say what the picture shows, else our own. In: whatever has one thing to show - hearts,
-shapes, faces, animals, plants, food, vehicles, weather, sport, clothes, buildings, instruments, tools. Out: flags of
-countries, keycaps, letters, clock faces, arrows and signs, hands and people in many variants, and all but one or two of
-those that look alike at 64 pixels. The pictures are Google's Noto emoji (Apache License 2.0).
+`subjects.tsv` lists the subjects: code points of an emoji, its name, other names. The names are CLDR's short names
+(Unicode License v3) where these say what the picture shows, and our own elsewhere. Chosen are emoji that show one
+thing: hearts, shapes, faces, animals, plants, food, vehicles, weather, sport, clothes, buildings, instruments, tools.
+Left out are flags of countries, keycaps, letters, clock faces, arrows, signs, and hands and people in many variants. Of
+emoji that look alike at 64 pixels one or two are chosen. The pictures are Google's Noto emoji (Apache License 2.0).
 
-The sizes. Float16 weights and tokenizer must stay below 12 MB, and a step on two CPU cores costs what the widest maps
-cost: the VAE is narrow where its maps are large and has its parameters at 16 x 16, the U-Net at 8 x 8, which alone has
-attention. Latents of 16 x 16 x 4 are what 30 dB takes; a factor of 8 would halve the U-Net's work and lose the faces.
-The schedule is Stable Diffusion's with v-prediction, and trailing time steps, so that drawing starts where training
-ended. A zero terminal SNR would fit it better still, but samplers that start at a finite sigma could then not be used.
+Sizes: weights in float16 and the tokenizer must stay below 12 MB. On two CPU cores the largest maps take most of the
+time of a step, so the VAE has few channels there and most of its parameters at 16 x 16. The U-Net has most of its
+parameters, and all attention, at 8 x 8. Latents of 16 x 16 x 4 are needed for a PSNR of 30 dB. A VAE of factor 8 would
+halve the work of the U-Net, but faces would be lost.
+
+Schedule: Stable Diffusion's, with v-prediction. The time steps are spaced "trailing", so drawing starts at the step
+where training ended. A zero terminal SNR would fit even better, but it excludes samplers that start at a finite sigma.
 """
 
-import argparse
 import hashlib
 import io
 import itertools
@@ -29,26 +31,29 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from sdjax.errors import DataError, SdjaxError
+from sdjax.errors import DataError
+from sdjax.runtime import command
 
 WITHHELD = ("green circle", "purple circle", "yellow square", "orange square", "brown heart")
-"""Names that text-to-image training never sees, though it sees both of their words: do colour and shape combine?"""
+"""Names that training never sees, although it sees both words of each. They test whether colour and shape combine."""
 HELD_OUT = 0.05
-"""Share of all emoji that the autoencoder never sees."""
+"""Share of the emoji that the VAE never sees."""
 CAPTIONS = 4
-"""Captions of each subject: every subject is shown equally often, however many names it has."""
+"""Captions of each subject. Every subject has the same number, so all are shown equally often."""
 WINDOW = 16
+"""Positions of the text model, in tokens."""
 MERGES = 1800
+"""Merges of the tokenizer."""
 
 
 class Subject(NamedTuple):
-    """One picture and what it is called."""
+    """An emoji with its names. code: its code points, as in `1f3c3-200d-2640`."""
 
     code: str
     name: str
@@ -56,19 +61,19 @@ class Subject(NamedTuple):
 
 
 def subjects() -> tuple[Subject, ...]:
-    """All of subjects.tsv, the withheld ones included, in its order (Unicode's)."""
+    """The subjects in subjects.tsv, which has the order of Unicode. The subjects of WITHHELD are among them."""
     lines = Path(__file__).with_name("subjects.tsv").read_text("utf-8").splitlines()[1:]
     rows = (line.split("\t") for line in lines)
     return tuple(Subject(code, name, tuple(others.split("; ")) if others else ()) for code, name, others in rows)
 
 
 def captions(subject: Subject) -> tuple[str, ...]:
-    """What a subject is called in training: half of the time by its name, else by another, "a NAME", "NAME emoji"."""
+    """The captions of a subject. Half are its name, the others other names, "a NAME" and "NAME emoji"."""
     article = "an" if re.match("[aeio]|um|up|hour", subject.name) else "a"
     thing = re.split(" of | with | and ", subject.name)[0]
     plural = " and " in subject.name or re.search("(?<![suo])s$", thing)
     templates = (f"{'the' if plural else article} {subject.name}", f"{subject.name} emoji")
-    # Which of the two templates gives way to another name is up to the name: a fair coin.
+    # If only one template has room beside the other names, a hash of the name decides which.
     templates = templates[:: 1 if _hash(subject.name)[0] % 2 else -1]
     return (subject.name, subject.name, *(*subject.others, *templates)[: CAPTIONS - 2])
 
@@ -77,23 +82,23 @@ def captions(subject: Subject) -> tuple[str, ...]:
 
 
 def read_package(path: str | Path) -> dict[str, bytes]:
-    """Code -> PNG of every emoji, from the npm package: the archive as npm packs it, or its folder."""
+    """Code -> PNG of every emoji in the npm package. path: the package's archive or folder."""
     path = Path(path)
     if path.is_dir():
-        found = {file.stem: file.read_bytes() for file in path.glob("**/img/google/64/*.png")}
+        pictures = {file.stem: file.read_bytes() for file in path.glob("**/img/google/64/*.png")}
     elif path.is_file():
         with tarfile.open(path) as archive:
             members = [m for m in archive if "/img/google/64/" in m.name and m.name.endswith(".png")]
-            found = {Path(m.name).stem: archive.extractfile(m).read() for m in members}  # pyright: ignore
+            pictures = {Path(m.name).stem: archive.extractfile(m).read() for m in members}  # pyright: ignore
     else:
         raise DataError(f"{path}: no such file or folder; `npm pack emoji-datasource-google` makes the archive")
-    if not found:
+    if not pictures:
         raise DataError(f"{path}: no pictures below img/google/64; expected npm's emoji-datasource-google")
-    return dict(sorted(found.items()))
+    return dict(sorted(pictures.items()))
 
 
 def family(code: str) -> str:
-    """The code without skin tone, gender, hair or direction: emoji of one family look alike."""
+    """The code without skin tone, gender, hair and direction. Emoji of one family look alike."""
     person = {"1f468": "person", "1f469": "person", "1f9d1": "person"}
     parts = [person.get(part, part) for part in code.split("-")]
     looks = r"1f3f[b-f]|2640|2642|27a1|fe0f|200d|1f9b[0-3]"
@@ -101,7 +106,7 @@ def family(code: str) -> str:
 
 
 def held_out(codes: Iterable[str]) -> frozenset[str]:
-    """Which emoji the autoencoder is tested on: the families with the smallest hashes, with all their members."""
+    """The emoji that the VAE is tested on: all members of the families with the smallest hashes."""
     codes = list(codes)
     families = sorted({family(code) for code in codes}, key=_hash)
     chosen = set(families[: max(1, round(HELD_OUT * len(families)))])
@@ -109,11 +114,11 @@ def held_out(codes: Iterable[str]) -> frozenset[str]:
 
 
 def write_data(folder: str | Path, package: str | Path) -> dict[str, int]:
-    """Writes vae/, held_out/, pictures/ and withheld/ below `folder`; returns how many lines each has.
+    """Writes four data sets below `folder`. Returns the number of pictures in each.
 
-    Every one is a folder of 64 x 64 PNGs on white with metadata.jsonl: `file_name`, `text`, and in the last two `name`.
-    vae: all emoji with their skin tones but held_out, a by-hash 5 %. pictures: the subjects, CAPTIONS files each with
-    one caption each; the first is called by the subject's name alone. withheld: the subjects of WITHHELD.
+    Each is a folder of PNGs of 64 x 64 on white, with a metadata.jsonl of `file_name`, `text` and, in the last two,
+    `name`. held_out: a share HELD_OUT of all emoji. vae: the other emoji, with all skin tones. pictures: the subjects
+    except those of WITHHELD, each with CAPTIONS files of one caption each. withheld: the subjects of WITHHELD.
     """
     images = {code: _on_white(data) for code, data in read_package(package).items()}
     chosen = subjects()
@@ -147,7 +152,7 @@ def write_data(folder: str | Path, package: str | Path) -> dict[str, int]:
 
 
 def _on_white(data: bytes) -> bytes:
-    """A PNG without transparency, 64 x 64."""
+    """The PNG on a white background."""
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     out = io.BytesIO()
@@ -163,10 +168,11 @@ def _hash(text: str) -> bytes:
 
 
 def train_tokenizer(texts: Sequence[str], merges: int = MERGES) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Byte-pair encoding of the texts' words, CLIP's way; returns the vocabulary and the merges, best first.
+    """The vocabulary and the merges of a byte-pair encoding of these texts, made for CLIP's tokenizer.
 
-    Ids, as CLIP has them: 256 bytes, the same at a word's end, the merges, begin and end. Every merge is of the pair
-    seen most often, the first in alphabetical order of several (Sennrich et al. 2016); it ends when words are whole.
+    Each merge joins the most frequent pair (Sennrich et al. 2016), the first in alphabetical order among equals. There
+    are fewer than `merges` if all words are whole before. The ids are in CLIP's order: 256 bytes, 256 bytes at the end
+    of a word, the merges, the begin and the end of a text.
     """
     alphabet = _byte_letters()
     words: Counter[tuple[str, ...]] = Counter()
@@ -204,14 +210,14 @@ def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def _byte_letters() -> dict[int, str]:
-    """A printable letter for each byte, as GPT-2 and CLIP write them: itself where it prints, else one past 255."""
+    """Byte -> the letter that stands for it in GPT-2 and CLIP: its own if it is printable, or one beyond code 255."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def write_tokenizer(folder: str | Path, texts: Sequence[str], merges: int = MERGES) -> int:
-    """Writes a folder that CLIPTokenizer reads; returns the number of tokens."""
+    """Writes a folder that CLIPTokenizer reads. Returns the size of the vocabulary."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary, pairs = train_tokenizer(texts, merges)
@@ -236,7 +242,7 @@ def write_tokenizer(folder: str | Path, texts: Sequence[str], merges: int = MERG
 UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
-    "attention_head_dim": 4,  # the number of heads, as this field is read
+    "attention_head_dim": 4,  # the number of heads, in spite of the field's name
     "block_out_channels": [64, 128],
     "cross_attention_dim": 128,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
@@ -297,14 +303,14 @@ SCHEDULER: dict[str, Any] = {
     "timestep_spacing": "trailing",
 }
 _BRANCH_ENDS = r"conv2|proj_out|out_proj|fc2"
-"""The last layer of every residual branch: zero at first, so that each block starts as the identity."""
+"""Names of the last layer of a residual branch. The layer starts at zero, so each block starts as the identity."""
 
 
 def write_model(folder: str | Path, texts: Sequence[str], seed: int = 0) -> dict[str, int]:
-    """Writes an untrained model folder, float32; returns the parameters of each part.
+    """Writes an untrained model folder in float32. Returns the number of parameters of each part.
 
-    Kernels are normal with deviation 1 / sqrt(inputs), embeddings with 0.02; the end of every residual branch and of
-    the U-Net is zero.
+    Kernels are normal with standard deviation 1 / sqrt(inputs), embeddings with 0.02. The last layer of each residual
+    branch and the last layer of the U-Net are zero.
     """
     import jax
     import numpy as np
@@ -341,7 +347,7 @@ def write_model(folder: str | Path, texts: Sequence[str], seed: int = 0) -> dict
 
 
 def read_captions(path: str | Path) -> list[str]:
-    """The texts of a metadata.jsonl."""
+    """The captions in a metadata.jsonl."""
     try:
         return [json.loads(line)["text"] for line in Path(path).read_text("utf-8").splitlines()]
     except (OSError, ValueError, KeyError) as error:
@@ -352,29 +358,28 @@ def read_captions(path: str | Path) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command that `argv` names; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sdjax.tiny.recipe", description="What the embedded model is made from."
+    """Runs the command and returns its exit code; see `command.run`."""
+    return command.run(_run, argv)
+
+
+def _run(argv: Sequence[str]) -> None:
+    parser = command.Parser(
+        prog="python -m sdjax.tiny.recipe", description="Make what the embedded model is trained from."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    data = commands.add_parser("data", help="pictures with captions, from Noto emoji")
+    data = commands.add_parser("data", help="write pictures with captions, from Noto emoji")
     data.add_argument("folder")
-    data.add_argument("--noto", required=True, help="emoji-datasource-google of npm: its .tgz, or its folder")
-    model = commands.add_parser("model", help="an untrained model folder")
+    data.add_argument("--noto", required=True, help="the npm package emoji-datasource-google: its .tgz or its folder")
+    model = commands.add_parser("model", help="write an untrained model folder")
     model.add_argument("folder")
-    model.add_argument("--captions", required=True, help="metadata.jsonl that the tokenizer is made for")
-    model.add_argument("--seed", type=int, default=0, help="of the weights")
+    model.add_argument("--captions", required=True, help="metadata.jsonl with the texts that the tokenizer is made for")
+    model.add_argument("--seed", type=int, default=0, help="seed of the weights")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "data":
-            made: Mapping[str, int] = write_data(args.folder, args.noto)
-        else:
-            made = write_model(args.folder, read_captions(args.captions), args.seed)
-    except (SdjaxError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, SdjaxError) else DataError.exit_code
-    print(", ".join(f"{name} {count:,}" for name, count in made.items()))
-    return 0
+    if args.command == "data":
+        counts = write_data(args.folder, args.noto)
+    else:
+        counts = write_model(args.folder, read_captions(args.captions), args.seed)
+    print(", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
 
 if __name__ == "__main__":

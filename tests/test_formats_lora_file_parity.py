@@ -1,13 +1,15 @@
-"""LoRA files between ours and diffusers with peft, both ways: the kernels that come out are the same."""
+"""LoRA files: sdjax, and diffusers with peft, read each other's files with the same change of every kernel."""
 
 import numpy as np
+import pictures
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_formats_lora import assert_same, delta, kohya_file, random_lora, torch_layout
-from test_formats_parameter_names import torch_expected, tree
+from test_formats_lora_file import assert_same, delta, kohya_file, random_lora, torch_layout
+from test_formats_parameter_names import torch_expected
 
 from sdjax.formats.lora_file import load_lora, save_lora
-from sdjax.trees import layers
+from sdjax.formats.parameter_names import module_name
+from sdjax.trees import layers, nest
 
 SETS = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
@@ -17,50 +19,18 @@ SETS = {
 TEXT_SET = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
-def build_pipeline(kind):
-    import torch
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        StableDiffusionXLPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    torch.manual_seed(0)
-    text = CLIPTextConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        projection_dim=24,
-    )  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
-    common = {"vae": vae, "scheduler": DDIMScheduler(), "tokenizer": None}
-    if kind == "sd1":
-        unet = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(32, 64), cross_attention_dim=32, attention_head_dim=8,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        )  # fmt: skip
-        return StableDiffusionPipeline(
-            **common, unet=unet, text_encoder=CLIPTextModel(text), safety_checker=None, feature_extractor=None,
-            requires_safety_checker=False,
-        )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 32, 64), layers_per_block=2, cross_attention_dim=64,
-        transformer_layers_per_block=(1, 1, 2), attention_head_dim=(2, 2, 4), use_linear_projection=True,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=72,
-    )  # fmt: skip
-    return StableDiffusionXLPipeline(
-        **common, unet=unet, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
-        tokenizer_2=None,
-    )  # fmt: skip
+SDXL_UNET = {
+    "block_out_channels": (16, 16, 24),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 1, 2),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}
 
 
 @pytest.fixture(scope="module")
 def pipelines():
-    return {kind: build_pipeline(kind) for kind in ("sd1", "sdxl")}
+    return {"sd1": pictures.build("sd1"), "sdxl": pictures.build("sdxl", **SDXL_UNET)}
 
 
 def models(pipeline):
@@ -73,7 +43,7 @@ def model_trees(pipeline):
 
 
 def adapted_kernels(trees, which):
-    """The kernels whose module's name ends as asked, with our path."""
+    """Path -> shape of the kernels of one of the SETS, and of TEXT_SET in text models."""
     ends = tuple(name.replace(".", "_") for name in SETS[which])
     return {
         path: layer["kernel"].shape
@@ -83,23 +53,21 @@ def adapted_kernels(trees, which):
 
 
 def effective(pipeline):
-    """(component, our path) -> change of the weight, as peft computes it, and DoRA's magnitude."""
-    found = {}
-    for component, model in models(pipeline).items():
+    """(part, name of the module) -> change of the weight and DoRA's magnitude, as peft computes them."""
+    changes = {}
+    for part, model in models(pipeline).items():
         for name, module in model.named_modules():
             if hasattr(module, "lora_A") and "default" in module.lora_A:
                 path = name.removeprefix("text_model.")
                 change = module.get_delta_weight("default").detach().numpy()
                 vectors = module.lora_magnitude_vector
                 magnitude = vectors["default"].weight.detach().numpy() if "default" in vectors else None
-                found[component, path] = (change, magnitude)
-    return found
+                changes[part, path] = (change, magnitude)
+    return changes
 
 
 def by_module(lora):
-    """The same of ours."""
-    from sdjax.formats.parameter_names import module_name
-
+    """(part, name of the module in PyTorch) -> change of the weight and DoRA's magnitude, of our LoRA tree."""
     return {
         (path[0], module_name(path[1:])): (torch_layout(delta(layer)), layer.get("magnitude"))
         for path, layer in layers(lora, "down")
@@ -137,7 +105,7 @@ def test_diffusers_reads_what_we_write(tmp_path, pipelines, kind, style, which):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_diffusers_reads_our_dora(tmp_path, pipelines, kind):
-    """In PEFT's style; of a kohya file diffusers drops `dora_scale`."""
+    """In PEFT's style only: diffusers drops the `dora_scale` of a kohya file."""
     pipeline = pipelines[kind]
     trees = model_trees(pipeline)
     lora = random_lora(adapted_kernels(trees, "attention"), dora=True)
@@ -166,7 +134,7 @@ CONFIGS = {
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_we_read_what_diffusers_writes(tmp_path, pipelines, kind, config):
-    """Adapters made by peft, saved by the pipeline with the metadata that holds their alpha."""
+    """peft makes the adapters, and the pipeline saves them with metadata that hold their alpha."""
     import torch
     from diffusers.training_utils import _collate_lora_metadata
     from peft import LoraConfig
@@ -191,7 +159,7 @@ def test_we_read_what_diffusers_writes(tmp_path, pipelines, kind, config):
 
 
 def remove_adapters(pipeline):
-    """What unload_lora_weights does, for a pipeline that broke off half-way too."""
+    """Does what unload_lora_weights does, but also works if adding the adapters failed halfway."""
     from diffusers.utils import recurse_remove_peft_layers
 
     for model in models(pipeline).values():
@@ -202,31 +170,31 @@ def remove_adapters(pipeline):
 
 
 def model_trees_without_adapters(pipeline):
-    """The same trees, of a model that carries adapters: peft has put each layer into a `base_layer`."""
+    """The trees of `model_trees` for a pipeline with adapters, in which peft has moved each layer to `base_layer`."""
     trees = {}
     for name, model in models(pipeline).items():
         flat = {}
         for path, layer in layers(torch_expected(model), "kernel"):
             if not any(part.startswith("lora_") for part in path):
                 flat[(*(part for part in path if part != "base_layer"), "kernel")] = layer["kernel"]
-        trees[name] = tree(flat)
+        trees[name] = nest(flat)
     return trees
 
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 def test_kohya_written_by_its_rule_means_the_same_to_diffusers_and_us(tmp_path, pipelines):
-    """Every module of kohya's default set, named by replacing dots, read by both."""
+    """Every module of kohya's default set, named with underscores for dots, read by both."""
     pipeline = pipelines["sd1"]
     table = {}
-    for component, model in models(pipeline).items():
+    for part, model in models(pipeline).items():
         for name, module in model.named_modules():
             plain = name.removeprefix("text_model.")
-            ends = SETS["transformer"] if component == "unet" else TEXT_SET
+            ends = SETS["transformer"] if part == "unet" else TEXT_SET
             if plain.endswith(tuple("." + end for end in ends)) and hasattr(module, "weight"):
                 shape = tuple(module.weight.shape)
                 shape = shape[::-1] if len(shape) == 2 else (*shape[2:], shape[1], shape[0])
-                table[component, plain] = (plain, shape)
+                table[part, plain] = (plain, shape)
     tensors, _ = kohya_file(table)
     save_file(tensors, tmp_path / "a.safetensors")
     trees = model_trees(pipeline)
@@ -242,7 +210,7 @@ def test_kohya_written_by_its_rule_means_the_same_to_diffusers_and_us(tmp_path, 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 def test_sdxl_names_are_those_of_the_original_unet(tmp_path, pipelines):
-    """Spot checks against the list in kohya's own SDXL files, and both namings read alike."""
+    """Some names in SDXL files of kohya's scripts. A file with diffusers' names gives the same LoRA."""
     trees = model_trees(pipelines["sdxl"])
     lora = random_lora(adapted_kernels(trees, "transformer") | adapted_kernels(trees, "convolutions"))
     save_lora(tmp_path / "a.safetensors", lora, trees)
@@ -263,7 +231,7 @@ def test_sdxl_names_are_those_of_the_original_unet(tmp_path, pipelines):
     ):
         assert f"{name}.lora_down.weight" in tensors, name
     assert_same(lora, load_lora(tmp_path / "a.safetensors", trees))
-    # The same file under diffusers' names.
+    # The same LoRA with diffusers' names in the U-Net.
     text = {key: value for key, value in tensors.items() if not key.startswith("lora_unet_")}
     unet_only = {"unet": lora["unet"]}
     save_lora(tmp_path / "b.safetensors", unet_only, {"unet": trees["unet"]})

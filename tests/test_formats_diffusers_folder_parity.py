@@ -1,7 +1,8 @@
-"""Model folders between ours and diffusers with transformers, both ways."""
+"""Model folders: sdjax reads what diffusers saves, and diffusers and transformers read what sdjax saves."""
 
 import jax.numpy as jnp
 import numpy as np
+import pictures
 import pytest
 from test_formats_parameter_names import torch_expected
 
@@ -9,67 +10,12 @@ from sdjax.formats.diffusers_folder import read_folder, save_folder
 from sdjax.formats.parameter_names import load_params, to_state_dict
 from sdjax.formats.safetensors_file import read_safetensors, save_safetensors
 
-SIZES = {
-    "sd1": {"linear": False, "context": 32, "layers": 2},
-    "sd2": {"linear": True, "context": 32, "layers": 1},
-    "sdxl": {"linear": True, "context": 64, "layers": 1},
-}
-
-
-def build_pipeline(kind):
-    import torch
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        StableDiffusionXLPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    torch.manual_seed(0)
-    size = SIZES[kind]
-    added = {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 72,
-    }
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=size["layers"],
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=size["context"],
-        attention_head_dim=8,
-        use_linear_projection=size["linear"],
-        **(added if kind == "sdxl" else {}),
-    )
-    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8)
-    text = CLIPTextConfig(
-        vocab_size=100, hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=77, bos_token_id=0, eos_token_id=2, projection_dim=24,
-    )  # fmt: skip
-    common = {"vae": vae, "text_encoder": CLIPTextModel(text), "unet": unet, "scheduler": DDIMScheduler()}
-    if kind == "sdxl":
-        return StableDiffusionXLPipeline(
-            **common,
-            text_encoder_2=CLIPTextModelWithProjection(text),
-            tokenizer=CLIPTokenizer(),
-            tokenizer_2=CLIPTokenizer(),
-        )
-    return StableDiffusionPipeline(
-        **common,
-        tokenizer=CLIPTokenizer(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+KINDS = ("sd1", "sd2v", "sdxl")
 
 
 @pytest.fixture(scope="module")
 def pipelines():
-    return {kind: build_pipeline(kind) for kind in SIZES}
+    return {kind: pictures.build(kind) for kind in KINDS}
 
 
 def parts(pipeline):
@@ -106,7 +52,7 @@ SAVINGS = {
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("saving", SAVINGS)
 def test_whatever_diffusers_saves_is_read(tmp_path, pipelines, kind, saving):
     pipeline = pipelines[kind]
@@ -120,7 +66,7 @@ def test_whatever_diffusers_saves_is_read(tmp_path, pipelines, kind, saving):
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_we_save_diffusers_loads(tmp_path, pipelines, kind):
     import torch
     from diffusers import DiffusionPipeline
@@ -146,7 +92,7 @@ def test_what_we_save_diffusers_loads(tmp_path, pipelines, kind):
         assert other.keys() == model.state_dict().keys()
         assert all(torch.equal(tensor, other[key]) for key, tensor in model.state_dict().items()), name
     settings = dict(pipeline.scheduler.config)
-    settings.pop("_use_default_values")  # how the object was made, not what it is
+    settings.pop("_use_default_values")  # which options were not given
     assert {key: value for key, value in loaded.scheduler.config.items() if key in settings} == settings
 
 
@@ -154,7 +100,7 @@ def test_what_we_save_diffusers_loads(tmp_path, pipelines, kind):
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.filterwarnings("ignore")
 def test_text_encoders_are_read_by_transformers_under_either_prefix(tmp_path, projection):
-    """transformers 5.23 takes both; 4.57 leaves the weights random without the prefix, so the prefix is written."""
+    """transformers 5.23 reads both; without the prefix 4.57 leaves the weights random, so sdjax writes the prefix."""
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdjax.errors import DataError
-from sdjax.formats.torch_pickle import read_state_dict, read_torch
+from sdjax.formats.torch_file import read_state_dict, read_torch
 from sdjax.formats.weights_file import read_tensors
 
 
@@ -476,7 +476,7 @@ def test_reading_needs_no_torch(tmp_path):
     code = f"""
 import sys
 sys.modules["torch"] = None
-from sdjax.formats.torch_pickle import read_state_dict
+from sdjax.formats.torch_file import read_state_dict
 assert read_state_dict({str(path)!r})["w"].sum() == 15
 assert not any(name.startswith(("torch.", "jax")) for name in sys.modules)
 """
