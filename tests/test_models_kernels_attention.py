@@ -1,4 +1,4 @@
-"""Every way of the CPU's attention against the definition in float64; gradients too."""
+"""Attention and its gradients against the definition in float64: each way of the CPU, and the plain ways."""
 
 import re
 
@@ -6,22 +6,25 @@ import jax
 import numpy as np
 import pytest
 
-from sdjax.models.kernels import attention_cpu as attention
+from sdjax.models.kernels import attention_cpu
+from sdjax.models.kernels.attention import attention
 
 BATCH, QUERIES, KEYS, HEADS, SIZE = 2, 64, 40, 6, 8
 HEAD = QUERIES * KEYS
-WAYS = {  # scores a block holds -> the loops that makes, innermost first
+WAYS = {  # scores in a block -> lengths of the loops in the program, innermost first
     "all at once": (BATCH * HEADS * HEAD, []),
     "some heads at a time": (3 * HEAD, ["4"]),
     "some queries at a time": (HEAD // 2, ["2", "12"]),
-    "blocks smaller than the least taken": (4 * KEYS, ["1", "12"]),
+    "blocks smaller than the smallest allowed": (4 * KEYS, ["1", "12"]),
 }
 
 
-def by_definition(q, k, v):
-    """(result, gradients by q, k and v as a function of the result's gradient), heads on the third axis."""
+def by_definition(q, k, v, causal=False):
+    """Returns the attention, and a function from its gradient to the gradients by q, k and v."""
     scale = q.shape[-1] ** -0.5
     scores = np.einsum("bsnd,btnd->bnst", q, k) * scale
+    if causal:
+        scores = np.where(np.tri(*scores.shape[-2:], dtype=bool), scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
 
@@ -34,23 +37,32 @@ def by_definition(q, k, v):
     return np.einsum("bnst,btnd->bsnd", weights, v), pull
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
-@pytest.mark.parametrize("way", WAYS)
-def test_each_way_is_attention(way, dtype, tolerance, monkeypatch):
-    block, loops = WAYS[way]
-    monkeypatch.setattr(attention, "BLOCK", block)
+def assert_is_attention(attend, dtype, tolerance, loops=None, **options):
+    """Compares `attend(q, k, v)` and its gradients with the definition, and the lengths of its loops with `loops`."""
     random = np.random.default_rng(0)
     lengths = (QUERIES, KEYS, KEYS, QUERIES)
     arrays = [np.asarray(3 * random.normal(size=(BATCH, n, HEADS, SIZE)), dtype) for n in lengths]
     *qkv, gradient = (jax.numpy.asarray(x) for x in arrays)
-
-    def attend(q, k, v):
-        return attention.attention(q, k, v, target="cpu")
-
-    assert re.findall(r"\blength=(\d+)", str(jax.make_jaxpr(attend)(*qkv))) == loops
+    if loops is not None:
+        assert re.findall(r"\blength=(\d+)", str(jax.make_jaxpr(attend)(*qkv))) == loops
     got, pull = jax.vjp(attend, *qkv)
-    want, pull_exactly = by_definition(*(np.asarray(x, np.float64) for x in qkv))
-    exact = (want, *pull_exactly(np.asarray(gradient, np.float64)))
+    expected, pull_exactly = by_definition(*(np.asarray(x, np.float64) for x in qkv), **options)
+    exact = (expected, *pull_exactly(np.asarray(gradient, np.float64)))
     for ours, theirs in zip((got, *pull(gradient)), exact, strict=True):
         assert ours.dtype == dtype
         assert np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs) < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_of_the_cpu_is_attention(way, dtype, tolerance, monkeypatch):
+    block, loops = WAYS[way]
+    monkeypatch.setattr(attention_cpu, "BLOCK", block)
+    assert_is_attention(lambda q, k, v: attention(q, k, v, target="cpu"), dtype, tolerance, loops)
+
+
+@pytest.mark.parametrize(("target", "causal"), [("cpu", True), ("gpu", False), ("gpu", True), ("tpu", False)])
+def test_attention_without_a_fast_path_is_attention(target, causal):
+    assert_is_attention(
+        lambda q, k, v: attention(q, k, v, target=target, causal=causal), "float32", 1e-6, [], causal=causal
+    )

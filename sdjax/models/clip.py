@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from sdjax.errors import ConfigError
-from sdjax.models.kernels.attention_cpu import attention
+from sdjax.models.kernels.attention import attention
 from sdjax.models.layers import ACTIVATIONS, Compute, Dense, Embed, LayerNorm
 
 

@@ -5,6 +5,7 @@ A layer looks for its adapter in the Flax collection `lora`, at its own path bes
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -13,8 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from sdjax.models.kernels.convolution_cpu import Padding, convolution, upsample_nearest, upsampled_convolution
+from sdjax.models.kernels.attention import attention
+from sdjax.models.kernels.convolution import Padding, convolution
 from sdjax.models.kernels.norms import group_norm, layer_norm
+from sdjax.models.kernels.upsampling import upsample_nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,27 +84,24 @@ class Conv(nn.Module):
     padding: Padding | None = None  # None: size // 2 on every side
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"], enlarged: tuple[int, int] | None = None) -> Float[Array, "B h w D"]:
-        """enlarged: height and width x is brought to (nearest neighbour) before the convolution."""
+    def __call__(
+        self, x: Float[Array, "B H W C"], half: Float[Array, "B H//2 W//2 C"] | None = None
+    ) -> Float[Array, "B h w D"]:
+        """half: the map that `upsample_nearest` doubled to x, if it did."""
         dtype = self.compute.dtype
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        half = (self.size // 2, self.size // 2)
-        padding = self.padding or (half, half)
+        margin = (self.size // 2, self.size // 2)
+        padding = self.padding or (margin, margin)
         x = x.astype(dtype)
 
-        def convolve(x, kernel):
-            return convolution(x, kernel.astype(dtype), self.stride, padding, self.compute.target)
+        def convolve(x, kernel, half=None):
+            return convolution(x, kernel.astype(dtype), self.stride, padding, self.compute.target, half)
 
-        # Left out of the program where nothing uses it.
-        large = x if enlarged is None else upsample_nearest(x, *enlarged)
-        if enlarged == (2 * x.shape[1], 2 * x.shape[2]) and self.compute.target == "cpu":
-            y = upsampled_convolution(x, kernel.astype(dtype), self.compute.target)
-        else:
-            y = convolve(large, kernel)
+        y = convolve(x, kernel, half)
         if self.has_variable("lora", "down"):
-            y = _adapt(self, large, y, kernel, convolve)
+            y = _adapt(self, x, y, kernel, convolve)
         return y + bias.astype(dtype)
 
 
@@ -258,8 +258,39 @@ class Resample(nn.Module):
 
     compute: Compute
     stride: int = 1
-    padding: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1))
+    padding: Padding = ((1, 1), (1, 1))
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], size: tuple[int, int] | None = None) -> Array:
-        return Conv(x.shape[-1], self.compute, stride=self.stride, padding=self.padding, name="conv")(x, size)
+        """size: height and width to which x is enlarged before the convolution."""
+        conv = Conv(x.shape[-1], self.compute, stride=self.stride, padding=self.padding, name="conv")
+        if size is None:
+            return conv(x)
+        doubled = size == (2 * x.shape[1], 2 * x.shape[2])
+        return conv(upsample_nearest(x, *size), x if doubled else None)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x `[B, S, C]` over a context `[B, T, D]` (itself when None), projections included."""
+
+    heads: int
+    compute: Compute
+    bias: bool = False  # of to_q, to_k and to_v
+    upcast: bool = False  # scores in float32 even when computing in half precision
+    norm_groups: int | None = None  # normalise x by group first
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S C"], context: Float[Array, "B T D"] | None = None) -> Array:
+        width = x.shape[-1]
+        if self.norm_groups is not None:
+            x = GroupNorm(self.norm_groups, 1e-6, self.compute, name="group_norm")(x)
+        context = x if context is None else context
+        project = functools.partial(Dense, width, self.compute, use_bias=self.bias)
+        q = project(name="to_q")(x)
+        k = project(name="to_k")(context)
+        v = project(name="to_v")(context)
+        q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in (q, k, v))
+        if self.upcast:
+            q, k, v = (y.astype(jnp.float32) for y in (q, k, v))
+        out = attention(q, k, v, target=self.compute.target).reshape(*x.shape[:2], width)
+        return Dense(width, self.compute, name="to_out_0")(out)

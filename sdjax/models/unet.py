@@ -10,9 +10,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sdjax.errors import ConfigError
-from sdjax.models.kernels.attention_cpu import Attention
 from sdjax.models.layers import (
     ACTIVATIONS,
+    Attention,
     Compute,
     Conv,
     Dense,

@@ -10,8 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sdjax.errors import ConfigError
-from sdjax.models.kernels.attention_cpu import Attention
-from sdjax.models.layers import ACTIVATIONS, Compute, Conv, GroupNorm, Resample, ResnetBlock
+from sdjax.models.layers import ACTIVATIONS, Attention, Compute, Conv, GroupNorm, Resample, ResnetBlock
 
 EPSILON = 1e-6  # of every norm in this model
 

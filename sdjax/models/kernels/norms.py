@@ -1,7 +1,7 @@
-"""Group and layer normalisation, each with its own backward pass; statistics in float32.
+"""Group and layer normalisation with statistics in float32, and backward passes written by hand.
 
-Written out because autodiff's version reduces one large fused expression several times over, which on the CPU costs
-three to six times as much, and keeps more than the input.
+The backward passes that autodiff makes take three to six times as long on the CPU, because they reduce one large fused
+expression several times. They also keep more than the input.
 """
 
 import functools
@@ -21,7 +21,7 @@ def group_norm(
     silu: bool,
     target: str,
 ) -> Float[Array, "B ... C"]:
-    """Normalises each example over space and each group of channels (Wu and He 2018), then SiLU if asked; float32."""
+    """Returns x normalised over space and each group of channels (Wu and He 2018), then SiLU if `silu`; float32."""
     return _group_norm_forward(x, scale, bias, groups, epsilon, silu, target)[0]
 
 
@@ -57,7 +57,7 @@ group_norm.defvjp(_group_norm_forward, _group_norm_backward)
 
 
 def _group_mean(sums: Float[Array, "B C"], groups: int, space: int) -> Float[Array, "B 1 C"]:
-    """Each channel's sum over space -> its group's mean, for every channel."""
+    """Returns the mean of each channel's group, from the sum of each channel over space."""
     batch, channels = sums.shape
     size = channels // groups
     means = jnp.sum(sums.reshape(batch, groups, size), axis=-1) / (size * space)
@@ -67,7 +67,7 @@ def _group_mean(sums: Float[Array, "B C"], groups: int, space: int) -> Float[Arr
 def _sum_over_space(x: Float[Array, "B S C"], target: str) -> Float[Array, "B C"]:
     if target != "cpu":
         return jnp.sum(x, axis=1)
-    # As a product with ones: XLA's CPU reduction over rows of a fused expression runs on one core, down the columns.
+    # A product with ones uses all cores. XLA's sum over rows of a fused expression runs on one, column by column.
     return jnp.einsum("bs,bsc->bc", jnp.ones(x.shape[:2], x.dtype), x)
 
 
@@ -75,7 +75,7 @@ def _sum_over_space(x: Float[Array, "B S C"], target: str) -> Float[Array, "B C"
 def layer_norm(
     x: Float[Array, "... D"], scale: Float[Array, " D"], bias: Float[Array, " D"], epsilon: float, target: str
 ) -> Float[Array, "... D"]:
-    """Normalises over the last axis (Ba et al. 2016); float32."""
+    """Returns x normalised over the last axis (Ba et al. 2016); float32."""
     return _layer_norm_forward(x, scale, bias, epsilon, target)[0]
 
 

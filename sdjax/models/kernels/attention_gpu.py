@@ -1,0 +1,22 @@
+"""Attention on the GPU: cuDNN's fused kernel."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def takes(q: Float[Array, "B S N D"], k: Float[Array, "B T N D"], causal: bool) -> bool:
+    """Whether cuDNN can compute this attention and its gradient.
+
+    cuDNN wants half precision and a head size D that is a multiple of 8 and at most 128. (On newer GPUs, from Hopper
+    on, it also takes up to 256.) Its backward pass refuses odd lengths S and T, such as a context of 77 tokens.
+    """
+    half = q.dtype in (jnp.float16, jnp.bfloat16)
+    return half and q.shape[1] % 2 == k.shape[1] % 2 == 0 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+
+
+def attend(
+    q: Float[Array, "B S N D"], k: Float[Array, "B T N D"], v: Float[Array, "B T N D"], causal: bool
+) -> Float[Array, "B S N D"]:
+    """Returns `softmax(q k^T / sqrt(D)) v` for each head."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
