@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sdjax.models import vae
-from sdjax.train.autoencoder import _augment, divergence, measures, normalise
+from sdjax.train.autoencoder import augment, divergence, measures, normalise
 
 CONFIG = vae.VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, scaling_factor=0.5)
 MODULE = vae.AutoencoderKL(CONFIG)
@@ -68,7 +68,7 @@ def test_normalised_latents_are_centred_and_the_pictures_stay():
 
 def test_augmentation_moves_and_swaps_channels_only():
     image = jnp.asarray(pictures(16, 16, 3))
-    found = jax.vmap(_augment, in_axes=(0, None))(jax.random.split(jax.random.key(0), 64), image)
+    found = jax.vmap(augment, in_axes=(0, None))(jax.random.split(jax.random.key(0), 64), image)
     for picture in found:
         # Whatever the shift, the middle pixel comes from at most 4 pixels off, its channels in some order.
         around = np.sort(np.asarray(image[4:13, 4:13]).reshape(-1, 3), axis=1)

@@ -177,7 +177,7 @@ def test_another_tree_is_refused_with_the_differences(tmp_path):
     del other["count"]
     with pytest.raises(DataError) as error:
         restore(tmp_path, lambda _: other)
-    for part in ("['count'] is not wanted", "['more'] is not in the checkpoint", "['half'] is bfloat16[3] there"):
+    for part in ("['count'] is not expected", "['more'] is not in the checkpoint", "['half'] is bfloat16[3], expected"):
         assert part in str(error.value)
 
 

@@ -125,7 +125,7 @@ def test_every_field_is_a_flag_with_its_help(path, capsys):
         config_file.parse_args([path, "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    for flag in config_file._flags(config_file.load(path)):
+    for flag in config_file.flags(config_file.load(path)):
         assert f"--{flag}" in text
     assert "(default: 0.001)" in text
 
@@ -165,7 +165,10 @@ def test_every_field_is_documented():
         (minimal(dtype="int8"), "dtype = 'int8': expected one of float32, bfloat16, float16"),
         (minimal(dtype=["float32"]), "dtype = .*expected one of"),
         (minimal(data="images"), "data = 'images': expected a table"),
-        (minimal(data={"path": "x", "resolution": 60}), "data.resolution = 60: expected at least 8 and at most 4096, a multiple of 8"),
+        (
+            minimal(data={"path": "x", "resolution": 60}),
+            "data.resolution = 60: expected at least 8 and at most 4096, a multiple of 8",
+        ),
         (minimal(data={"path": "x", "resolution": 0}), "data.resolution = 0: expected at least 8"),
         (minimal(data={"path": "x", "caption_dropout": 1.5}), "at least 0 and at most 1"),
         (minimal(data={"path": "x", "background": "whitish"}), "a CSS colour name"),
@@ -302,7 +305,7 @@ def test_reading_a_configuration_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-# ------------------------------------------------------------------------------------------------ what may change on resume
+# ------------------------------------------------------------------------------------------- what may change on resume
 
 
 def run_of(**changes):

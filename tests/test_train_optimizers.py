@@ -316,7 +316,7 @@ def test_prodigy_with_another_optimizers_rate_is_warned_about(caplog):
         make_optimizer(stage(optimizer="prodigy", learning_rate={"unet": 1e-4, "text_encoder": 1.0}), LORA)
         make_optimizer(stage(optimizer="adamw", learning_rate=1e-4), LORA)
     assert [record.getMessage() for record in caplog.records] == [
-        "prodigy finds the learning rate itself, times the one given: {'unet': 0.0001}; 1.0 is usual"
+        "prodigy multiplies the rate it estimates by learning_rate = {'unet': 0.0001}: 1.0 is usual"
     ]
 
 

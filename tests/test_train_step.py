@@ -14,7 +14,7 @@ from sdjax.train import stages
 from sdjax.train.encoding import encode
 from sdjax.train.parallel import parallelize, reduced_bytes
 from sdjax.train.results import NOTHING
-from sdjax.train.step import Draws, _draw, distance, make_train_step, variables
+from sdjax.train.step import Draws, distance, draw, make_train_step, variables
 
 STEPS = 4
 
@@ -77,7 +77,7 @@ def test_eight_devices_give_the_curve_and_adapter_of_one_and_reduce_only_the_ada
     print(f"{mode}: losses within {np.max(np.abs(np.divide(losses, alone[1]) - 1)):.1e}, adapters within {worst:.1e}")
     np.testing.assert_allclose(losses, alone[1], rtol=1e-5)
     assert worst < 2e-3
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(prepared[2].state.trainable))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(prepared[2][0].trainable))
     reduced = reduced_bytes(compiled.as_text())
     print(f"{mode}: {reduced} bytes reduced a step, the adapter has {size}")
     assert size <= reduced <= size + 16  # and a few scalars
@@ -131,6 +131,6 @@ def test_time_steps_stay_in_their_range(prepared):
     batch = {"moments": np.zeros((4000, 1, 1, 8), np.float32), "index": np.arange(4000, dtype=np.int32)}
     for bounds, expected in (((0.0, 1.0), (0, 999)), ((0.2, 0.21), (200, 209)), ((0.9999, 1.0), (999, 999))):
         recipe = plan.recipe._replace(stage=dataclasses.replace(plan.stage, timestep_range=bounds))
-        found = jax.jit(functools.partial(_draw, recipe))(batch, jax.random.key(0)).timesteps
+        found = jax.jit(functools.partial(draw, recipe))(batch, jax.random.key(0)).timesteps
         assert expected[0] <= int(found.min()) <= expected[0] + 2
         assert expected[1] - 2 <= int(found.max()) <= expected[1]

@@ -15,14 +15,15 @@ from sdjax.train.config_file import parse_args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code, as of `command.run`."""
-    signal.signal(signal.SIGTERM, _leave)  # until training itself listens, so that what is half done is cleaned up
+    """Runs the command and returns its exit code; see `command.run`."""
+    # A run stopped before the first step still removes its unfinished files. Training has a handler that saves first.
+    signal.signal(signal.SIGTERM, _leave)
     return command.run(_run, argv)
 
 
 def _run(argv: Sequence[str]) -> int:
     arguments = parse_args(argv)
-    # JAX is imported only now, so that --help and a mistyped flag answer at once.
+    # JAX is imported only now, so that --help and errors in flags are shown at once.
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from sdjax.runtime import compilation_cache, host_memory

@@ -1,8 +1,9 @@
-"""Checkpoints that survive being killed, cut or bent; the lock on an output folder; stopping on a signal.
+"""Checkpoints that survive a killed process and notice damaged files; the lock of an output folder; stop signals.
 
-A checkpoint is the folder `step_00000100`, written under another name and renamed when whole. In it, `state/` is
-orbax's and `record.json` ours: the caller's metadata, every leaf's shape and number type and, since orbax does not
-notice flipped bits, a digest of every file and of the record itself, compared before orbax reads anything.
+A checkpoint is a folder such as `step_00000100`, which is written under another name and renamed once it is complete.
+`state/` in it is written by orbax. `record.json` holds the metadata, the shape and number type of every leaf, and a
+digest of every file and of the record itself. The digests are compared before orbax reads anything, because orbax does
+not notice flipped bits.
 """
 
 import contextlib
@@ -30,24 +31,24 @@ log = logging.getLogger(__name__)
 
 
 class Restored(NamedTuple):
-    """A checkpoint as read."""
+    """A checkpoint that was read."""
 
     step: int
     state: PyTree
-    """The tree it was saved as; leaves are NumPy arrays, PRNG keys are typed keys."""
+    """The saved tree, with NumPy arrays and typed PRNG keys as its leaves."""
     metadata: dict[str, Any]
 
 
 class Damaged(Exception):
-    """This checkpoint cannot be trusted; an earlier one may be."""
+    """A checkpoint is damaged. An earlier one may be intact."""
 
 
 def save(folder: str | Path, step: int, state: PyTree, metadata: Mapping[str, Any], *, keep: int = 3) -> None:
-    """Write the state as the checkpoint of this step, and drop all but the newest `keep`.
+    """Saves the state as the checkpoint of a step, and removes all but the newest `keep` checkpoints.
 
-    `state`: any tree of host or addressable device arrays and typed PRNG keys. `metadata`: what JSON can hold.
-    Checkpoints of later steps belong to a past that was given up and are dropped too. Raises DataError if the disk
-    refuses; what was saved before is then untouched.
+    state: a tree of typed PRNG keys and of arrays, on the host or on addressable devices. metadata: values for JSON.
+    Checkpoints of later steps are removed too: they are from before the run was resumed at an earlier step.
+    Raises DataError if the checkpoint cannot be written, and leaves earlier ones untouched.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -74,11 +75,12 @@ def save(folder: str | Path, step: int, state: PyTree, metadata: Mapping[str, An
 def restore(
     folder: str | Path, expect: Callable[[dict[str, Any]], PyTree], *, step: int | None = None
 ) -> Restored | None:
-    """The newest intact checkpoint (or that of `step`), None if nothing was ever saved.
+    """Returns the newest intact checkpoint, or that of `step`. Returns None if there is no checkpoint.
 
-    `expect` gets the checkpoint's metadata and returns a tree like the saved one (only structure, shapes and number
-    types count); it may raise to refuse the run. A damaged checkpoint is named in a warning and the one before is
-    tried. Raises DataError if all are damaged, if `step` is missing or damaged, or if the tree differs.
+    expect: gets the metadata of a checkpoint, and returns a tree with the structure, shapes and number types of the
+    saved one, or raises an error to refuse the checkpoint.
+    A damaged checkpoint is logged, and the one before it is tried. Raises DataError if all checkpoints are damaged, if
+    that of `step` is missing or damaged, or if the saved tree differs from that of `expect`.
     """
     folder = Path(folder).absolute()
     _rename_whole(folder)
@@ -96,7 +98,7 @@ def restore(
             _check_same_leaves(place, record["leaves"], tree)
             state = _from_arrays(tree, _read_arrays(place))
         except Damaged as e:
-            log.warning("checkpoint %s is damaged and passed over: %s", place, e)
+            log.warning("checkpoint %s is damaged and skipped: %s", place, e)
             damaged.append(f"{place.name} ({e})")
         else:
             return Restored(candidate, state, record["metadata"])
@@ -106,24 +108,24 @@ def restore(
 
 
 def steps(folder: str | Path) -> list[int]:
-    """The steps that have a checkpoint folder, in order; intact or not."""
+    """Returns the steps that have a checkpoint, intact or damaged, in ascending order."""
     names = (re.fullmatch(r"step_(\d{8,})", path.name) for path in Path(folder).glob("step_*"))
     return sorted(int(name[1]) for name in names if name)
 
 
 def _rename_whole(folder: Path) -> None:
-    """Finish the save of a run that was killed between writing the last byte and renaming."""
+    """Renames a complete checkpoint, whose process was killed just before it could rename it."""
     for path in folder.glob(".saving_*"):
         with contextlib.suppress(Damaged):
             _read_record(path)
             place = folder / path.name.replace(".saving", "step")
-            if place.exists():  # an older one of the same step, perhaps half removed
+            if place.exists():  # an older checkpoint of the same step, perhaps partly removed
                 shutil.rmtree(place)
             path.rename(place)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """What a run killed while saving left unfinished."""
+    """Removes the unfinished checkpoint of a process that was killed while it saved."""
     for path in folder.glob(".saving_*"):
         shutil.rmtree(path)
 
@@ -136,7 +138,7 @@ def _write_record(place: Path, metadata: dict[str, Any], leaves: dict[str, Any])
 
 
 def _read_record(place: Path) -> dict[str, Any]:
-    """The record of a checkpoint, all of whose files are what they were."""
+    """Returns the record of a checkpoint. Raises Damaged if the record or any file differs from its digest."""
     try:
         record = json.loads((place / "record.json").read_text(encoding="utf-8"))
         digest = record.pop("digest")
@@ -160,7 +162,7 @@ def _read_arrays(place: Path) -> dict[str, np.ndarray]:
         return ocp.load(str(place / "state"))
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
-    except Exception as e:  # intact, yet this version of orbax cannot read it
+    except Exception as e:  # the files are intact, but this version of orbax cannot read them
         raise Damaged(_one_line(e)) from e
 
 
@@ -173,7 +175,10 @@ def _one_line(e: BaseException, most: int = 120) -> str:
 
 
 def _to_arrays(state: PyTree, *, abstract: bool = False) -> dict[str, Any]:
-    """Path -> host array (or, abstract, anything with shape and dtype); a PRNG key becomes its words."""
+    """Returns path -> array on the host, for every leaf. A PRNG key is given as its integers.
+
+    abstract: the leaves need only a shape and dtype, and so do the results.
+    """
 
     def convert(leaf: Any) -> Any:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -194,10 +199,10 @@ def _from_arrays(tree: PyTree, arrays: Mapping[str, np.ndarray]) -> PyTree:
 
 
 def _key_impl(key: Any) -> Any:
-    """The generator of a PRNG key of which only shape and type are known."""
-    found: list[Any] = []
-    jax.eval_shape(lambda k: found.append(jax.random.key_impl(k)), key)
-    return found[0]
+    """Returns the generator of a PRNG key, of which only the shape and dtype are known."""
+    impls: list[Any] = []
+    jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), key)
+    return impls[0]
 
 
 def _kind(leaf: Any) -> list[Any]:
@@ -216,11 +221,11 @@ def _digest_json(value: Any) -> str:
 def _check_same_leaves(place: Path, saved: Mapping[str, Any], tree: PyTree) -> None:
     wanted = {path: _kind(leaf) for path, leaf in _to_arrays(tree, abstract=True).items()}
     differences = [f"{path} is not in the checkpoint" for path in wanted.keys() - saved.keys()]
-    differences += [f"{path} is not wanted" for path in saved.keys() - wanted.keys()]
+    differences += [f"{path} is not expected" for path in saved.keys() - wanted.keys()]
     for path in wanted.keys() & saved.keys():
         if wanted[path] != saved[path]:
-            (kind, shape), (our_kind, our_shape) = saved[path], wanted[path]
-            differences.append(f"{path} is {kind}{shape} there, {our_kind}{our_shape} here")
+            (kind, shape), (wanted_kind, wanted_shape) = saved[path], wanted[path]
+            differences.append(f"{path} is {kind}{shape}, expected {wanted_kind}{wanted_shape}")
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise DataError(f"{place} does not fit this run: {'; '.join(sorted(differences)[:5])}{more}")
@@ -231,9 +236,9 @@ def _check_same_leaves(place: Path, saved: Mapping[str, Any], tree: PyTree) -> N
 
 @contextlib.contextmanager
 def locked(output: str | Path) -> Iterator[None]:
-    """Create the output folder and hold it for this process; the lock of a process that died is gone with it.
+    """Makes the output folder, and holds its lock during the block. A lock ends with its process.
 
-    Raises ConfigError if another run holds the folder or it cannot be written.
+    Raises ConfigError if another run holds the lock, or if the folder cannot be written.
     """
     import fcntl
 
@@ -249,7 +254,7 @@ def locked(output: str | Path) -> Iterator[None]:
         except BlockingIOError:
             owner = os.read(descriptor, 32).decode(errors="replace").strip()
             raise ConfigError(f"output = {str(output)!r} is in use by another run (process {owner})") from None
-        except OSError as e:  # network drives (Colab's) may know no locks
+        except OSError as e:  # network drives, such as Colab's, may not support locks
             log.warning("%s cannot be locked (%s): do not start a second run in it", output, e.strerror)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -259,10 +264,10 @@ def locked(output: str | Path) -> Iterator[None]:
 
 
 class StopSignal:
-    """While entered, the first SIGTERM or SIGINT only asks to stop; a second one ends the process at once.
+    """Within the block, the first SIGTERM or SIGINT is a request to stop, and the second ends the process at once.
 
-    The loop looks at `requested` between steps, saves, and exits with `exit_code`. Outside the main thread, where
-    Python allows no handlers, it does nothing.
+    The training loop reads `requested` between steps; then it saves and exits with `exit_code`. Outside the main
+    thread, where Python allows no signal handlers, this does nothing.
     """
 
     def __init__(self, signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT)) -> None:
@@ -272,11 +277,12 @@ class StopSignal:
 
     @property
     def requested(self) -> bool:
+        """Whether a signal was received."""
         return self._received is not None
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal received; 0 if there was none."""
+        """128 + the number of the received signal, or 0 if there was none."""
         return 0 if self._received is None else 128 + self._received
 
     def __enter__(self) -> "StopSignal":
@@ -292,5 +298,5 @@ class StopSignal:
         if self._received is not None:
             os._exit(128 + number)
         self._received = number
-        # Not through print or logging, whose buffers the signal may have interrupted.
+        # Neither print nor logging is safe here: the signal may have interrupted their buffers.
         os.write(2, b"\nstopping after this step, then saving; a second signal stops at once\n")

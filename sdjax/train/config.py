@@ -1,7 +1,7 @@
-"""A run's settings: frozen dataclasses, and the rules that no single field can state.
+"""The settings of a training run, as frozen dataclasses, and the rules that involve several settings.
 
-`train.config_file` fills them from a TOML file and flags. Paths are relative to the current directory. TOML knows no
-null, so a text that may be absent is empty, and a number that may be absent is left out.
+`train.config_file` reads them from a TOML file and flags. The docstring of a field is the help of its flag. Paths are
+relative to the current directory. TOML has no null, so an absent text is empty, and an absent number is left out.
 """
 
 import dataclasses
@@ -44,67 +44,67 @@ Resolution = Annotated[int, Range(8, 4096, multiple=8)]
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Kind = Literal["lora", "textual_inversion", "unet", "text_encoder", "text_encoder_2", "vae"]
-"""What `train` may name: bypasses, embeddings of new words, or all weights of a model."""
+"""What a stage can train: adapters (lora), vectors of new words (textual_inversion), or all weights of a model."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """A folder of captioned images."""
+    """A folder of images with captions."""
 
     path: Free[Text]
-    """Folder of images, with metadata.jsonl, or NAME.txt beside NAME.png, or one caption for all."""
+    """Folder of images. Captions are in metadata.jsonl, in NAME.txt beside NAME.png, or in caption."""
     resolution: Resolution = 512
-    """Side of the square training images, in pixels: a multiple of 8."""
+    """Side of the square training images in pixels, a multiple of 8."""
     batch_size: Logged[Count] = 1
-    """Images a step takes at once, over all devices."""
+    """Images in a batch, over all devices."""
     accumulation: Logged[Count] = 1
     """Batches whose gradients are averaged into one optimizer step."""
     flip: Logged[bool] = False
-    """Mirror each image left to right half of the time."""
+    """Show each image mirrored left to right half of the time, at random."""
     caption: Free[str] = ""
-    """One caption for every image that has none of its own."""
+    """Caption of every image that has no other."""
     missing_caption: Free[Literal["fail", "empty", "skip", "folder"]] = "fail"
-    """An image without a caption: fail, take an empty one, skip it, or take its folder's name (kohya's N_NAME)."""
+    """For images without a caption: fail, use the empty caption, skip them, or use the name of the folder (N_NAME)."""
     on_bad_image: Free[Literal["skip", "fail"]] = "fail"
-    """An unreadable image: fail, or skip it with a warning."""
+    """For an unreadable image: fail, or skip it with a warning."""
     background: Free[str] = "white"
-    """Colour put behind transparent pixels: a CSS name or #rrggbb."""
+    """Colour behind transparent pixels, a CSS name or #rrggbb."""
     caption_dropout: Logged[Fraction] = 0.0
-    """Share of examples trained with the empty caption, 0 to 1."""
+    """Share of the examples that are trained with the empty caption, 0 to 1."""
     repeats: Logged[dict[str, Whole]] = field(default_factory=dict)
-    """Times an image is shown in an epoch: pattern over its name, such as cat/* -> times. First match counts."""
+    """How often an epoch shows an image: pattern of its name, such as cat/* -> number. The first match counts."""
     random_crops: Logged[Whole] = 0
-    """Random crops of each image, cached and taken in turn; 0: the middle."""
+    """Random crops of each image, cached and used in turn. 0: one crop, in the middle."""
     buckets: Logged[bool] = False
-    """Keep each image's shape: batches of several sizes of about resolution x resolution pixels, planned up front."""
+    """Keep the shape of each image. Batches then have several sizes of about resolution x resolution pixels."""
     bucket_step: Logged[Annotated[int, Range(8, 512, multiple=8)]] = 64
-    """Sides of a bucket are multiples of this, in pixels."""
+    """The sides of a bucket are multiples of this number of pixels, which is a multiple of 8."""
     bucket_max_aspect: Logged[Annotated[float, Range(1, 8)]] = 2.0
-    """Long side of a bucket over its short one, at most."""
+    """Largest ratio of the long side of a bucket to the short side, 1 to 8."""
     shuffle_tags: Logged[bool] = False
-    """Shuffle a caption's comma-separated tags."""
+    """Shuffle the comma-separated tags of captions."""
     keep_tags: Logged[Whole] = 0
-    """First tags that shuffling and dropping leave alone."""
+    """Number of first tags that are neither shuffled nor dropped."""
     tag_dropout: Logged[Fraction] = 0.0
-    """Share of the tags left out, 0 to 1."""
+    """Share of the tags that are dropped, 0 to 1."""
     caption_variants: Logged[Count] = 8
-    """Versions of each caption prepared when tags are shuffled or dropped."""
+    """Versions of each caption that are prepared if tags are shuffled or dropped."""
     mask_path: Free[str] = ""
-    """Folder of masks for masked_loss: same names as the images, white is learned; empty: the images' alpha channel."""
+    """Folder of masks for masked_loss, named like the images; white is learned. Empty: use the alpha channel."""
     inpaint_masks: Whole = 0
-    """Train inpainting with so many random masks of each image (of each crop), cached and drawn at random; 0: none."""
+    """Train inpainting with this many random masks of each image (of each crop), cached. 0: no inpainting."""
     inpaint_full: Fraction = 0.25
-    """Share of the random masks that cover the whole image; the others are rectangles and brush strokes."""
+    """Share of the random masks that cover the whole image, 0 to 1. The others are rectangles and brush strokes."""
     inpaint_mask_path: str = ""
-    """Folder of own masks in place of random ones: same names as the images, white is painted."""
+    """Train inpainting with the masks in this folder, named like the images; white is painted."""
     validation_path: Logged[str] = ""
-    """Folder of images held out of training, instead of a share of path."""
+    """Folder of held-out images, used instead of images of path."""
     validation_count: Logged[Whole] = 0
-    """Images of path held out of training."""
+    """Number of images of path that are held out of training."""
     validation_fraction: Logged[Annotated[float, Range(0, 0.9)]] = 0.0
-    """Share of the images of path held out of training, 0 to 0.9."""
+    """Share of the images of path that is held out of training, 0 to 0.9."""
     cache: Free[str] = ""
-    """Folder for cached latents and prompt embeddings; empty: OUTPUT/cache."""
+    """Folder for cached latents and prompt embeddings. Empty: OUTPUT/cache."""
 
 
 DataOverride = dataclasses.make_dataclass(
@@ -112,7 +112,7 @@ DataOverride = dataclasses.make_dataclass(
     [(name, hint | None, None) for name, hint in get_type_hints(Data, include_extras=True).items()],
     frozen=True,
 )
-"""What one stage changes in [data]: the same fields; one left out (None) keeps the run's value."""
+"""The data settings that a stage changes: the fields of `Data`, or None where the stage keeps the value of [data]."""
 
 
 VAE_LOSS = {"l1": 1.0, "l2": 1.0, "pooled": 0.5, "chroma": 1.0, "gradient": 0.5, "kl": 2e-4}
@@ -120,119 +120,120 @@ VAE_LOSS = {"l1": 1.0, "l2": 1.0, "pooled": 0.5, "chroma": 1.0, "gradient": 0.5,
 
 @dataclass(frozen=True)
 class Stage:
-    """One leg of a run: what is trained, for how long and how."""
+    """One stage of a run: what is trained, and how."""
 
     name: FileName
-    """Name of the stage, used for its files."""
+    """Name of the stage and of its files."""
     train: tuple[Kind, ...]
-    """What is trained: lora, textual_inversion, or all weights of unet, text_encoder, text_encoder_2, or vae alone."""
+    """What is trained: lora, textual_inversion, all weights of unet, text_encoder or text_encoder_2; or vae, alone."""
     steps: Logged[Count]
     """Optimizer steps."""
     learning_rate: Logged[Positive | dict[str, NotNegative]]
     """Peak learning rate, or one for each part: unet 1e-4 text_encoder 5e-5 textual_inversion 5e-3."""
     placeholder_tokens: tuple[Text, ...] = ()
-    """Textual Inversion: the new words. One that an earlier stage made is trained further."""
+    """Textual Inversion: the new words. Words of earlier stages are trained further."""
     vectors_per_token: tuple[Count, ...] = (1,)
-    """Vectors of each new word: one number for all, or one each."""
+    """Textual Inversion: number of vectors of each new word, or one number for all of them."""
     init_tokens: tuple[Text, ...] = ()
-    """What each new word starts as: a word or phrase, <rand-SIGMA>, <zero>, or an embedding file."""
+    """Textual Inversion: what each new word starts as: a word or phrase, <rand-SIGMA>, <zero>, or an embedding file."""
     template: Logged[Literal["caption", "object", "style"] | tuple[Text, ...]] = "caption"
-    """Captions: the images' own, the paper's lists for an object or a style, or own ones with {} for the new words."""
+    """Textual Inversion: the images' captions, a built-in list for an object or a style, or texts with {} for words."""
     clip_ti_decay: Logged[bool] = False
-    """Draw the norm of the new vectors towards clip_ti_norm after each step."""
+    """Textual Inversion: pull the norm of the new vectors towards clip_ti_norm after each step."""
     clip_ti_norm: Logged[Positive | None] = None
-    """Norm that clip_ti_decay draws to. Left out: the median of the text model's own table (0.4 for SD1)."""
+    """Textual Inversion: norm for clip_ti_decay. Left out: the median in the model's embedding table (0.4 for SD1)."""
     lora_parts: tuple[Literal["unet", "text_encoder", "text_encoder_2"], ...] = ("unet",)
-    """Models that get an adapter: unet, text_encoder, text_encoder_2."""
+    """LoRA: models that get an adapter: unet, text_encoder, text_encoder_2."""
     lora_continue: bool = False
-    """Train the adapter of the earlier stages further instead of adding one on top."""
+    """LoRA: train the adapter of the earlier stages further, instead of adding a new one to it."""
     lora_rank: Count = 4
-    """Rank of the adapter."""
+    """LoRA: rank of the adapter."""
     lora_ranks: dict[str, Whole] = field(default_factory=dict)
-    """Other ranks for some layers: regular expression over the layer's path -> rank (0: no adapter)."""
+    """LoRA: other ranks for some layers: regular expression for the path of a layer -> rank (0: no adapter)."""
     lora_alpha: Positive | None = None
-    """Strength: the adapter is scaled by alpha / rank. Left out: alpha = rank."""
+    """LoRA: strength of the adapter, which is scaled by alpha / rank. Left out: the rank."""
     lora_targets: LoraTargets | tuple[str, ...] = "attention"
-    """Layers that get an adapter: a set by name, or a list of regular expressions over their paths."""
+    """LoRA: layers that get an adapter: the name of a set, or regular expressions for the paths of layers."""
     lora_dropout: Logged[Annotated[float, Range(0, 0.99)]] = 0.0
-    """Share of the adapter's inputs dropped in training, 0 to 0.99."""
+    """LoRA: share of the inputs of the adapter that is dropped in training, 0 to 0.99."""
     use_rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    """LoRA: scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
     use_dora: bool = False
-    """Learn the magnitude of each output on its own (DoRA)."""
+    """LoRA: also train the magnitude of the weights of each output (DoRA)."""
     lora_plus_ratio: Logged[Positive] = 1.0
-    """LoRA+: learning rate of the up matrices as a multiple of the part's."""
+    """LoRA: multiply the learning rate of the up matrices by this number (LoRA+)."""
     ema_decay: Annotated[float, Range(0, 0.999999)] = 0.0
-    """Decay of a moving average of what is trained, which is what is drawn and exported (0.999 is usual); 0: none."""
+    """Decay of a moving average of what is trained; pictures and exports use the average (0.999 is usual). 0: none."""
     optimizer: Literal["adamw", "adafactor", "lion", "prodigy", "schedule_free"] = "adamw"
     """Optimizer."""
     schedule: Logged[Schedule] = "constant"
-    """Course of the learning rate after the warm-up; all but the constant ones end at 0."""
+    """Course of the learning rate after the warm-up. All but the constant ones end at 0."""
     schedule_cycles: Logged[Count] = 1
-    """Cycles of cosine_with_restarts."""
+    """Number of cycles of cosine_with_restarts."""
     schedule_power: Logged[Positive] = 1.0
-    """Exponent of polynomial."""
+    """Exponent of the polynomial schedule."""
     schedule_hold: Logged[Fraction] = 0.0
-    """Share of the steps after the warm-up in which the rate stays at its peak before it falls."""
+    """Share of the steps after the warm-up in which the learning rate stays at its peak before it falls, 0 to 1."""
     warmup_steps: Logged[Whole] = 0
     """Optimizer steps in which the learning rate rises from 0 to its peak."""
     weight_decay: Logged[NotNegative] = 1e-2
     """Decoupled weight decay."""
     betas: Logged[tuple[Annotated[float, Range(0, 0.999999)], Annotated[float, Range(0, 0.999999)]]] = (0.9, 0.999)
-    """Decay rates of the first and second moment (adamw, lion, prodigy, schedule_free)."""
+    """Decay rates of the first and second moment in adamw, lion, prodigy and schedule_free, 0 to below 1."""
     eps: Logged[Positive] = 1e-8
     """Epsilon of adamw, prodigy and schedule_free."""
     clip_norm: Logged[NotNegative] = 1.0
-    """Largest norm of the whole gradient; 0: no clipping."""
+    """Largest norm of the gradient of all parts together. 0: no clipping."""
     loss: Logged[Literal["l2", "l1", "huber"]] = "l2"
-    """Distance to the target: squared, absolute, or pseudo-Huber."""
+    """Distance to the target: squared (l2), absolute (l1) or pseudo-Huber."""
     huber_c: Logged[Positive] = 0.1
-    """Where pseudo-Huber turns from squared to absolute."""
+    """Error at which the pseudo-Huber loss changes from squared to absolute."""
     huber_schedule: Logged[Literal["constant", "exponential", "snr"]] = "snr"
-    """How huber_c falls with the noise."""
+    """How huber_c falls as the noise grows."""
     min_snr_gamma: Logged[NotNegative] = 0.0
-    """Min-SNR loss weighting with this gamma (5 is usual); 0: off."""
+    """Gamma of Min-SNR loss weighting (5 is usual). 0: off."""
     debiased: Logged[bool] = False
     """Debiased loss weighting; not together with min_snr_gamma."""
     noise_offset: Logged[NotNegative] = 0.0
-    """Strength of a constant shift of each channel's noise (0.05 is usual); 0: off."""
+    """Strength of a random offset, one for all noise of a channel (0.05 is usual). 0: off."""
     multires_noise_iterations: Logged[Whole] = 0
-    """Octaves of multi-resolution noise (6 to 10 are usual); 0: off."""
+    """Octaves of multi-resolution noise (6 to 10 are usual). 0: off."""
     multires_noise_discount: Logged[Fraction] = 0.3
-    """Weight of each further octave as a multiple of the one before."""
+    """Multi-resolution noise: weight of each octave as a multiple of the one before, 0 to 1."""
     input_perturbation: Logged[NotNegative] = 0.0
-    """Strength of noise that is added to the input but not to the target (0.1 is usual); 0: off."""
+    """Strength of noise that is added to the input but not to the target (0.1 is usual). 0: off."""
     timestep_range: Logged[tuple[Fraction, Fraction]] = (0.0, 1.0)
-    """Time steps trained, as fractions of the schedule: from 0 (clean) to 1 (noise)."""
+    """Range of the time steps that are trained, as fractions of the schedule: 0 is clean, 1 is noise."""
     timestep_bias: Logged[Literal["none", "earlier", "later"]] = "none"
-    """Which time steps of the range are drawn more often: earlier ones are nearer to the clean image."""
+    """Train the earlier (less noisy) or the later time steps of the range more often."""
     timestep_bias_multiplier: Logged[Positive] = 1.0
-    """How much more often."""
+    """How many times as often timestep_bias trains its time steps."""
     timestep_bias_portion: Logged[Fraction] = 0.25
-    """Share of the range that is drawn more often."""
+    """Share of the range that timestep_bias trains more often, 0 to 1."""
     masked_loss: Logged[bool] = False
-    """Learn only where the mask is white (data.mask_path, or the images' alpha channel)."""
+    """Learn only where the mask is white: that of data.mask_path, or else the alpha channel of the image."""
     unmasked_weight: Logged[Fraction] = 0.0
-    """Weight of the loss where the mask is black, and, training a standard model for inpainting, where it is kept."""
+    """Weight of the loss, 0 to 1, outside the mask of masked_loss, and of inpainting with a standard model."""
     prior_prompt: Logged[str] = ""
-    """Prior preservation: what an ordinary picture of the class is called, such as a dog; empty: off."""
+    """Prior preservation: caption of ordinary pictures of the class, such as a dog. Empty: off."""
     prior_path: Logged[str] = ""
-    """Folder of class pictures; missing ones are drawn by the model. Empty: OUTPUT/prior/STAGE."""
+    """Prior preservation: folder of class pictures. The model draws those missing. Empty: OUTPUT/prior/STAGE."""
     prior_count: Logged[Count] = 100
-    """Class pictures."""
+    """Prior preservation: number of class pictures."""
     prior_weight: Logged[NotNegative] = 1.0
-    """Weight of their loss."""
+    """Prior preservation: weight of the loss of class pictures."""
     vae_loss: Logged[dict[str, NotNegative]] = field(default_factory=lambda: dict(VAE_LOSS))
-    """Weights of the terms of the autoencoder's loss: l1, l2, pooled, chroma, gradient, kl."""
+    """Autoencoder: weights of the terms of its loss: l1, l2, pooled, chroma, gradient, kl."""
     vae_augment: Logged[bool] = False
-    """Autoencoder: shift its pictures and swap their colour channels at random, besides data.flip."""
+    """Autoencoder: shift images and swap their colour channels at random."""
     vae_normalise: Logged[bool] = False
     """Autoencoder: at the end, shift and scale each latent channel to mean 0 and deviation 1."""
     data: DataOverride = field(default_factory=DataOverride)  # type: ignore[valid-type]
+    """Changes to [data] in this stage."""
 
     @property
     def parts(self) -> dict[str, str]:
-        """What is trained, each with a learning rate of its own: part -> "lora", "rows" (of new words) or "weights"."""
+        """Part -> how it is trained: "lora", "rows" (of new words) or "weights". Each part has its learning rate."""
         parts = dict.fromkeys(self.lora_parts, "lora") if "lora" in self.train else {}
         parts |= {"textual_inversion": "rows"} if "textual_inversion" in self.train else {}
         return parts | {kind: "weights" for kind in self.train if kind not in ("lora", "textual_inversion")}
@@ -243,45 +244,45 @@ class Validation:
     """Pictures and held-out loss during training."""
 
     prompts: tuple[str, ...] = ()
-    """Prompts drawn at each validation."""
+    """Prompts to draw at each validation."""
     negative_prompt: str = ""
     """What the pictures should not show."""
     every: Whole = 0
-    """Optimizer steps between validations; 0: only at the start and the end of a stage."""
+    """Optimizer steps between validations. 0: only at the start and the end of a stage."""
     steps: Steps = 20
     """Sampler steps of a picture."""
     guidance: Guidance = 7.5
-    """Guidance scale; 1: none."""
+    """Guidance scale. 1: none."""
     sampler: SamplerName = "dpmpp_2m"
     """Sampler."""
     seed: Seed = 0
-    """Seed of the first picture and of the noise of the held-out loss."""
+    """Seed of the first picture, and of the noise of the held-out loss."""
     held_out_images: Whole = 0
-    """Most held-out images the loss is taken over; 0: all."""
+    """Largest number of images for the held-out loss. 0: all held-out images."""
     held_out_timesteps: Count = 4
-    """Time steps, evenly spread and the same each time, at which each held-out image is tried."""
+    """Number of time steps at which the held-out loss measures each image, evenly spread."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What survives a crash."""
+    """Checkpoints, from which a run can be resumed."""
 
     every: Whole = 100
-    """Optimizer steps between checkpoints; 0: only at the end of a stage."""
+    """Optimizer steps between checkpoints. 0: only at the end of a stage."""
     keep: Count = 3
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints that are kept."""
     allow_changed_data: bool = False
-    """Resume although the images or captions have changed."""
+    """Resume even if the images or captions have changed."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; -1 takes what is left."""
+    """Number of devices along each axis. -1: all that the other axis leaves."""
 
     data: Annotated[int, Range(-1)] = -1
-    """Copies of the model, each with its part of the batch; -1: all devices."""
+    """Copies of the model, each with a part of the batch."""
     fsdp: Annotated[int, Range(-1)] = 1
-    """Devices over which the weights and what is trained are split."""
+    """Devices that the weights and the training state are split over."""
 
 
 @dataclass(frozen=True)
@@ -289,69 +290,69 @@ class Parallel:
     """Several devices."""
 
     mode: Literal["jit", "pmap"] = "jit"
-    """jit over a mesh, or pmap (the data axis only)."""
+    """jit over a mesh, or pmap, which has the data axis only."""
     mesh: Mesh = Mesh()
     cpu_devices: Annotated[int, Range(1)] = 1
-    """As how many devices the command sees the CPU; for small models one a core: a third faster than one in all."""
+    """Number of devices that the CPU is divided into. One for each core trains a small model a third faster."""
 
 
 @dataclass(frozen=True)
 class Copy:
-    """One of several trainings that run at once: what it has of its own; the rest is the run's."""
+    """One of several trainings that run at once. It has the settings of the run except for these."""
 
     name: FileName
-    """Names its folder within the run's."""
+    """Name of the folder of the copy, within that of the run."""
     seed: Seed | None = None
-    """Left out: the run's."""
+    """Seed of the copy. Left out: that of the run."""
     path: str = ""
-    """Folder of images of every stage; empty: the run's."""
+    """Folder of images, for every stage. Empty: those of the run."""
     placeholder_tokens: tuple[Text, ...] = ()
-    """In place of those of the stage that trains words, in validation.prompts too."""
+    """New words that replace those of each stage that trains words, and those in validation.prompts."""
     init_tokens: tuple[str, ...] = ()
-    """In place of those of the stage that trains words."""
+    """What the new words start as."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a training run depends on."""
+    """All settings of a training run."""
 
     model: Free[Text]
-    """Base model: tiny, a diffusers folder, a .safetensors or .ckpt file, or a hub id."""
+    """Base model: tiny, a folder in diffusers' layout, a .safetensors or .ckpt file, or a hub id."""
     output: Free[Text]
-    """Folder of the run: config.toml, metrics.jsonl, samples, checkpoints, export."""
+    """Folder of the run, for config.toml, metrics.jsonl, samples, checkpoints and exports."""
     data: Data
     stages: tuple[Stage, ...]
     seed: Seed = 0
     """Seed of all randomness."""
     dtype: Logged[Dtype] = "float32"
-    """Number type of the computation; what is trained stays float32."""
+    """Number type of the computation. What is trained stays float32. float16 is refused."""
     export_dtype: Free[Dtype] = "float32"
-    """Number type of the models that are exported as a whole."""
+    """Number type of the weights of models that are exported as a whole."""
     clip_skip: Count | None = None
-    """Text model layer used, counted from the end: 1 last, 2 penultimate. Left out: the model's own."""
+    """Text model layer that is used, counted from the end: 1 last, 2 penultimate. Left out: the model's default."""
     prediction_type: Literal["", "epsilon", "v_prediction"] = ""
-    """What the U-Net answers, to train it towards another; empty: as the model does."""
+    """What the U-Net learns to predict. Empty: what the base model predicts."""
     zero_terminal_snr: bool = False
-    """Rescale the noise schedule so that its last step is pure noise; wants prediction_type v_prediction."""
+    """Rescale the noise schedule so that its last step is pure noise. Needs prediction_type v_prediction."""
     remat: Logged[bool] = False
-    """Recompute activations in the backward pass: less memory, slower."""
+    """Recompute activations in the backward pass. Needs less memory, but is slower."""
     variant: Free[str] = ""
     """Variant of the weight files, such as fp16."""
     on_nan: Logged[Literal["stop", "skip"]] = "stop"
-    """A loss that is not a number: stop the run, or skip that step."""
+    """When the loss or gradient of a step is not finite: stop the run, or skip the step."""
     validation: Free[Validation] = Validation()
     checkpoint: Free[Checkpoint] = Checkpoint()
     parallel: Free[Parallel] = Parallel()
     copies: tuple[Copy, ...] = ()
-    """Train the stages several times at once, in one program on one base model; each copy has its own folder."""
+    """Train the stages several times at once, in one program and on one base model. Each copy has its own folder."""
 
     def data_of(self, stage: Stage) -> Data:
-        """The data settings of one stage: [data] with the stage's own changes."""
+        """Returns the data settings of a stage: [data] with the changes that the stage makes."""
         changes = {k: v for k, v in dataclasses.asdict(stage.data).items() if v is not None}
         return dataclasses.replace(self.data, **changes)
 
     def members(self) -> tuple["RunConfig", ...]:
-        """A run for each copy, as it would be by itself; just this one if there are none."""
+        """Returns a run for each copy, as if it were trained alone, or just this run if there are no copies."""
         return tuple(self._member(copy) for copy in self.copies) or (self,)
 
     def _member(self, copy: Copy) -> "RunConfig":
@@ -361,12 +362,10 @@ class RunConfig:
                 stages[i] = stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, path=None))
             if "textual_inversion" not in stage.train:
                 continue
-            own = {
-                "placeholder_tokens": copy.placeholder_tokens or stage.placeholder_tokens,
-                "init_tokens": copy.init_tokens or stage.init_tokens,
-            }
-            stages[i] = dataclasses.replace(stage, **own)
-            for word, new in zip(stage.placeholder_tokens, own["placeholder_tokens"], strict=False):
+            words = copy.placeholder_tokens or stage.placeholder_tokens
+            inits = copy.init_tokens or stage.init_tokens
+            stages[i] = dataclasses.replace(stage, placeholder_tokens=words, init_tokens=inits)
+            for word, new in zip(stage.placeholder_tokens, words, strict=False):
                 prompts = tuple(prompt.replace(word, new) for prompt in prompts)
         data = {"path": copy.path or self.data.path, "cache": self.data.cache or f"{self.output}/cache"}
         return dataclasses.replace(
@@ -381,9 +380,9 @@ class RunConfig:
 
 
 def check(config: RunConfig) -> None:
-    """Rules that no single field can state."""
+    """Checks the rules that involve several settings, and raises ConfigError if one is broken."""
     if not config.stages:
-        raise ConfigError("stages is empty: a run needs at least one [[stages]] table")
+        raise ConfigError("stages is empty: expected at least one [[stages]] table")
     names = [stage.name for stage in config.stages]
     for i, stage in enumerate(config.stages):
         if stage.name in names[:i]:
@@ -409,9 +408,9 @@ def _check_copies(config: RunConfig) -> None:
         raise ConfigError("copies are trained in one program over a mesh: parallel.mode = 'jit'")
     for i, stage in enumerate(config.stages):
         if "weights" in stage.parts.values():
-            raise ConfigError(f"stages.{i} trains whole models, of which copies share one: LoRA and words only")
+            raise ConfigError(f"stages.{i} trains all weights of a model, but copies share one: train LoRA or words")
         if config.data_of(stage).buckets:
-            raise ConfigError(f"stages.{i}.data.buckets: copies train in step, so at one shape")
+            raise ConfigError(f"stages.{i}.data.buckets: copies train in one program, so all images need one size")
     for i, (copy, member) in enumerate(zip(config.copies, config.members(), strict=True)):
         if (copy.placeholder_tokens or copy.init_tokens) and not any(
             "textual_inversion" in stage.train for stage in config.stages
@@ -424,8 +423,8 @@ def _check_copies(config: RunConfig) -> None:
 
 
 def _check_stage(stage: Stage, key: str) -> None:
-    for name in ("train", "lora_parts", "lora_targets"):
-        values = getattr(stage, name)
+    lists = {"train": stage.train, "lora_parts": stage.lora_parts, "lora_targets": stage.lora_targets}
+    for name, values in lists.items():
         if not values or (isinstance(values, tuple) and len(set(values)) < len(values)):
             raise wrong(f"{key}.{name}", list(values), "at least one name, and none twice")
     patterns = stage.lora_targets if isinstance(stage.lora_targets, tuple) else ()
@@ -443,7 +442,7 @@ def _check_stage(stage: Stage, key: str) -> None:
     if stage.min_snr_gamma and stage.debiased:
         raise ConfigError(f"{key}: min_snr_gamma and debiased are two weightings of the same loss: choose one")
     if stage.optimizer == "schedule_free" and stage.ema_decay:
-        raise ConfigError(f"{key}: schedule_free averages by itself: leave ema_decay out")
+        raise ConfigError(f"{key}: schedule_free averages by itself: leave out ema_decay")
     if stage.schedule == "constant_with_warmup" and not stage.warmup_steps:
         raise ConfigError(f"{key}.schedule = 'constant_with_warmup' needs {key}.warmup_steps above 0")
     if stage.warmup_steps > stage.steps:
@@ -453,7 +452,7 @@ def _check_stage(stage: Stage, key: str) -> None:
 
 
 def _check_parts(stage: Stage, key: str) -> None:
-    """What is trained together, and the words of Textual Inversion."""
+    """Checks which parts are trained together, and the settings of new words."""
     both = sorted(set(stage.lora_parts) & set(stage.train)) if "lora" in stage.train else []
     if both:
         raise ConfigError(f"{key}: {both[0]} is trained as a whole and by LoRA: leave it out of train or of lora_parts")
@@ -484,8 +483,12 @@ def _check_data(data: Data, key: str) -> None:
         ImageColor.getrgb(data.background)
     except ValueError:
         raise wrong(f"{key}.background", data.background, "a CSS colour name or #rrggbb") from None
-    given = [n for n in ("validation_path", "validation_count", "validation_fraction") if getattr(data, n)]
-    if len(given) > 1:
-        raise ConfigError(f"{key}: {' and '.join(given)} both say what is held out: choose one")
+    held_out = {
+        "validation_path": data.validation_path,
+        "validation_count": data.validation_count,
+        "validation_fraction": data.validation_fraction,
+    }
+    if len(names := [name for name, value in held_out.items() if value]) > 1:
+        raise ConfigError(f"{key}: {' and '.join(names)} all say which images are held out: choose one")
     if data.inpaint_masks and data.inpaint_mask_path:
-        raise ConfigError(f"{key}: inpaint_masks are random and inpaint_mask_path holds own masks: choose one")
+        raise ConfigError(f"{key}: inpaint_masks makes random masks, inpaint_mask_path reads masks: choose one")

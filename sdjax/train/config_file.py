@@ -1,6 +1,6 @@
-"""TOML and flags -> a checked `RunConfig`, and back, strictly.
+"""Reads TOML files and flags as a checked `RunConfig`, writes it as TOML, and compares the settings of two runs.
 
-`parse_args` is the way in: TOML file -> `RunConfig` -> every field again as a flag -> checked `RunConfig`.
+A command line is read by `parse_args`. Its TOML file gives a `RunConfig`, whose values are the defaults of the flags.
 """
 
 import contextlib
@@ -29,20 +29,20 @@ class Arguments(NamedTuple):
 
     config: RunConfig
     resume: bool
-    """Go on from the newest good checkpoint, or start fresh if there is none."""
+    """Whether to resume from the newest intact checkpoint, or start fresh if there is none."""
     resume_step: int | None
-    """Go on from exactly this step."""
+    """The step of the checkpoint to resume from, counted over all stages."""
     debug: bool
-    """Show tracebacks."""
+    """Whether to show tracebacks."""
 
 
 # --------------------------------------------------------------------------------------------------- tables <-> records
 
 
 def from_table(table: Mapping[str, Any]) -> RunConfig:
-    """A checked configuration from TOML's plain tables.
+    """Returns the checked configuration of a plain table, as TOML gives it.
 
-    Raises ConfigError with the dotted key, what was given, the rule and the choices.
+    Raises ConfigError with the dotted key, the value, the rule and the choices.
     """
     config = read_record(RunConfig, table)
     check(config)
@@ -50,12 +50,12 @@ def from_table(table: Mapping[str, Any]) -> RunConfig:
 
 
 def to_table(config: Any) -> dict[str, Any]:
-    """The plain tables of a configuration; absent values (None) are left out."""
+    """Returns the plain table of a configuration or a part of it, without absent values (None)."""
     return {f.name: _plain(value) for f in dataclasses.fields(config) if (value := getattr(config, f.name)) is not None}
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
-    """Dotted key -> value, for comparing two runs: `stages.0.learning_rate`, `data.path`, ..."""
+    """Returns the value of every setting by its dotted key, such as `stages.0.learning_rate`."""
 
     def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
@@ -71,11 +71,11 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
 
 def compare_runs(saved: Mapping[str, Any], current: Mapping[str, Any], config: RunConfig) -> None:
-    """Refuses to resume another run. Raises DataError, which lists the settings that must not have changed.
+    """Raises DataError if a run cannot be resumed with these settings, and lists those that must not have changed.
 
     saved, current: `flatten` of both runs, with the digests of their model and data under `fingerprint.`. The marks in
-    `train.config` say which settings may change. Values are compared as JSON keeps them. A setting that the saved run
-    did not have yet was at its default.
+    `train.config` say which settings may change. Values are compared as JSON represents them. A setting that is newer
+    than the saved run counts as its default.
     """
     defaults = flatten(RunConfig("", "", Data(""), (Stage("", (), 0, 0.0),) * len(config.stages)))
     refused = []
@@ -96,7 +96,7 @@ def compare_runs(saved: Mapping[str, Any], current: Mapping[str, Any], config: R
 
 
 def on_resume(key: str) -> OnResume | None:
-    """Returns the mark of a setting, by its dotted key. None: it must stay as it was."""
+    """Returns the mark of the setting with this dotted key, or None if the setting must stay as it was."""
     record: Any = RunConfig
     for name in key.split("."):
         if name.isdigit():  # a place in a list of records
@@ -121,7 +121,7 @@ def _plain(value: Any) -> Any:
 
 
 def load(path: str | Path) -> RunConfig:
-    """Read a TOML file."""
+    """Reads a TOML file. Raises ConfigError."""
     return from_table(_read(Path(path)))
 
 
@@ -135,12 +135,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def to_toml(config: RunConfig) -> str:
-    """The configuration as TOML text; `from_table(tomllib.loads(to_toml(c))) == c`."""
+    """Returns the configuration as TOML text; `from_table(tomllib.loads(to_toml(c))) == c`."""
     return "\n".join(_toml_lines(to_table(config), "")).lstrip("\n") + "\n"
 
 
 def _toml_lines(table: dict[str, Any], key: str) -> Iterator[str]:
-    """Plain values first, then a [header] for each inner table: TOML's own order."""
+    """Yields the lines of a table: its plain values, and then each inner table under a [header], as TOML demands."""
     inner = {k: v for k, v in table.items() if isinstance(v, dict)}
     lists = {k: v for k, v in table.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
     for name, value in table.items():
@@ -164,15 +164,16 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # JSON's escapes are TOML's, except that TOML also wants DEL escaped.
+        # TOML has the escapes of JSON, but DEL must be escaped too.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
 
 
 def parse_args(argv: Sequence[str] | None = None, prog: str = "sdjax.train") -> Arguments:
-    """Read `CONFIG.toml [--key value ...] [--resume [--resume-step N]] [--debug]`; flags win over the file.
+    """Reads `CONFIG.toml [--key value ...] [--resume [--resume-step N]] [--debug]`. Flags win over the file.
 
-    A stage is addressed by its number: `--stages.0.steps 5`. `--help` prints and exits with 0. Raises ConfigError.
+    argv: by default that of the process. A stage has a number: `--stages.0.steps 5`. `--help` prints the flags and
+    exits with 0. Raises ConfigError.
     """
     import tyro
 
@@ -188,8 +189,8 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "sdjax.train") -> 
     class Command:
         file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG.toml", help="The run's settings.")]
         config: Annotated[RunConfig, tyro.conf.arg(name="")]
-        resume: Annotated[bool, tyro.conf.arg(help="Go on from the newest good checkpoint.")] = False
-        resume_step: Annotated[int | None, tyro.conf.arg(help="Go on from exactly this step.")] = None
+        resume: Annotated[bool, tyro.conf.arg(help="Resume from the newest intact checkpoint.")] = False
+        resume_step: Annotated[int | None, tyro.conf.arg(help="Resume from this step, counted over all stages.")] = None
         debug: Annotated[bool, tyro.conf.arg(help="Show tracebacks of errors.")] = False
 
     default = Command("", config)
@@ -202,16 +203,16 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "sdjax.train") -> 
             raise
         raise ConfigError(_unboxed(complaint.getvalue())) from None
     if unknown:
-        flags = [f"--{key}" for key in ("resume", "resume-step", "debug", *_flags(config))]
-        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), flags, n=1)
+        known = [f"--{flag}" for flag in ("resume", "resume-step", "debug", *flags(config))]
+        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), known, n=1)
         raise ConfigError(f"unknown flag {unknown[0]}: {f'did you mean {near[0]}?' if near else '--help lists them'}")
-    # Once more through the tables, so that flags obey the same rules as the file.
+    # Read again from a table, so that flags obey the same rules as the file.
     config = from_table(to_table(command.config))
     return Arguments(config, command.resume or command.resume_step is not None, command.resume_step, command.debug)
 
 
-def _flags(record: Any) -> Iterator[str]:
-    """The flag of every field: `stages.0.lora-rank`."""
+def flags(record: Any) -> Iterator[str]:
+    """Yields the flag of every setting, without dashes in front, such as `stages.0.lora-rank`."""
     hints = get_type_hints(type(record))
     for f in dataclasses.fields(record):
         value = getattr(record, f.name)
@@ -220,13 +221,13 @@ def _flags(record: Any) -> Iterator[str]:
             inner = {f"{f.name}.{i}": item for i, item in enumerate(value)}
         records = {name: item for name, item in inner.items() if dataclasses.is_dataclass(item)}
         for name, item in records.items():
-            yield from (f"{name}.{flag}" for flag in _flags(item))
+            yield from (f"{name}.{flag}" for flag in flags(item))
         if not records and not any(map(dataclasses.is_dataclass, get_args(hints[f.name]))):  # an empty list of records
             yield f.name.replace("_", "-")
 
 
 def _unboxed(text: str) -> str:
-    """tyro's boxed message as one line: what stands between the title and the first rule inside the box."""
+    """Returns tyro's message as one line: the text in the box above the first rule."""
     lines = [line.strip("│ \n") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
     rule = next((i for i, line in enumerate(lines) if line and not line.strip("─")), len(lines))
     return " ".join(line for line in lines[:rule] if line)

@@ -1,4 +1,4 @@
-"""A stage's images and captions -> what its batches are gathered from, through the VAE and the text models."""
+"""Encodes the images and captions of a stage with the VAE and the text models, for the batches of its steps."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree, UInt8
 
 from sdjax.data import cache
-from sdjax.data.dataset import Dataset, Prior, join
+from sdjax.data.dataset import Bucket, Dataset, Prior, join
 from sdjax.data.images import Size, to_float
 from sdjax.data.records import Record, images_below, scan
 from sdjax.draw import inpainting
@@ -27,12 +27,14 @@ from sdjax.train.stages import Run, StagePlan
 
 
 def encode(run: Run, plan: StagePlan, earlier: Results) -> tuple[Dataset, Dataset | None]:
-    """The data set of the training and that of the held-out images, from the cache or computed (and cached) now.
+    """Returns the data set of the training images, and that of the held-out images or None.
 
-    Of images that is the VAE's posterior, or the pixels where the VAE is trained; of captions what the text models
-    make of them, or their ids where those are trained. Of held-out and class images the middle is taken, of the latter
-    at the shape of every bucket, since a batch has one shape; class images still missing are drawn. Models are read
-    only if needed, and freed before this returns.
+    An image is encoded as the moments of the VAE's posterior; if the VAE is trained, its pixels are kept instead. A
+    caption is encoded as its context; if training changes the context, its token ids are kept instead. Encodings come
+    from the cache, or are computed and cached now. Held-out and class images are cropped in the middle. Class images
+    are encoded at the size of every bucket, since all images of a batch have one size; missing ones are drawn first.
+    Models are loaded only if they are needed, and freed before this returns.
+    Raises DataError for an unusable image or, with on_bad_image = "skip", if no image is left.
     """
     data, stage = plan.data, plan.stage
     folder = Path(data.cache or Path(run.config.output) / "cache")
@@ -48,7 +50,8 @@ def encode(run: Run, plan: StagePlan, earlier: Results) -> tuple[Dataset, Datase
     _check_usable(training)
     sizes = [size for size, images in zip(plan.buckets, training, strict=True) if images.records]
     training = [images for images in training if images.records]
-    # A mask each, which leaves something of the image in view: what that shows is how well it is continued.
+    # One mask for each held-out image. None hides a whole image: the loss then shows how well the visible part is
+    # continued.
     held_out_views = middle._replace(holes=min(1, plan.holes))
     held_out = [encode_images("held-out", plan.held_out, held_out_views)] if plan.held_out else []
     _check_usable(held_out)
@@ -66,27 +69,26 @@ def encode(run: Run, plan: StagePlan, earlier: Results) -> tuple[Dataset, Datase
     else:
         texts = _encode_texts(run, plan, captions, earlier, folder)
 
-    def dataset(images: Iterable[cache.Images]) -> Dataset:
-        return Dataset(tuple(join(bucket, texts) for bucket in images), texts.arrays, texts.rows[""])
+    def buckets(images: Iterable[cache.Images]) -> tuple[Bucket, ...]:
+        return tuple(join(bucket, texts) for bucket in images)
 
-    made = dataset(training)
-    if prior:
-        made = made._replace(prior=Prior(dataset(prior).buckets, stage.prior_weight))
-    return made, dataset(held_out) if held_out else None
+    dataset = Dataset(buckets(training), texts.arrays, texts.rows[""])
+    class_data = Prior(buckets(prior), stage.prior_weight) if prior else None
+    return dataset._replace(prior=class_data), dataset._replace(buckets=buckets(held_out)) if held_out else None
 
 
 def class_images(run: Run, plan: StagePlan, earlier: Results) -> tuple[Record, ...]:
-    """The class images of a stage; the prior prompt is the caption of all.
+    """Returns the class images of a stage, all with the prior prompt as their caption.
 
-    Those missing in prior_path are drawn by the model that the stage starts from, one file at a time, so that a run
-    that is killed here goes on with the next. Picture n has seed n.
+    Images missing in prior_path are drawn with the model that the stage starts from. Image n has seed n. Each is saved
+    at once, so that a run that is killed here goes on with the next image.
     """
     stage, outline = plan.stage, plan.recipe.outline
     folder = Path(stage.prior_path or Path(run.config.output) / "prior" / stage.name)
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"drawn-{seed:05d}.png" for seed in range(stage.prior_count)]
-    own = [path for path in images_below(folder) if path.name not in names]
-    wanted = max(0, stage.prior_count - len(own))
+    provided = [path for path in images_below(folder) if path.name not in names]
+    wanted = max(0, stage.prior_count - len(provided))
     missing = [seed for seed in range(wanted) if not (folder / names[seed]).is_file()]
     if missing:
         params = {part: base_weights(outline, part, earlier) for part in outline.shapes}
@@ -104,12 +106,15 @@ def class_images(run: Run, plan: StagePlan, earlier: Results) -> tuple[Record, .
                 with replacing(folder / names[seed]) as file:
                     picture.save(file, "PNG")
                 bar.update()
-    found = scan(folder, caption=stage.prior_prompt)
-    return tuple(record._replace(caption=stage.prior_prompt) for record in found)
+    records = scan(folder, caption=stage.prior_prompt)
+    return tuple(record._replace(caption=stage.prior_prompt) for record in records)
 
 
 def _image_encoder(run: Run, plan: StagePlan, earlier: Results, folder: Path) -> Callable[..., cache.Images]:
-    """`encode(kind, records, views, masked=False)`: images of one shape with their masks, cached or made now."""
+    """Returns `encode(kind, records, views, masked=False)`, which encodes images of one size with their masks.
+
+    kind: word for the progress bar. masked: add the masks of masked_loss.
+    """
     outline = plan.recipe.outline
     factor, sees_kept = outline.vae.config.factor, outline.is_inpainting
     weights = functools.cache(lambda: base_weights(outline, "vae", earlier))
@@ -119,14 +124,14 @@ def _image_encoder(run: Run, plan: StagePlan, earlier: Results, folder: Path) ->
         return _moments(outline.vae, weights(), to_float(images))
 
     def holes(images: UInt8[np.ndarray, "B H W 3"], hidden: Bool[np.ndarray, "B H W"]) -> dict[str, Any]:
-        made: dict[str, Any] = {"hole": inpainting.cells(hidden.astype(np.float32), factor)}
-        if sees_kept:  # the same as in drawing: grey is 0
+        arrays: dict[str, Any] = {"hole": inpainting.cells(hidden.astype(np.float32), factor)}
+        if sees_kept:  # as in drawing, hidden pixels are grey, which is 0
             kept = np.where(hidden[..., None], np.float32(0), to_float(images))
-            made["kept"] = vae.posterior_mean(_moments(outline.vae, weights(), kept))
-        return made
+            arrays["kept"] = vae.posterior_mean(_moments(outline.vae, weights(), kept))
+        return arrays
 
     def encode(kind: str, records: Sequence[Record], views: cache.Views, *, masked: bool = False) -> cache.Images:
-        # Like drawing, which decodes one picture at a time: large ones would fill the memory.
+        # Large images are encoded one at a time, as drawing decodes them, to save memory.
         options: Any = {"folder": folder, "batch_size": 8 if plan.data.resolution <= 128 else 1}
         with _bar(f"{plan.stage.name}: encoding {kind} images", len(records)) as bar:
             images = cache.cache_images(
@@ -148,26 +153,27 @@ def _image_encoder(run: Run, plan: StagePlan, earlier: Results, folder: Path) ->
                     progress=lambda done, _: bar.update(done - bar.n),
                     **options,
                 )
-        return cache.cache_masks(images, views, outline.vae.config.factor, folder=folder) if masked else images
+        return cache.cache_masks(images, views, factor, folder=folder) if masked else images
 
     return encode
 
 
 def _check_usable(buckets: Sequence[cache.Images]) -> None:
-    """DataError if every single image was skipped."""
+    """Raises DataError if every image was skipped."""
     skipped = [message for images in buckets for message in images.skipped]
     if skipped and not any(images.records for images in buckets):
         raise DataError(f"none of {len(skipped)} images can be used; the first: {skipped[0]}")
 
 
 def _learned_everywhere(images: cache.Images) -> cache.Images:
+    """Returns the images with masks that are white everywhere."""
     moments = images.arrays["moments"]
     white = np.broadcast_to(np.float32(1), (*moments.shape[:-1], 1))
     return images._replace(arrays={**images.arrays, "mask": white})
 
 
 def _encode_texts(run: Run, plan: StagePlan, captions: Sequence[str], earlier: Results, folder: Path) -> cache.Texts:
-    """Context (and SDXL's pooled vector) of each caption; only its token ids if the text models are trained."""
+    """Returns the context (and SDXL's pooled vector) of each caption, or its token ids if training changes it."""
     recipe, outline = plan.recipe, plan.recipe.outline
     zeroed = outline.is_sdxl and outline.zeros_empty_prompts
 
@@ -193,7 +199,7 @@ def _encode_texts(run: Run, plan: StagePlan, captions: Sequence[str], earlier: R
         "hidden": dataclasses.asdict(recipe.hidden),
         "dtype": run.config.dtype,
         "earlier": earlier.digest(*outline.text_models),
-        "packing": 2,  # how captions are cut into windows; another rule, another number
+        "packing": 2,  # number of the rule by which captions are cut into chunks
     }
     return cache.cache_texts(captions, encode, folder=folder, model=run.fingerprint, settings=settings)
 

@@ -1,7 +1,6 @@
-"""What a stage leaves behind for other programs: its LoRA in both namings, a model card, and a grid of pictures.
+"""Exports the results of a stage for other programs: LoRA files, embedding files, a model, a card and pictures.
 
-Every file is written under another name and renamed when whole, the LoRA last; nothing in them depends on the clock,
-so that the same run gives the same files.
+Each file is either complete or absent. No file depends on the clock, so the same run gives the same files.
 """
 
 import dataclasses
@@ -26,56 +25,53 @@ PEFT_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "lora.safetensors"
 
 
-def export(folder: Path, config: RunConfig, plan: StagePlan, made: Results, grid: Path | None) -> None:
-    """Write all that the stages have made, this one the last.
+def export(folder: Path, config: RunConfig, plan: StagePlan, results: Results, grid: Path | None) -> None:
+    """Writes the results of all stages up to this one.
 
-    `lora.safetensors` (kohya's keys) and the same in PEFT's keys; WORD.safetensors for each new word; `model/` if a
-    model was trained as a whole, with the others as they were; README.md and, if there is one, the grid.
+    The files are `lora.safetensors` with kohya's keys and `pytorch_lora_weights.safetensors` with PEFT's keys,
+    WORD.safetensors for each new word, README.md, and `samples.png` if there is a `grid` to copy. If all weights of a
+    part were trained, `model/` holds the whole model. `lora.safetensors` is written last.
     """
     folder.mkdir(parents=True, exist_ok=True)
     outline, metadata = plan.recipe.outline, _metadata(config, plan)
-    if made.adapters:
-        save_lora(folder / PEFT_FILE, made.adapters, outline.shapes, style="peft")
-    for word, rows in words(plan, made).items():
+    if results.adapters:
+        save_lora(folder / PEFT_FILE, results.adapters, outline.shapes, style="peft")
+    for word, rows in _words(plan, results).items():
         save_embedding(folder / file_name(word), word, rows)
-    if made.weights:
-        _save_model(folder / "model", config, plan, made)
+    if results.weights:
+        _save_model(folder / "model", config, plan, results)
     if grid is not None:
         with replacing(folder / "samples.png") as file, grid.open("rb") as source:
             shutil.copyfileobj(source, file)
     with replacing(folder / "README.md") as file:
-        file.write(_card(config, plan, made, has_grid=grid is not None).encode())
-    if made.adapters:
-        save_lora(folder / KOHYA_FILE, made.adapters, outline.shapes, style="kohya", metadata=metadata)
+        file.write(_card(config, plan, results, has_grid=grid is not None).encode())
+    if results.adapters:
+        save_lora(folder / KOHYA_FILE, results.adapters, outline.shapes, style="kohya", metadata=metadata)
 
 
-def words(plan: StagePlan, made: Results) -> dict[str, dict[str, Any]]:
-    """Each new word's vectors [n, D] by text model."""
-    found, first = {}, 0
+def _words(plan: StagePlan, results: Results) -> dict[str, dict[str, Any]]:
+    """Returns word -> text model -> vectors [n, D], for all new words."""
+    vectors, first = {}, 0
     for word, count in plan.words.items():
-        found[word] = {name: np.asarray(rows[first : first + count]) for name, rows in made.rows.items()}
+        vectors[word] = {name: np.asarray(rows[first : first + count]) for name, rows in results.rows.items()}
         first += count
-    return found
+    return vectors
 
 
-def _save_model(folder: Path, config: RunConfig, plan: StagePlan, made: Results) -> None:
-    """The models trained as a whole with the rest of the base; adapters and new words are files of their own."""
+def _save_model(folder: Path, config: RunConfig, plan: StagePlan, results: Results) -> None:
+    """Writes the model with its trained weights, but without adapters and new words, which have separate files."""
     outline = plan.recipe.outline
     params = {
-        part: made.weights[part] if part in made.weights else load_weights(outline, part, dtype=jnp.float32)
+        part: results.weights[part] if part in results.weights else load_weights(outline, part, dtype=jnp.float32)
         for part in outline.shapes
     }
     scheduler = {**outline.folder.scheduler, **outline.schedule.config}
     outline = dataclasses.replace(outline, folder=dataclasses.replace(outline.folder, scheduler=scheduler))
-    temporary = folder.with_name(".model-new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    Model(outline, params).save(temporary, dtype=config.export_dtype)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    Model(outline, params).save(folder, dtype=config.export_dtype)
 
 
 def _metadata(config: RunConfig, plan: StagePlan) -> dict[str, str]:
-    """What A1111 and others show of a LoRA."""
+    """Returns the metadata of a LoRA file that A1111 and other programs show."""
     stage = plan.stage
     return {
         "ss_output_name": stage.name,
@@ -98,11 +94,12 @@ def _metadata(config: RunConfig, plan: StagePlan) -> dict[str, str]:
 
 
 def _buckets(plan: StagePlan) -> list[dict[str, Any]]:
-    """The training pictures by size, as kohya's scripts write it."""
-    return [{"resolution": (size.width, size.height), "count": len(found)} for size, found in plan.buckets.items()]
+    """Returns the number of training images by size, in the form that kohya's scripts write."""
+    return [{"resolution": (size.width, size.height), "count": len(images)} for size, images in plan.buckets.items()]
 
 
-def _card(config: RunConfig, plan: StagePlan, made: Results, *, has_grid: bool) -> str:
+def _card(config: RunConfig, plan: StagePlan, results: Results, *, has_grid: bool) -> str:
+    """Returns the model card, in Markdown."""
     stage = plan.stage
     captions = list(dict.fromkeys(caption for record in plan.records if (caption := record.caption)))
     earlier = [s.name for s in config.stages[: plan.number]]
@@ -111,7 +108,7 @@ def _card(config: RunConfig, plan: StagePlan, made: Results, *, has_grid: bool) 
         "base model": f"`{config.model}`",
         "trained": "; ".join(_trained(plan)),
         "on top of": ", ".join(earlier) + " (included in these files)" if earlier else "the base model",
-        "images": ", ".join(f"{len(found)} at {size.width} x {size.height}" for size, found in plan.buckets.items()),
+        "images": ", ".join(f"{len(images)} at {size.width} x {size.height}" for size, images in plan.buckets.items()),
         "steps": f"{stage.steps} of {plan.examples} images",
         "learning rate": f"{json.dumps(stage.learning_rate)}, {stage.schedule}, warm-up {stage.warmup_steps}",
         "seed": str(config.seed),
@@ -120,7 +117,7 @@ def _card(config: RunConfig, plan: StagePlan, made: Results, *, has_grid: bool) 
     }
     example = " ".join(plan.words) or next(iter(captions), "a prompt")
     prompt = next((prompt for prompt in config.validation.prompts if prompt), example)
-    tags = [*(["lora"] if made.adapters else []), *(["textual_inversion"] if made.rows else []), "sdjax"]
+    tags = [*(["lora"] if results.adapters else []), *(["textual_inversion"] if results.rows else []), "sdjax"]
     lines = [
         "---",
         *([f"base_model: {config.model}"] if hub_id else []),
@@ -139,12 +136,12 @@ def _card(config: RunConfig, plan: StagePlan, made: Results, *, has_grid: bool) 
         "## Prompts",
         "New words: " + ", ".join(f"`{word}` ({count} vectors)" for word, count in plan.words.items())
         if plan.words
-        else "There is no trigger word beyond what the captions hold.",
+        else "There is no trigger word besides those in the captions.",
         *(["", "Captions it was trained with, for example:", ""] if captions else []),
         *(f"- {caption}" for caption in captions[:8]),
         "",
         "## Use",
-        *_use(config, plan, made, prompt),
+        *_use(config, plan, results, prompt),
         "",
         "## Licence",
         "These weights derive from the base model and from the training images: the licences of both apply. Name them",
@@ -155,6 +152,7 @@ def _card(config: RunConfig, plan: StagePlan, made: Results, *, has_grid: bool) 
 
 
 def _trained(plan: StagePlan) -> list[str]:
+    """Returns what the stage trains, in words."""
     stage, parts = plan.stage, plan.stage.parts
     adapted = [part for part, kind in parts.items() if kind == "lora"]
     whole = [part for part, kind in parts.items() if kind == "weights"]
@@ -167,20 +165,20 @@ def _trained(plan: StagePlan) -> list[str]:
     ]
 
 
-def _use(config: RunConfig, plan: StagePlan, made: Results, prompt: str) -> list[str]:
-    """How other programs load the files."""
+def _use(config: RunConfig, plan: StagePlan, results: Results, prompt: str) -> list[str]:
+    """Returns how other programs load the files, as items of a list in Markdown."""
     name, files = plan.stage.name, {word: file_name(word) for word in plan.words}
-    model = "model" if made.weights else config.model
+    model = "model" if results.weights else config.model
     flags = [
         f"--model {model}",
-        *([f"--lora {KOHYA_FILE}"] if made.adapters else []),
+        *([f"--lora {KOHYA_FILE}"] if results.adapters else []),
         *(f"--embedding {file}" for file in files.values()),
         f"--prompt {json.dumps(prompt)}",
     ]
     lines = [f"- sdjax: `python -m sdjax.generate {' '.join(flags)}`"]
-    if made.weights:
+    if results.weights:
         lines.append('- diffusers: `DiffusionPipeline.from_pretrained("model")`')
-    if made.adapters:
+    if results.adapters:
         lines += [
             f"- diffusers: `pipeline.load_lora_weights(FOLDER, weight_name={json.dumps(PEFT_FILE)})`",
             f"- A1111: copy `{KOHYA_FILE}` to `models/Lora/{name}.safetensors`, prompt `<lora:{name}:1>`",

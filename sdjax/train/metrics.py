@@ -1,6 +1,6 @@
-"""What a run tells while it runs: a line of metrics.jsonl for each step, and the progress bar.
+"""The reports of a run: a line of metrics.jsonl for each step, and the progress bar.
 
-Numbers are read from the device one step late, so that the step under way is never waited for.
+The numbers of a step are read from the device while the next step runs, so that the device never waits.
 """
 
 import contextlib
@@ -23,19 +23,19 @@ from sdjax.train.stages import Run, StagePlan
 log = logging.getLogger(__name__)
 
 MOST_SKIPPED = 20
-"""Steps in a row that on_nan = 'skip' passes over before the run stops after all."""
+"""Even with on_nan = 'skip' a run stops after this many steps in a row whose loss or gradient is not finite."""
 
 
 class Metrics:
-    """metrics.jsonl: `{"stage", "step", "loss", ...}` a step, `{"stage", "step", "held_out_loss"}` a validation.
+    """Writes `{"stage", "step", "loss", ...}` for each step, `{"stage", "step", "held_out_loss"}` for each validation.
 
-    step: optimizer steps done in the stage, so the first line of training is step 1 and a stage's first validation 0.
+    `step` counts the optimizer steps done in the stage: 1 after the first step, 0 in the validation before it.
     """
 
     def __init__(self, path: Path, run: Run, *, stage: int, step: int) -> None:
-        """Goes on at a position of the run: lines of what will be done again are dropped first."""
+        """Goes on after `step` steps of stage number `stage`, and removes the lines after that position."""
         self._path = path
-        self._name = path.parent.name  # tells copies apart
+        self._name = path.parent.name  # names the copy in messages
         self._on_nan = run.config.on_nan
         self._skipped = 0
         self._waiting: tuple[int, Mapping[str, Array]] | None = None
@@ -44,7 +44,7 @@ class Metrics:
 
     @contextlib.contextmanager
     def of_stage(self, plan: StagePlan, step: int, *, shown: bool = True) -> Iterator[None]:
-        """While entered, what is recorded belongs to this stage, whose bar starts at `step`."""
+        """Within the block, lines belong to this stage. Its progress bar starts at `step`; shown: show the bar."""
         from tqdm.auto import tqdm
 
         self._plan = plan
@@ -60,18 +60,18 @@ class Metrics:
             yield
 
     def measured(self, step: int, values: Mapping[str, Array]) -> None:
-        """Keep the numbers of a step just begun, to be read when `read` is called next."""
+        """Keeps the numbers of a step that has just begun. The next call of `read` reads them."""
         self._waiting = step, values
 
     def read(self) -> None:
-        """Write the step that is waiting, if there is one. Raises TrainingStopped if it was not finite."""
+        """Writes the line of the step that `measured` keeps, if any. Raises TrainingStopped if it was not finite."""
         if self._waiting is None:
             self._since = time.perf_counter()
             return
         (step, values), self._waiting = self._waiting, None
         loss, norm = float(values["loss"]), float(values["grad_norm"])
         now = time.perf_counter()
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # elsewhere it would queue behind the step
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # another device is busy with the next step
             rates = self._plan.recipe.optimizer.learning_rates(step - 1)
         different = len(set(rates.values())) > 1
         line = {
@@ -91,7 +91,7 @@ class Metrics:
         self._check_finite(step, bool(values["finite"]), loss, norm)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line."""
+        """Appends a line to metrics.jsonl. Raises DataError if the file cannot be written."""
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -99,7 +99,7 @@ class Metrics:
             raise DataError(f"{self._path} cannot be written: {e.strerror or e}") from e
 
     def held_out(self, step: int, loss: float) -> None:
-        """Record the held-out loss."""
+        """Writes and logs the held-out loss."""
         self.write({"stage": self._plan.stage.name, "step": step, "held_out_loss": loss})
         log.info("%s, %s, step %d: held-out loss %.5f", self._name, self._plan.stage.name, step, loss)
 
@@ -107,21 +107,21 @@ class Metrics:
         self._skipped = 0 if finite else self._skipped + 1
         if finite:
             return
-        what = f"{self._name}, stage {self._plan.stage.name}, step {step}: loss {loss:g}, gradient norm {norm:g}"
+        event = f"{self._name}, stage {self._plan.stage.name}, step {step}: loss {loss:g}, gradient norm {norm:g}"
         if self._on_nan == "skip" and self._skipped < MOST_SKIPPED:
-            log.warning("%s: step skipped", what)
+            log.warning("%s: step skipped", event)
             return
         times = f" for {self._skipped} steps in a row" if self._skipped > 1 else ""
         raise TrainingStopped(
-            f"{what}{times}. The weights are those of the step before; the last checkpoint is untouched.\n"
-            "Try a lower learning_rate, warmup_steps, or dtype = 'float32'; on_nan = 'skip' passes over single steps."
+            f"{event}{times}. The weights are those of the step before; the last checkpoint is untouched.\n"
+            "Try a lower learning_rate, warmup_steps, or dtype = 'float32'; on_nan = 'skip' skips single steps."
         )
 
 
 def _drop_later_lines(path: Path, stages: list[str], stage: int, step: int) -> None:
-    """Leave the lines of what was done before (stage, step), which the run is about to go on from.
+    """Removes the lines after a position of the run: `step` steps of stage number `stage`.
 
-    A validation at exactly that step is dropped too: it is done again. So is a last line cut off by a crash.
+    A validation at this very position is also removed, since it is done again, and so is a line cut off by a crash.
     """
     if not path.exists():
         return

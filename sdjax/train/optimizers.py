@@ -1,10 +1,11 @@
-"""What turns gradients into updates: optimizers with their schedules, clipping, and a rate for each part.
+"""Turns gradients into updates: optimizers, schedules of the learning rate, clipping, and the moving average.
 
-What is trained is a dict part -> tree, e.g. `{"unet": adapter, "textual_inversion": {"text_encoder": rows}}`, without
-the constants that `lora.split` takes out. Each part has an optimizer of its own, with its own state; only clipping
-looks at all of them. In an adapter the leaves named `up` may have a rate of their own (LoRA+, arXiv:2402.12354). Weight
-decay is decoupled and scaled by the learning rate, and leaves out what has one axis: biases, the scales of norms and
-DoRA's magnitudes, for which 0 is not where to be drawn to (PyTorch's training scripts decay these too).
+An optimizer works on a dict part -> tree, such as `{"unet": adapter, "textual_inversion": {"text_encoder": rows}}`,
+without the constants that `lora.split` takes out. Each part has a separate optimizer with its own learning rate and
+state. Only clipping combines the parts. In an adapter, the leaves named `up` can have another rate than the others
+(LoRA+, arXiv:2402.12354). Weight decay is decoupled and scaled by the learning rate. It leaves out arrays with one
+axis, which are biases, the scales of norms and the magnitudes of DoRA: 0 is no natural value for them. (PyTorch's
+training scripts decay these too.)
 """
 
 import logging
@@ -27,29 +28,33 @@ Schedule = Callable[[Any], Float[Array, ""]]
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation over all parts, with the means to report on it."""
+    """The optimizer of all parts of a stage."""
 
     init: Callable[[PyTree], PyTree]
     update: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
-    """`update(gradients, state, trainable) -> (updates, state)`; apply with `optax.apply_updates`."""
+    """`update(gradients, state, trainable) -> (updates, state)`, for `optax.apply_updates`."""
     evaluated: Callable[[PyTree, PyTree], PyTree]
-    """`evaluated(state, trainable)`: the weights to draw with and to export; `trainable` but for schedule_free."""
+    """`evaluated(state, trainable)` gives the weights to draw with and to export. Except for schedule_free they are
+    `trainable`."""
     schedules: Mapping[str, Schedule]
-    """Part -> optimizer step n (0 is the first) -> learning rate."""
+    """Part -> its learning rate, a function of the optimizer step n (0 is the first)."""
 
     def learning_rates(self, step: int) -> dict[str, float]:
-        """Learning rate of each part in optimizer step n (0 is the first); for prodigy what its estimate is times."""
+        """Returns the learning rate of each part in optimizer step n (0 is the first).
+
+        For prodigy it is the factor by which the estimated rate is multiplied.
+        """
         return {part: float(schedule(step)) for part, schedule in self.schedules.items()}
 
 
 def make_optimizer(stage: Stage, parts: Mapping[str, str]) -> Optimizer:
-    """The stage's optimizer over the given parts of what is trained, as in `Stage.parts`: part -> kind.
+    """Returns the optimizer of a stage. parts: see `Stage.parts`.
 
     Raises ConfigError for settings that the optimizer cannot work with.
     """
     peaks = stage.learning_rate if isinstance(stage.learning_rate, dict) else dict.fromkeys(parts, stage.learning_rate)
     if stage.optimizer == "prodigy" and (low := {part: peaks[part] for part in parts if 0 < peaks[part] < 0.1}):
-        log.warning("prodigy finds the learning rate itself, times the one given: %s; 1.0 is usual", low)
+        log.warning("prodigy multiplies the rate it estimates by learning_rate = %s: 1.0 is usual", low)
     schedules = {
         part: make_schedule(
             stage.schedule,
@@ -72,7 +77,7 @@ def make_optimizer(stage: Stage, parts: Mapping[str, str]) -> Optimizer:
         return {part: transform.init(trainable[part]) for part, transform in transforms.items()}
 
     def update(gradients: PyTree, state: PyTree, trainable: PyTree) -> tuple[PyTree, PyTree]:
-        # optax raises a Python float to an integer count, which strict promotion refuses; no number changes by it.
+        # optax raises a Python float to an integer power, which strict promotion refuses. The numbers are the same.
         with jax.numpy_dtype_promotion("standard"):
             gradients, _ = clip.update(gradients, clip.init(trainable), trainable)
             moves = {part: t.update(gradients[part], state[part], trainable[part]) for part, t in transforms.items()}
@@ -94,12 +99,12 @@ def make_schedule(
     power: float = 1.0,
     hold: float = 0.0,
 ) -> Schedule:
-    """Optimizer step n (0 is the first, an integer) -> learning rate.
+    """Returns the learning rate as a function of the optimizer step n (an integer, 0 is the first).
 
-    Rises linearly from 0 over `warmup_steps`, stays at its peak for the share `hold` of the rest, then follows `kind`:
-    constant, or down to 0 at `steps` linearly, by half a cosine, by `cycles` of these each from the peak again, or by
-    the line to the `power`. Without hold the same numbers as diffusers' `get_scheduler`, but that its polynomial ends
-    at 1e-7.
+    The rate rises linearly from 0 to `peak` over `warmup_steps`. It stays there for the share `hold` of the other
+    steps. Then it follows `kind` down to 0 at `steps`: linearly, along half a cosine, along `cycles` half cosines that
+    each begin at the peak, or along the line to the power of `power`. The constant kinds stay at the peak. Without
+    hold the rates are those of diffusers' `get_scheduler`, except that its polynomial ends at 1e-7.
     """
     start = warmup_steps + round(hold * (steps - warmup_steps))
     length = max(1, steps - start)
@@ -109,7 +114,7 @@ def make_schedule(
         n = jnp.asarray(step, jnp.int32)
         done = jnp.clip(n - start, 0, length)
         progress = done / length
-        if kind == "cosine_with_restarts":  # in whole numbers, lest a restart be rounded to the end before it
+        if kind == "cosine_with_restarts":  # in integers, since rounding could turn a restart into the end of a cycle
             progress = jnp.where(done < length, (done * cycles % length) / length, 1.0)
         return peak * jnp.where(n < warmup_steps, n / max(1, warmup_steps), shape(progress, power))
 
@@ -128,14 +133,14 @@ SHAPES: dict[str, Callable[[Float[Array, ""], float], Float[Array, ""]]] = {
     "cosine_with_restarts": _cosine,
     "polynomial": lambda progress, power: (1.0 - progress) ** power,
 }
-"""Share of the peak at a given progress (0 to 1) of the fall, or of the cycle, with schedule_power."""
+"""Kind -> the rate as a share of its peak, a function of the progress (0 to 1) of the fall or cycle, and the power."""
 
 
 def ema(average: PyTree, new: PyTree, step: int | Int[Array, ""], decay: float) -> PyTree:
-    """The moving average after optimizer step n (0 is the first), float32: `d average + (1 - d) new`.
+    """Returns the moving average after optimizer step n (0 is the first), float32: `d average + (1 - d) new`.
 
-    d = min(decay, (1 + n) / (10 + n)), so that the start is soon forgotten, and 0 in the first step, which makes the
-    average `new`: diffusers' `EMAModel` without `use_ema_warmup`.
+    d = min(decay, (1 + n) / (10 + n)), so that the first weights are soon forgotten. In the first step d = 0, which
+    makes the average `new`. This is diffusers' `EMAModel` without `use_ema_warmup`.
     """
     n = jnp.asarray(step, jnp.float32)
     d = jnp.where(n > 0, jnp.minimum(decay, (1.0 + n) / (10.0 + n)), 0.0)
@@ -147,37 +152,38 @@ def ema(average: PyTree, new: PyTree, step: int | Int[Array, ""], decay: float) 
 
 
 def _adamw(stage: Stage, schedule: Schedule, up_ratio: float) -> optax.GradientTransformation:
-    """AdamW, arXiv:1711.05101, as in PyTorch."""
+    """AdamW (arXiv:1711.05101), as in PyTorch."""
     b1, b2 = stage.betas
     return _gathered(optax.chain(optax.scale_by_adam(b1, b2, stage.eps), _descent(stage, schedule, up_ratio)))
 
 
 def _lion(stage: Stage, schedule: Schedule, up_ratio: float) -> optax.GradientTransformation:
-    """Lion, arXiv:2302.06675: steps of one size; wants a rate 3 to 10 times below AdamW's, and betas 0.9, 0.99."""
+    """Lion (arXiv:2302.06675): steps of one size. It needs a rate 3 to 10 times below AdamW's, and betas 0.9, 0.99."""
     b1, b2 = stage.betas
     return _gathered(optax.chain(optax.scale_by_lion(b1, b2), _descent(stage, schedule, up_ratio)))
 
 
 def _adafactor(stage: Stage, schedule: Schedule, up_ratio: float) -> optax.GradientTransformation:
-    """Adafactor, arXiv:1804.04235, with the given rate: no scaling by the weights, no relative step, no momentum.
+    """Adafactor (arXiv:1804.04235) with the given rate: no scaling by the weights, no relative step, no momentum.
 
-    The settings that transformers and kohya advise for fine-tuning (`scale_parameter=False, relative_step=False`), but
-    as in the authors' code only a leaf with two axes of at least 128 has its second moment factored.
+    These are the settings that transformers and kohya advise for fine-tuning (`scale_parameter=False,
+    relative_step=False`). As in the authors' code, the second moment is factored only for an array with two axes of at
+    least 128.
     """
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), _descent(stage, schedule, up_ratio))
 
 
 def _prodigy(stage: Stage, schedule: Schedule, up_ratio: float) -> optax.GradientTransformation:
-    """Prodigy, arXiv:2306.06101, with bias correction and the safeguard for warm-up, as diffusers' scripts have it.
+    """Prodigy (arXiv:2306.06101), with bias correction and the safeguard for warm-up, as in diffusers' scripts.
 
-    Each part estimates its own rate. As in the authors' code a step in which there is nothing to estimate from, every
-    gradient of the part having been 0 so far, changes nothing; optax would divide 0 by 0.
+    Each part estimates its own rate. As in the authors' code, a step changes nothing as long as all gradients of the
+    part have been 0, because there is nothing to estimate from. optax would divide 0 by 0.
     """
     b1, b2 = stage.betas
     plain = cast(Any, optax.contrib.prodigy(schedule, stage.betas, eps=stage.eps, safeguard_warmup=True))
 
     def init(params: PyTree) -> Any:
-        # The state holds the first weights: copies, since a training step gives its arguments' memory away.
+        # The state keeps the first weights. They are copied, because a training step donates its arguments.
         return plain.init(jax.tree.map(jnp.copy, params))
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
@@ -194,17 +200,17 @@ def _prodigy(stage: Stage, schedule: Schedule, up_ratio: float) -> optax.Gradien
 
 
 def _schedule_free(stage: Stage, schedule: Schedule, up_ratio: float) -> optax.GradientTransformation:
-    """Schedule-Free AdamW, arXiv:2405.15682: meant for a constant schedule, with a warm-up.
+    """Schedule-Free AdamW (arXiv:2405.15682), meant for a constant schedule with a warm-up.
 
-    What is trained is the paper's y, between the average x, which `Optimizer.evaluated` gives, and the fast z. A part
-    whose rate has been 0 so far stays as it is to the last bit.
+    The trained weights are y of the paper, between the average x, which `Optimizer.evaluated` returns, and the fast z.
+    A part whose rate has been 0 so far keeps its weights exactly.
     """
     b1, b2 = stage.betas
     if b1 == 0:
         raise ConfigError(f"optimizer 'schedule_free' needs the first of betas above 0, got {list(stage.betas)}")
     direction = optax.scale_by_rms(b2, stage.eps, eps_in_sqrt=False, bias_correction=True)
     base = optax.chain(direction, _descent(stage, schedule, up_ratio))
-    # optax counts the steps of the average from 1 and those of the base from 0.
+    # optax counts steps from 1 for the average, and from 0 for the base.
     plain = cast(Any, optax.contrib.schedule_free(base, lambda count: schedule(count - 1), b1))
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
@@ -221,20 +227,21 @@ OPTIMIZERS: dict[str, Callable[[Stage, Schedule, float], optax.GradientTransform
     "prodigy": _prodigy,
     "schedule_free": _schedule_free,
 }
-"""Name -> the optimizer of one part, by its learning rate and how much higher that of `up` is."""
+"""Name -> the optimizer of one part, a function of the learning rate and of the factor for the rate of `up`."""
 
 
 _SMALL = 1 << 16
+"""Elements below which a leaf is joined with others; see `_gathered`."""
 
 
 def _gathered(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """A transform of single elements, over small leaves of one name laid end to end; the others stay by themselves.
+    """Returns an elementwise transform that works on small leaves of one name as one array, laid end to end.
 
-    An adapter has hundreds of leaves, for each of which XLA compiles and starts loops of its own.
+    An adapter has hundreds of leaves, and XLA would compile and start separate loops for each.
     """
 
     def place(path: Any, leaf: Array) -> tuple[str, str]:
-        kind = "matrix" if leaf.ndim > 1 else "vector"  # which is not decayed
+        kind = "matrix" if leaf.ndim > 1 else "vector"  # vectors are not decayed
         return kind if leaf.size < _SMALL else jax.tree_util.keystr(path), path[-1].key
 
     def gather(tree: PyTree) -> dict[str, dict[str, Array]]:
@@ -243,18 +250,18 @@ def _gathered(transform: optax.GradientTransformation) -> optax.GradientTransfor
             if leaf.size < _SMALL:
                 leaf = leaf.reshape(*(1,) * (leaf.ndim > 1), -1)
             groups.setdefault(place(path, leaf), []).append(leaf)
-        return trees.nest({at: jnp.concatenate(leaves, axis=-1) for at, leaves in groups.items()})
+        return trees.nest({key: jnp.concatenate(leaves, axis=-1) for key, leaves in groups.items()})
 
     def scatter(gathered: Any, like: PyTree) -> PyTree:
         ends: dict[tuple[str, str], int] = {}
 
         def cut(path: Any, leaf: Array) -> Array:
-            where, name = at = place(path, leaf)
+            group, name = key = place(path, leaf)
             if leaf.size >= _SMALL:
-                return gathered[where][name]
-            start = ends.get(at, 0)
-            ends[at] = start + leaf.size
-            return gathered[where][name][..., start : start + leaf.size].reshape(leaf.shape)
+                return gathered[group][name]
+            start = ends.get(key, 0)
+            ends[key] = start + leaf.size
+            return gathered[group][name][..., start : start + leaf.size].reshape(leaf.shape)
 
         return jax.tree.map_with_path(cut, like)
 
@@ -269,7 +276,7 @@ def _gathered(transform: optax.GradientTransformation) -> optax.GradientTransfor
 
 
 def _descent(stage: Stage, schedule: Schedule, up_ratio: float) -> optax.GradientTransformation:
-    """From a direction to an update: the weight decay, then both times the learning rate."""
+    """Returns a transform that adds the weight decay to a direction, and multiplies by the learning rate."""
     return optax.chain(
         optax.add_decayed_weights(stage.weight_decay, _decayed),
         optax.scale_by_learning_rate(schedule),
@@ -278,12 +285,12 @@ def _descent(stage: Stage, schedule: Schedule, up_ratio: float) -> optax.Gradien
 
 
 def _decayed(params: PyTree) -> PyTree:
-    """Whether each leaf is decayed."""
+    """Returns, for each leaf, whether it is decayed."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def _scale_up(ratio: float) -> optax.GradientTransformation:
-    """Updates of leaves named `up`, times ratio."""
+    """Returns a transform that multiplies the updates of leaves named `up` by `ratio`."""
     if ratio == 1.0:
         return optax.identity()
 
@@ -294,7 +301,7 @@ def _scale_up(ratio: float) -> optax.GradientTransformation:
 
 
 def _averaged(state: Any, params: PyTree) -> PyTree:
-    """What a part is evaluated with."""
+    """Returns the weights that a part is evaluated with."""
     if not isinstance(state, optax.contrib.ScheduleFreeState):
         return params
     averaged = optax.contrib.schedule_free_eval_params(state, params)

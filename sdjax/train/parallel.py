@@ -1,9 +1,9 @@
-"""One pure training step under `jit` over a mesh or under `pmap`, with the same calls around it.
+"""Runs a pure training step on several devices, under `jit` over a mesh or under `pmap`, behind one interface.
 
-The step is `train_step(state, frozen, batch, key, *, reduce) -> (state, metrics)`. It averages over the batch it sees
-and passes gradients and metrics through `reduce`: under `jit` it sees the whole batch and `reduce` changes nothing,
-under `pmap` it sees its device's part and `reduce` is the mean over devices. Randomness must come from
-`batch["index"]`, the place of an example in the whole batch, so that it does not depend on the partition.
+The step is `train_step(state, frozen, batch, key, *, reduce) -> (state, metrics)`. It averages over the examples it
+gets, and passes the loss and the gradients through `reduce`. Under `jit` it gets the whole batch, and `reduce` changes
+nothing. Under `pmap` it gets the examples of its device, and `reduce` is the mean over the devices. Its random numbers
+must depend on `batch["index"]`, the place of an example in the whole batch, so that the partition changes none of them.
 """
 
 import functools
@@ -25,34 +25,37 @@ from sdjax.runtime.compiler_options import compiler_options
 
 
 class TrainStep(Protocol):
+    """A pure training step. See the start of this module."""
+
     def __call__(
         self, state: PyTree, frozen: PyTree, batch: PyTree, key: jax.Array, *, reduce: Callable[[PyTree], PyTree]
     ) -> tuple[PyTree, PyTree]: ...
 
 
 class Parallel(NamedTuple):
-    """A training step over several devices. `key` is passed to `step` as it is."""
+    """A training step on several devices."""
 
     devices: int
-    """Parts the batch is split into."""
+    """The number of parts that the batch is split into."""
     step: Any
-    """`step(state, frozen, batch, key) -> (state, metrics)` of placed arguments, the state donated; has `.lower`."""
+    """`step(state, frozen, batch, key) -> (state, metrics)`, compiled by `jit` or `pmap`, so it has `lower`. It takes
+    placed arguments and any key. The state is donated."""
     place_state: Callable[[PyTree], PyTree]
-    """Tree -> on each device, split over the fsdp axis if there is one; the tree given stays valid."""
+    """Copies a state to the devices, split over the axis fsdp if there is one. The argument stays valid."""
     place_frozen: Callable[[PyTree], PyTree]
-    """The same, but not copied where it already lies there."""
+    """Places frozen weights as `place_state` does, but does not copy an array that is in place already."""
     place_batch: Callable[[Mapping[str, np.ndarray]], PyTree]
-    """The whole batch (each process passes all of it) -> its parts on the devices."""
+    """Splits a batch over the devices. Every process passes the whole batch."""
     fetch: Callable[[PyTree], PyTree]
-    """Placed state -> host tree of NumPy arrays and typed PRNG keys."""
+    """Returns a placed state as a tree of NumPy arrays and typed PRNG keys."""
 
 
 def divide_cpu(devices: int) -> None:
-    """Have JAX see the CPU as so many devices, unless XLA_FLAGS tells it how many.
+    """Makes JAX see the CPU as this many devices, unless XLA_FLAGS sets their number.
 
-    XLA computes most operations of a small model in one thread, so that parts of a batch, each on a device of its own,
-    use the cores better than the batch as a whole. Each device holds a copy of what is not split. To be called before
-    anything asks JAX for its devices.
+    XLA computes most operations of a small model in one thread, so parts of a batch on several devices use the cores
+    better than the whole batch on one. Each device holds a copy of what is not split. Call this before anything asks
+    JAX for its devices.
     """
     if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", devices)
@@ -69,10 +72,11 @@ def parallelize(
     large: bool = False,
     save_memory: bool = True,
 ) -> Parallel:
-    """Wrap a pure step for the devices (default: all). large and save_memory: as of `compiler_options`, under jit.
+    """Returns a pure step on the first `data * fsdp` devices of `devices` (by default all of JAX).
 
-    `data * fsdp` devices take part, -1 standing for what is left. Raises ConfigError if there are not that many, or if
-    they do not divide `batch_size`, the number of examples in the whole batch.
+    batch_size: examples in the whole batch. data, fsdp: sizes of the axes; -1 takes the devices that the other axis
+    leaves. large, save_memory: see `compiler_options`; only for jit.
+    Raises ConfigError if there are too few devices, or if their number does not divide `batch_size`.
     """
     devices = list(jax.devices() if devices is None else devices)
     data, fsdp = _mesh_sizes(data, fsdp, len(devices))
@@ -110,7 +114,7 @@ def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], opt
         return NamedSharding(mesh, _split_largest(leaf.shape, fsdp))
 
     def place_state(tree: PyTree) -> PyTree:
-        # A copy, since the step overwrites it and device_put (even with may_alias=False) may share the first device's.
+        # The step overwrites its state, and device_put may share memory with the argument, even with may_alias=False.
         return jax.tree.map(lambda leaf: _put(leaf.copy(), split(leaf)), tree)
 
     def place_frozen(tree: PyTree) -> PyTree:
@@ -121,11 +125,11 @@ def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], opt
         return jax.lax.with_sharding_constraint((state, metrics), (jax.tree.map(split, state), everywhere))
 
     def fetch(state: PyTree) -> PyTree:
-        gather = jax.jit(lambda leaf: leaf, out_shardings=everywhere)  # a process reads what lies on its own devices
+        gather = jax.jit(lambda leaf: leaf, out_shardings=everywhere)  # a process can read only from its devices
         return jax.tree.map(lambda leaf: _fetch(leaf if leaf.is_fully_replicated else gather(leaf)), state)
 
     def place_batch(batch: Mapping[str, np.ndarray]) -> PyTree:
-        # By callback, since a process can place only what lies on its own devices.
+        # With a callback, because a process can place data only on its devices.
         return {
             name: jax.make_array_from_callback(array.shape, parts, lambda part, array=array: array[part])
             for name, array in batch.items()
@@ -136,10 +140,10 @@ def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], opt
 
 
 def together(train_step: TrainStep) -> TrainStep:
-    """The steps of several trainings, alike in all shapes, as one step over one set of frozen weights.
+    """Returns one step that does the steps of several trainings, which have the same shapes and share frozen weights.
 
-    Every argument is stacked: state and key in front, the frozen tree as `stack_frozen` does, the batch behind its
-    first axis, which is the one that is split over devices.
+    Its arguments are stacked: the states and keys along axis 0; the batches along axis 1, because axis 0 is split over
+    the devices; the frozen trees by `stack_frozen`.
     """
 
     def step(
@@ -154,18 +158,18 @@ def together(train_step: TrainStep) -> TrainStep:
 
 
 def stack(trees: Sequence[PyTree], axis: int = 0) -> PyTree:
-    """Trees alike in shape -> one tree with an axis more."""
+    """Returns trees of the same shapes as one tree, stacked along a new axis."""
     return jax.tree.map(lambda *leaves: _stack(leaves, axis), *trees)
 
 
 def stack_frozen(trees: Sequence[Mapping[str, PyTree]]) -> dict[str, PyTree]:
-    """What several trainings leave as it is; `params` are the same in all and not stacked."""
-    own = stack([{name: tree for name, tree in each.items() if name != "params"} for each in trees])
-    return own | {"params": trees[0]["params"]}
+    """Returns the frozen trees of several trainings as one. `params` is the same in all of them and is not stacked."""
+    stacked = stack([{name: tree for name, tree in each.items() if name != "params"} for each in trees])
+    return stacked | {"params": trees[0]["params"]}
 
 
 def unstack(tree: PyTree, count: int) -> list[PyTree]:
-    """The inverse of `stack` along the first axis."""
+    """Returns the `count` trees of a tree stacked along axis 0."""
     return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(count)]
 
 
@@ -187,8 +191,8 @@ def _under_pmap(train_step: TrainStep, devices: list[Any]) -> Parallel:
     copy = jax.pmap(lambda _, tree: tree, axis_name="data", in_axes=(0, None), out_axes=0, devices=devices)
 
     def replicate(tree: PyTree) -> PyTree:
-        # By a program, which is the one way that every version of jax has for pmap; it wants one mapped argument, and
-        # the same axis name as the step, or else the step compiles a second time for the state it returns.
+        # A program is the only way to replicate for pmap that every version of JAX has. It needs a mapped argument. Its
+        # axis must have the name of the step's axis, or the step is compiled again for the state that it returns.
         return copy(np.arange(count, dtype=np.int32), tree)
 
     def place_batch(batch: Mapping[str, np.ndarray]) -> PyTree:
@@ -207,7 +211,7 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def _split_largest(shape: tuple[int, ...], parts: int) -> P:
-    """Split the longest axis that `parts` divides; a leaf with none is copied."""
+    """Returns the split of the longest axis that `parts` divides. Without such an axis each device gets a copy."""
     fitting = [axis for axis, length in enumerate(shape) if length % parts == 0]
     if parts == 1 or not fitting:
         return P()

@@ -212,7 +212,7 @@ def diffusion_loss(
     recipe: Recipe, trainable: dict[str, PyTree], frozen: Frozen, batch: Batch, key: PRNGKeyArray
 ) -> Array:
     """Returns the weighted loss of a batch."""
-    draws, stage = _draw(recipe, batch, key), recipe.stage
+    draws, stage = draw(recipe, batch, key), recipe.stage
     models = variables(recipe, trainable, frozen)
     if stage.lora_dropout:
         for i, part in enumerate(stage.lora_parts):
@@ -232,11 +232,12 @@ def _autoencoder_loss(
     return autoencoder.loss(recipe.stage, recipe.outline.vae, trainable["vae"], batch, key)
 
 
-def _draw(recipe: Recipe, batch: Batch, key: PRNGKeyArray) -> Draws:
+def draw(recipe: Recipe, batch: Batch, key: PRNGKeyArray) -> Draws:
+    """Returns the random numbers of a step for a batch. key: that of the stage and the step."""
     low, high = timestep_bounds(recipe)
     stage = recipe.stage
 
-    def draw(moments: Float[Array, "h w C2"], index: Int[Array, ""]) -> Draws:
+    def draw_example(moments: Float[Array, "h w C2"], index: Int[Array, ""]) -> Draws:
         keys = jax.random.split(jax.random.fold_in(key, index), 5)
         height, width, channels = moments.shape
         shape = (height, width, channels // 2)
@@ -262,7 +263,7 @@ def _draw(recipe: Recipe, batch: Batch, key: PRNGKeyArray) -> Draws:
             jax.random.normal(keys[4], shape, jnp.float32),
         )
 
-    return jax.vmap(draw)(batch["moments"], batch["index"])
+    return jax.vmap(draw_example)(batch["moments"], batch["index"])
 
 
 def timestep_bounds(recipe: Recipe) -> tuple[int, int]:
