@@ -1,35 +1,46 @@
-"""Pictures from prompts: `python -m sdjax.generate --model tiny --prompt "red heart" --guidance 3`.
+"""Draws pictures from prompts: `python -m sdjax generate --model tiny --prompt "red heart" --guidance 3`.
 
-A leaf: nothing imports it. JAX is imported only once the command line has been found good, so `--help` and mistakes
-answer at once.
+JAX is imported only after the command line has been checked, so `--help` and mistakes are answered at once.
 """
 
 import argparse
 import functools
-import math
+import itertools
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 from PIL import Image
 
 from sdjax.draw import grids
-from sdjax.draw.settings import complete_job, declarations, from_text, help_text
+from sdjax.draw.settings import (
+    Adapters,
+    Masking,
+    Reading,
+    Sampling,
+    SecondPass,
+    Source,
+    Subject,
+    complete_job,
+    declarations,
+    from_text,
+    help_text,
+)
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.png_parameters import save_png
 from sdjax.runtime import command
-from sdjax.settings import Dtype, Range, Seed, choices, plain_type, read_value
+from sdjax.settings import Dtype, Range, Seed, choices, parse, plain_type, read_value
 from sdjax.text import syntax
 
 _LONGEST_NAME = 80  # bytes of a prompt kept in a file name; file systems allow 255 in all
 
 
 class Lora(NamedTuple):
-    """A LoRA to merge in: a `--lora FILE[:WEIGHT]`, a job's own, or one that a prompt names."""
+    """A LoRA to merge in, from `--lora FILE[:WEIGHT]`, from the line of a job or from a prompt."""
 
     path: Path
     unet_weight: float
@@ -37,15 +48,8 @@ class Lora(NamedTuple):
 
     @property
     def tag(self) -> str:
-        """As A1111 writes it in a prompt."""
+        """The LoRA as A1111 writes it in a prompt."""
         return f"<lora:{self.path.stem}:{self.unet_weight:g}>"
-
-
-class Embedding(NamedTuple):
-    """One `--embedding FILE[:TOKEN]`."""
-
-    path: Path
-    token: str | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,12 +61,9 @@ def _run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     settings = _settings(args)
     axes = [grids.parse_axis(text) for text in (args.grid_x, args.grid_y) if text is not None]
-    on_axis = any(axis.name == "prompt" for axis in axes)
-    prompts = _prompts(args.prompt, args.prompts_file, needed=args.jobs is None and not on_axis)
-    if on_axis and args.jobs is None:
-        prompts = prompts or [""]  # each picture gets its prompt from the axis
+    prompts = _prompts(args, on_axis=any(axis.name == "prompt" for axis in axes))
     _check_values(args, len(prompts), settings)
-    embeddings = [_embedding(text) for text in args.embedding]
+    embeddings = [_file("--embedding", text) for text in args.embedding]
 
     from sdjax import loading
     from sdjax.draw import jobs
@@ -74,11 +75,12 @@ def _run(argv: Sequence[str]) -> None:
     wanted = _jobs(args, settings, prompts, axes)
     jobs.check_alone(wanted)
     named = _loras_below(args.lora_dir)
-    loras: list[tuple[Lora, ...]] = []  # of each job
+    given: list[tuple[Lora, ...]] = []  # the LoRAs in the settings of each job
+    loras: list[tuple[Lora, ...]] = []  # these and the LoRAs that the prompt of the job names
     for job in wanted:
-        with jobs.blaming(job):
-            given = [_lora(text) for text in job.settings["lora"] if text != "none"]
-            loras.append((*given, *(_tagged(tag, args.lora_dir, named) for tag in job.words[1])))
+        with jobs.blaming(job.origin):
+            given.append(tuple(_lora(text) for text in job.settings["lora"] if text != "none"))
+            loras.append((*given[-1], *(_tagged(tag, args.lora_dir, named) for tag in job.words[1])))
     out = _writable_folder(args.out)
     compilation_cache.enable()
     host_memory.keep()
@@ -86,22 +88,19 @@ def _run(argv: Sequence[str]) -> None:
     outline = loading.outline(
         args.model, args.dtype, variant=args.variant, tokenizer=args.tokenizer, prediction_type=args.prediction_type
     )
-    words = [outline.load_words(embedding.path, embedding.token) for embedding in embeddings]
+    words = [outline.load_words(path, token) for path, token in embeddings]
     bare = [job.replace(prompt=job.words[0]) for job in wanted]
-    jobs.check(functools.reduce(lambda known, own: known.with_words(vector_counts(own)), words, outline), bare)
-    adapters = {path: load_lora(path, outline.shapes) for path in {lora.path for own in loras for lora in own}}
+    jobs.check(functools.reduce(lambda outline, new: outline.with_words(vector_counts(new)), words, outline), bare)
+    adapters = {path: load_lora(path, outline.shapes) for path in {lora.path for lora in itertools.chain(*loras)}}
 
     model = functools.reduce(Model.with_embedding, words, loading.with_weights(outline))
     if args.tiled_vae is not None:
         model = model.with_tiled_vae(args.tiled_vae, args.tiled_vae // 8)
     pictures: dict[int, Image.Image] = {}
     number = _next_number(out)
-    groups = _by_loras(loras)
-    for n, (own, places) in enumerate(groups.items(), 1):
-        adapted = model
-        for lora in own:
-            for part, tree in adapters[lora.path].items():
-                adapted = adapted.with_lora({part: tree}, lora.unet_weight if part == "unet" else lora.text_weight)
+    groups = jobs.grouped(loras)
+    for n, (merged, places) in enumerate(groups.items(), 1):
+        adapted = _with_loras(model, merged, adapters)
         if n == len(groups):
             del model  # or the weights without LoRAs stay in memory beside those with them
         for chosen, batch in jobs.batches([bare[i] for i in places], args.batch_size):
@@ -109,7 +108,7 @@ def _run(argv: Sequence[str]) -> None:
                 drawn = jobs.draw(adapted, batch)
             for i, picture in zip((places[n] for n in chosen), drawn, strict=False):
                 job, prompt = wanted[i], bare[i].settings["prompt"]
-                _mention(picture, prompt, job.settings["prompt"], own[: len(own) - len(job.words[1])])
+                _mention(picture, prompt, job.settings["prompt"], given[i])
                 _save(picture, out / f"{number + i:05d}-{job.settings['seed']}-{safe_name(prompt)}.png")
                 pictures[i] = picture
     in_order = [pictures[i] for i in range(len(pictures))]
@@ -117,17 +116,25 @@ def _run(argv: Sequence[str]) -> None:
         _save(sheet, out / name)
 
 
+def _with_loras(model: Any, loras: Sequence[Lora], adapters: Mapping[Path, Mapping[str, Any]]) -> Any:
+    """The model with LoRAs merged in. adapters: file -> part -> adapter tree."""
+    for lora in loras:
+        for part, tree in adapters[lora.path].items():
+            model = model.with_lora({part: tree}, lora.unet_weight if part == "unet" else lora.text_weight)
+    return model
+
+
 def _jobs(args: argparse.Namespace, settings: Mapping[str, Any], prompts: Sequence[str], axes: Sequence[grids.Axis]):
-    """The jobs of the flags and of --jobs, each over the values of the axes; the x axis varies fastest."""
+    """The jobs of the flags and of --jobs, with every combination of the values of the axes. x varies fastest."""
     from sdjax.draw import jobs
 
     drawn = []
-    moved = "variation_seed" if settings.get("variation_strength") else "seed"  # see `draw.settings.Settings`
-    first = settings.get(moved, 0)
+    counting = "variation_seed" if settings.get("variation_strength") else "seed"  # see `draw.settings.Settings`
+    first = settings.get(counting, 0)
     for i, prompt in enumerate(prompt for prompt in prompts for _ in range(args.num_images)):
-        drawn.append(jobs.Job(complete_job({**settings, "prompt": prompt, moved: first + i})))
+        drawn.append(jobs.Job(complete_job({**settings, "prompt": prompt, counting: first + i})))
     if args.jobs is not None:
-        drawn += jobs.read_jobs(args.jobs, settings)
+        drawn += jobs.read_jobs(_lines("--jobs", args.jobs), settings, f"--jobs {args.jobs}")
     for axis in reversed(axes):  # y outside, x inside
         drawn = [job.replace(**{axis.name: value}) for job in drawn for value in axis.values]
     return drawn
@@ -136,116 +143,158 @@ def _jobs(args: argparse.Namespace, settings: Mapping[str, Any], prompts: Sequen
 def _sheets(
     pictures: Sequence[Image.Image], axes: Sequence[grids.Axis], columns: int
 ) -> Iterator[tuple[str, Image.Image]]:
-    """(file name, sheet): all pictures of one size or, with axes, those of each job labelled with their values."""
+    """Yields (file name, sheet): a sheet of all pictures if they have one size or, with axes, a grid for each job."""
     if not axes:
         if len(pictures) > 1 and len({picture.size for picture in pictures}) == 1:
             yield "grid.png", grids.sheet(pictures, columns=columns if columns > 1 else None)
         return
-    x, y = axes[0], axes[1] if len(axes) > 1 else None
-    size = len(x.values) * (len(y.values) if y else 1)
+    x, y = (*(axis.labels for axis in axes), [])[:2]
+    size = len(x) * max(len(y), 1)
     for i in range(0, len(pictures), size):
         name = "grid.png" if len(pictures) == size else f"grid-{i // size}.png"
-        yield name, grids.labelled(pictures[i : i + size], x.labels, y.labels if y else [])
+        yield name, grids.labelled(pictures[i : i + size], x, y)
 
 
 # ------------------------------------------------------------------------------------------------ the command line
 
 
+FLAGS = tuple(name for name in declarations() if name != "prompt")
+"""The settings of drawing that are flags and hold one value."""
+
+
 def _parser() -> command.Parser:
-    parser = command.Parser(prog="sdjax generate", description="Draw pictures from prompts.", allow_abbrev=False)
+    parser = command.Parser(
+        prog="sdjax generate",
+        usage="%(prog)s --model MODEL --prompt TEXT [flags]",
+        description="Draw pictures from prompts.",
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("--model", required=True, help='"tiny" (embedded), a diffusers folder, a model file, or a hub id')
-    add("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be repeated")
-    add("--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line, UTF-8")
-    add("--num-images", type=int, default=1, metavar="N", help="pictures of each prompt (1)")
-    for name in FLAGS:
-        hint, declared = declarations()[name]
-        kind = plain_type(hint)
-        more: dict[str, Any] = {"metavar": declared.metavar or ("NAME" if choices(hint) else "N")}
-        if kind is bool:
-            more = {"action": "store_true", "default": None}
-        elif name == "lora":
-            more |= {"action": "append"}
-        add(f"--{name.replace('_', '-')}", help=help_text(name).replace("%", "%%"), **more)
-    add("--tiled-vae", type=int, nargs="?", const=512, metavar="PIXELS", help="decode in tiles of this side (512)")
-    add("--jobs", type=Path, metavar="FILE", help="more pictures: a JSON table of settings a line, over the flags'")
-    add("--grid-x", metavar="NAME=V,V", help="draw each picture with each value of a setting; a labelled grid")
-    add("--grid-y", metavar="NAME=V,V", help="and with each value of another")
-    add("--lora-dir", type=Path, metavar="DIR", help="folder of the LoRAs that prompts name: <lora:NAME:WEIGHT>")
+    add("--out", type=Path, default=Path("outputs"), metavar="DIR", help="folder for the pictures (default: outputs)")
+    add("--batch-size", type=int, default=4, metavar="N", help="most pictures to draw at once (default: 4)")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    group = parser.add_argument_group("prompts and seeds")
+    group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be repeated")
+    group.add_argument("--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line, in UTF-8")
+    group.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)")
+    _add_settings(group, Subject, Reading)
+    _add_settings(parser.add_argument_group("sampler, guidance and size"), Sampling)
+    _add_settings(parser.add_argument_group("second pass"), SecondPass)
+    _add_settings(parser.add_argument_group("image and mask"), Source, Masking)
+    add = parser.add_argument_group("grids and lists of pictures").add_argument
+    add("--grid-x", metavar="NAME=V,V", help="draw each picture with each value of a setting, in a labelled grid")
+    add("--grid-y", metavar="NAME=V,V", help="and with each value of another setting")
+    add(
+        "--jobs",
+        type=Path,
+        metavar="FILE",
+        help="more pictures: JSON lines with settings, each over those of the flags",
+    )
+    group = parser.add_argument_group("model, LoRAs and new words")
+    add = group.add_argument
+    add("--dtype", default="float32", metavar="TYPE", help=f"{', '.join(get_args(Dtype))} (default: float32)")
+    add("--variant", metavar="NAME", help="variant of the weight files, such as fp16")
+    add("--tokenizer", metavar="DIR", help="folder of the tokenizer, for a model in a single file (default: the hub's)")
+    add(
+        "--prediction-type", default="", metavar="NAME", help="epsilon or v_prediction, if the model's setting is wrong"
+    )
+    _add_settings(group, Adapters)
+    add("--lora-dir", type=Path, metavar="DIR", help="folder of the LoRAs that prompts name as <lora:NAME:WEIGHT>")
     add(
         "--embedding",
         action="append",
         default=[],
-        metavar="FILE[:TOKEN]",
-        help="new words for prompts, from Textual "
-        "Inversion; TOKEN: the word to use instead of the one in the file; may be repeated",
+        metavar="FILE[:WORD]",
+        help="new words for prompts, from Textual Inversion; WORD replaces the word in the file; may be repeated",
     )
-    add("--dtype", default="float32", metavar="TYPE", help=f"one of {', '.join(get_args(Dtype))} (float32)")
-    add("--variant", metavar="NAME", help="of the weight files, such as fp16")
-    add("--tokenizer", metavar="DIR", help="folder of the tokenizer, for a model of a single file (the hub's)")
-    add("--prediction-type", default="", metavar="NAME", help="epsilon or v_prediction, where the model's is wrong")
-    add("--batch-size", type=int, default=4, metavar="N", help="most pictures drawn at once (4)")
-    add("--out", type=Path, default=Path("outputs"), metavar="DIR", help="folder for the pictures (outputs)")
-    add("--debug", action="store_true", help="show tracebacks of errors")
+    add(
+        "--tiled-vae",
+        type=int,
+        nargs="?",
+        const=512,
+        metavar="PIXELS",
+        help="decode in tiles of this side (default: 512)",
+    )
     return parser
 
 
-FLAGS = tuple(name for name in declarations() if name != "prompt")
-"""The settings of drawing that are flags."""
+def _add_settings(group: Any, *kinds: Any) -> None:
+    """Adds the flags of the settings that some kinds of settings declare."""
+    for name in (name for kind in kinds for name in kind.__annotations__ if name in FLAGS):
+        hint, declared = declarations()[name]
+        kind, text = plain_type(hint), help_text(name)
+        how: dict[str, Any] = {"metavar": declared.metavar or ("NAME" if choices(hint) else "N")}
+        if kind is bool:
+            how = {"action": "store_true", "default": None}
+        elif get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis:
+            how["action"], text = "append", f"{text}; may be repeated"
+        group.add_argument(_flag(name), help=text.replace("%", "%%"), **how)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The drawing settings that the flags give, checked. Raises ConfigError, which names the flag."""
+    """The settings of drawing that the flags give, checked. Raises ConfigError, which names the flag."""
     settings = {}
     for name in FLAGS:
-        given, flag = vars(args)[name], f"--{name.replace('_', '-')}"
-        if isinstance(given, str):
-            settings[name] = from_text(name, given, flag)
-        elif given is not None:
-            settings[name] = tuple(given) if isinstance(given, list) else given
+        value = vars(args)[name]
+        if isinstance(value, str):
+            settings[name] = from_text(name, value, _flag(name))
+        elif value is not None:
+            settings[name] = tuple(value) if isinstance(value, list) else value
     return settings
 
 
-def _prompts(given: Sequence[str], file: Path | None, *, needed: bool) -> list[str]:
-    prompts = list(given)
-    if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except OSError as error:
-            raise DataError(f"--prompts-file {file}: {error.strerror or error}") from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"--prompts-file {file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-        prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts and needed:
+def _prompts(args: argparse.Namespace, *, on_axis: bool) -> list[str]:
+    """The prompts of the flags. Without any, an axis of prompts fills in an empty one, and --jobs needs none."""
+    prompts = list(args.prompt)
+    if args.prompts_file is not None:
+        prompts += [line.strip() for line in _lines("--prompts-file", args.prompts_file) if line.strip()]
+    if prompts or args.jobs is not None:
+        return prompts
+    if not on_axis:
         raise ConfigError("nothing to draw: give --prompt TEXT or --prompts-file FILE with a prompt a line")
-    return prompts
+    return [""]
+
+
+def _lines(flag: str, path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise DataError(f"{flag} {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{flag} {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _file(flag: str, text: str) -> tuple[Path, str | None]:
+    """The two parts of FILE:REST. Without a colon, or if the whole text is the name of a file, REST is None."""
+    path, rest = Path(text), None
+    head, colon, tail = text.rpartition(":")
+    if colon and not path.exists():
+        path, rest = Path(head), tail
+    if not path.exists():
+        raise DataError(f"{flag} {path}: no such file")
+    return path, rest
 
 
 def _lora(text: str) -> Lora:
-    """FILE or FILE:WEIGHT; a file whose whole name is `text` wins."""
-    path, weight = Path(text), 1.0
-    head, colon, tail = text.rpartition(":")
-    if colon and not path.exists():
-        path = Path(head)
-        try:
-            weight = float(tail)
-        except ValueError:
-            raise ConfigError(f"--lora {text}: no such file, and {tail!r} is not a weight") from None
-        if not math.isfinite(weight):
-            raise ConfigError(f"--lora {text}: the weight must be a finite number")
-    if not path.exists():
-        raise DataError(f"--lora {path}: no such file")
+    """Reads FILE or FILE:WEIGHT."""
+    path, rest = _file("--lora", text)
+    weight = 1.0 if rest is None else parse(float, rest, f"the weight of --lora {path}")
     return Lora(path, weight, weight)
 
 
 def _loras_below(folder: Path | None) -> dict[str, Path]:
-    """The files of LoRAs anywhere under a folder, by name."""
+    """Name -> file of the LoRAs in a folder and the folders below it."""
     files = sorted(folder.rglob("*")) if folder is not None else []
     return {path.stem: path for path in files if path.suffix in (".safetensors", ".pt", ".ckpt")}
 
 
 def _tagged(tag: syntax.LoraTag, folder: Path | None, files: Mapping[str, Path]) -> Lora:
-    """The file that a prompt's `<lora:NAME:WEIGHT>` means."""
+    """Finds the file of a prompt's `<lora:NAME:WEIGHT>`."""
     if folder is None:
         raise ConfigError(f"the prompt names the LoRA {tag.name!r}: give --lora-dir DIR, the folder it lies in")
     if tag.name not in files:
@@ -253,27 +302,8 @@ def _tagged(tag: syntax.LoraTag, folder: Path | None, files: Mapping[str, Path])
     return Lora(files[tag.name], tag.unet_weight, tag.text_weight)
 
 
-def _by_loras(loras: Sequence[tuple[Lora, ...]]) -> dict[tuple[Lora, ...], list[int]]:
-    """The numbers of the jobs that are drawn with the same LoRAs."""
-    groups: dict[tuple[Lora, ...], list[int]] = {}
-    for i, own in enumerate(loras):
-        groups.setdefault(own, []).append(i)
-    return groups
-
-
-def _embedding(text: str) -> Embedding:
-    """FILE or FILE:TOKEN; a file whose whole name is `text` wins."""
-    path, token = Path(text), None
-    head, colon, tail = text.rpartition(":")
-    if colon and not path.exists():
-        path, token = Path(head), tail
-    if not path.exists():
-        raise DataError(f"--embedding {path}: no such file")
-    return Embedding(path, token)
-
-
 def _check_values(args: argparse.Namespace, prompts: int, settings: Mapping[str, Any]) -> None:
-    """Checks the flags that are no settings of a picture. Raises ConfigError."""
+    """Checks the flags that are not settings of a picture. Raises ConfigError."""
     read_value(Dtype, args.dtype, "--dtype")
     for flag, value, low in (
         ("--num-images", args.num_images, 1),
@@ -299,19 +329,19 @@ def _writable_folder(path: Path) -> Path:
 
 
 def safe_name(prompt: str) -> str:
-    """A prompt as part of a file name: letters and digits of any script and hyphens, at most 80 bytes, never empty."""
+    """Makes a prompt part of a file name: letters and digits of any script and hyphens, 1 to 80 bytes."""
     words = re.sub(r"[\W_]+", "-", prompt).strip("-")
     return words.encode()[:_LONGEST_NAME].decode(errors="ignore").strip("-") or "picture"
 
 
 def _next_number(folder: Path) -> int:
-    """One past the highest number a picture in the folder begins with, so that none is overwritten."""
-    found = (re.match(r"(\d{5,})-.*\.png$", name) for name in os.listdir(folder))
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    """One more than the highest number in the names of pictures in a folder, so that none is overwritten."""
+    matches = (re.match(r"(\d{5,})-.*\.png$", name) for name in os.listdir(folder))
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
 def _mention(picture: Image.Image, drawn: str, prompt: str, loras: Sequence[Lora]) -> None:
-    """Put the LoRAs into the picture's recorded prompt `drawn`, where A1111 looks for them."""
+    """Writes `prompt` and the LoRAs in place of the prompt `drawn` in a picture's text, where A1111 looks for them."""
     text = picture.info["parameters"]
     picture.info["parameters"] = " ".join([prompt, *(lora.tag for lora in loras)]) + text.removeprefix(drawn)
 

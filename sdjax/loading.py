@@ -1,9 +1,9 @@
-"""Models from what they are kept in: the embedded model, diffusers folders, single files, the hub."""
+"""Loads models: the embedded model, diffusers folders, single files, and models of the hub."""
 
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, get_args
+from typing import Any, TypedDict, Unpack
 
 import jax.numpy as jnp
 
@@ -15,20 +15,20 @@ from sdjax.formats.single_file import SUFFIXES, read_single_file
 from sdjax.model import Model, Outline
 from sdjax.models import clip, unet, vae
 from sdjax.models.layers import Compute
-from sdjax.settings import Dtype
+from sdjax.settings import Dtype, read_value
 from sdjax.text.encoding import TEXT_ENCODERS
 from sdjax.text.tokenizer import Tokenizer
 
 
 class Options(TypedDict, total=False):
-    """How a model is found and computed.
+    """Options of how a model is found and computed.
 
-    variant: of the weight files, such as "fp16".
+    variant: the variant of the weight files, such as "fp16".
     platform: "cpu", "gpu" or "tpu", to trace for another platform than JAX's default.
-    tokenizer: for a single file, which holds none: the folder of a tokenizer, or of a model that has one. By default
-    the tokenizer of Stable Diffusion, from the hub or its cache.
-    prediction_type: "epsilon" or "v_prediction" where the setting of the model is wrong. A single file of Stable
-    Diffusion 2 does not say which it is.
+    tokenizer: the folder of a tokenizer, or of a model that has one, for a model in a single file, which holds none.
+    By default the tokenizer of Stable Diffusion, from the hub or its cache.
+    prediction_type: "epsilon" or "v_prediction", if the model's setting is wrong. A single file of Stable Diffusion 2
+    does not say which of them it is.
     """
 
     variant: str | None
@@ -38,7 +38,7 @@ class Options(TypedDict, total=False):
 
 
 def load(source: str | os.PathLike, dtype: str = "float32", **how: Unpack[Options]) -> Model:
-    """A model with its weights; see `outline`."""
+    """Loads a model with its weights; see `outline`."""
     return with_weights(outline(source, dtype, **how))
 
 
@@ -51,15 +51,14 @@ def outline(
     tokenizer: str | os.PathLike | None = None,
     prediction_type: str = "",
 ) -> Outline:
-    """A model without its weights, none of which is read.
+    """Loads a model without its weights, none of which is read.
 
     source: "tiny" (embedded), a diffusers folder, a .safetensors or .ckpt file of a whole model, or a hub id.
-    dtype: float32, bfloat16 or float16, of weights and computation. In float16 the VAE stays in float32, which it
-    needs. The other arguments are described in `Options`.
+    dtype: the number type of the weights and the computation: float32, bfloat16 or float16. With float16 the VAE stays
+    in float32, whose range it needs. The other arguments are described in `Options`.
     Raises ConfigError for a wrong argument, DataError for files that are missing, damaged or of another kind.
     """
-    if dtype not in get_args(Dtype):
-        raise ConfigError(f"dtype = {dtype!r}: choices are {', '.join(get_args(Dtype))}")
+    read_value(Dtype, str(dtype), "dtype")
     folder = _find(source, variant, tokenizer, prediction_type)
     schedule = diffusion.altered(diffusion.NoiseSchedule.from_config(folder.scheduler), prediction_type=prediction_type)
     if prediction_type:
@@ -90,12 +89,12 @@ def outline(
 
 
 def with_weights(outline: Outline, *, dtype: Any = None) -> Model:
-    """The model of an outline, with all its weights. dtype: of the weights; by default the one they compute in."""
+    """Loads all weights of a model. dtype: see `load_weights`."""
     return Model(outline, {part: load_weights(outline, part, dtype=dtype) for part in outline.shapes})
 
 
 def load_weights(outline: Outline, part: str, *, dtype: Any = None) -> dict[str, Any]:
-    """The parameters of one part (`unet`, `vae`, ...). dtype: by default the one the part computes in."""
+    """Loads the parameters of one part, such as `unet`. dtype: by default the number type of the computation."""
     return load_params(
         outline.folder.tensors(part),
         outline.shapes[part],

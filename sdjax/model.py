@@ -38,7 +38,7 @@ class Outline:
     """A model without its weights: modules, parameter shapes, tokenizers, noise schedule.
 
     shapes: part -> tree of `jax.ShapeDtypeStruct`. The parts are `unet`, `vae`, `text_encoder` and, for SDXL,
-    `text_encoder_2`. folder: the configs and files the model was found in. name: the source it was loaded from.
+    `text_encoder_2`. folder: the configs and files of the model. name: the source it was loaded from.
     """
 
     unet: unet.UNet
@@ -57,21 +57,24 @@ class Outline:
 
     @property
     def is_inpainting(self) -> bool:
-        """Whether the U-Net takes a mask and masked latents beside the latents. ConfigError for any other input."""
+        """Whether the U-Net takes a mask and masked latents beside the latents.
+
+        Raises ConfigError for a U-Net of any other number of input channels.
+        """
         channels, latent = self.unet.config.in_channels, self.vae.config.latent_channels
         if channels not in (latent, 2 * latent + 1):
-            choices = f"{latent} or, for inpainting, {2 * latent + 1}"
-            raise ConfigError(f"{self.name}: a U-Net of {channels} input channels; sdjax draws with {choices}")
+            expected = f"{latent} or, for inpainting, {2 * latent + 1}"
+            raise ConfigError(f"{self.name}: the U-Net has {channels} input channels; expected {expected}")
         return channels != latent
 
     @property
     def zeros_empty_prompts(self) -> bool:
-        """Whether an empty negative prompt means zeros in place of its encoding, as SDXL was trained."""
+        """Whether the encoding of an empty negative prompt is replaced by zeros, as in the training of SDXL."""
         return bool(self.folder.model_index.get("force_zeros_for_empty_prompt"))
 
     @property
     def native_size(self) -> int:
-        """Side of the pictures the model was trained on, in pixels."""
+        """The side of the pictures that the model was trained on, in pixels."""
         return self.unet.config.sample_size * self.vae.config.factor
 
     @property
@@ -94,11 +97,11 @@ class Outline:
         return {name: self.tokenizers[TEXT_ENCODERS[name]].encode(prompts, chunks=count) for name in self.text_models}
 
     def chunks(self, prompts: Sequence[str | Sections]) -> int:
-        """Chunks that the longest of the prompts takes in any text model."""
+        """The number of chunks of the longest prompt, in the text model that needs most."""
         return max(tokenizer.chunks(prompt) for tokenizer in self.tokenizers.values() for prompt in prompts)
 
     def hidden_state(self, clip_skip: int | None = None) -> HiddenState:
-        """The state of the text models that is the context. ConfigError for a `clip_skip` beyond their layers."""
+        """The hidden state of the text models that is the context. Raises ConfigError for a clip_skip out of range."""
         layers = min(model.config.num_hidden_layers for model in self.text_models.values())
         if clip_skip is not None and not 1 <= clip_skip <= layers:
             raise ConfigError(f"clip_skip = {clip_skip}: must lie in 1 (last layer)..{layers}")
@@ -115,7 +118,10 @@ class Outline:
         return {"text_embeds": pooled, "time_ids": jnp.broadcast_to(sizes, (pooled.shape[0], 6))}
 
     def with_words(self, words: Mapping[str, int]) -> "Outline":
-        """The outline whose tokenizers know new words. words: word -> number of vectors. ConfigError for a clash."""
+        """Returns the outline with new words in its tokenizers. words: word -> number of vectors.
+
+        Raises ConfigError for a word that the tokenizers know already.
+        """
         tokenizers = dict(self.tokenizers)
         for name, model in self.text_models.items():
             tokenizer = tokenizers[TEXT_ENCODERS[name]]
@@ -151,7 +157,7 @@ class Model:
     """A model with its weights.
 
     params: part -> parameter tree.
-    placeholders: text model -> vectors [K, D] of the new words its tokenizer has learned.
+    placeholders: text model -> vectors [K, D] of the new words in its tokenizer.
     adapters: part -> LoRA tree with a leading axis, one adapter for each picture of a call (see `with_loras`).
     tiling: how the autoencoder divides large pictures; None computes them whole.
     """
@@ -165,7 +171,7 @@ class Model:
     # ------------------------------------------------------------------------------------------------ computing
 
     def variables(self, part: str, pictures: Sequence[int] | None = None) -> dict[str, Any]:
-        """The Flax variable collections of a part.
+        """The Flax variables of a part.
 
         pictures: for each example of the batch, the number of the picture whose adapter it uses. None: no adapters.
         """
@@ -249,11 +255,14 @@ class Model:
     # ------------------------------------------------------------------------------------------------ changing
 
     def with_tiled_vae(self, tile: int = 512, overlap: int = 64) -> "Model":
-        """The model whose autoencoder works in overlapping tiles, to save memory on large pictures. In pixels."""
+        """Returns the model with an autoencoder that works in overlapping tiles, to save memory on large pictures.
+
+        tile, overlap: in pixels.
+        """
         return dataclasses.replace(self, tiling=Tiling(tile, overlap))
 
     def with_lora(self, path: str | os.PathLike | Mapping[str, Any], weight: float = 1.0) -> "Model":
-        """The model with a LoRA merged into its weights: `W + weight * scale * down up`.
+        """Returns the model with a LoRA merged into its weights: `W + weight * scale * down up`.
 
         path: a file (kohya or PEFT keys), or part -> adapter tree. Raises DataError for a file that does not fit.
         """
@@ -264,10 +273,10 @@ class Model:
     def with_loras(
         self, paths: Sequence[str | os.PathLike | Mapping[str, Any] | None], weights: Sequence[float] | None = None
     ) -> "Model":
-        """The model that draws `len(paths)` pictures a call, picture i with LoRA i (None: without a LoRA).
+        """Returns the model that draws `len(paths)` pictures a call, picture i with LoRA i (None: without a LoRA).
 
-        paths: see `with_lora`. The adapters stay beside the weights, which all pictures share. Merge what the pictures
-        have in common with `with_lora` first. Raises ConfigError for DoRA, which cannot be stacked.
+        paths: see `with_lora`. The adapters stay beside the weights, which all pictures share. A LoRA that all pictures
+        have in common is better merged first, with `with_lora`. Raises ConfigError for DoRA, which cannot be stacked.
         """
         loras = [path if isinstance(path, Mapping) else load_lora(path, self.params) if path else {} for path in paths]
         weights = [1.0] * len(loras) if weights is None else list(weights)
@@ -284,11 +293,11 @@ class Model:
     def with_embedding(
         self, path: str | os.PathLike | Mapping[str, Mapping[str, np.ndarray]], token: str | None = None
     ) -> "Model":
-        """The model that also knows the words of a Textual Inversion. Several calls add up.
+        """Returns the model with the words of a Textual Inversion, beside those of earlier calls.
 
-        path: a file of any program, or word -> text model -> vectors [n, D] (an SDXL word has vectors for both text
-        models). token: the word to use in prompts, for a file that holds one word; by default the word in the file.
-        Raises ConfigError for a word that the model knows already, DataError for vectors that do not fit it.
+        path: a file of any program, or word -> text model -> vectors [n, D]. A word for SDXL has vectors for both text
+        models. token: the word to use in prompts, for a file that holds one word; by default the word in the file.
+        Raises ConfigError for a word that the model knows already, DataError for vectors that do not fit the model.
         """
         words = self.outline.load_words(path, token)
         placeholders = dict(self.placeholders)
@@ -301,10 +310,10 @@ class Model:
         return dataclasses.replace(self, outline=outline, placeholders=placeholders)
 
     def for_inpainting(self) -> "Model":
-        """A standard model whose U-Net also takes the mask and the masked latents, to be trained for inpainting.
+        """Returns a standard model with a U-Net that also takes the mask and the masked latents, for training.
 
-        The weights of the further channels are 0, so the model computes what it did before. Stable Diffusion's
-        inpainting models were begun in the same way.
+        The weights of the new input channels are 0, so they change no output at first. The training of Stable
+        Diffusion's inpainting models began in the same way.
         """
         outline = self.outline
         channels = 2 * outline.vae.config.latent_channels + 1
@@ -330,9 +339,9 @@ class Model:
     def save(self, folder: str | os.PathLike, *, dtype: str | None = None) -> None:
         """Writes the model in the layout of diffusers, with new words in its tokenizers and embedding tables.
 
-        folder: a path that ends in .safetensors gives a single file with CompVis' names instead, as A1111 and ComfyUI
-        keep models. A single file holds no tokenizer, so new words raise ConfigError.
-        dtype: of the weights written; by default as they are.
+        folder: a path that ends in .safetensors gives a single file with CompVis' parameter names instead, the form
+        that A1111 and ComfyUI read. A single file holds no tokenizer, so a model with new words raises ConfigError.
+        dtype: the number type of the written weights; by default that of the model.
         """
         outline, source = self.outline, self.outline.folder
         if Path(folder).suffix.lower() in (".safetensors", ".sft"):
@@ -357,7 +366,7 @@ class Model:
                 first = tokenizer.save(plain, tokenizers[place])
                 params[name] = textual_inversion.with_rows(params[name], rows, first, what=f"{outline.name}: {name}")
                 size = params[name]["embeddings"]["token_embedding"]["embedding"].shape[0]
-                # An eos_token_id of 2 means the largest id, which is now that of a new word.
+                # An eos_token_id of 2 means the largest id, which now belongs to a new word.
                 configs[name] = {**configs[name], "vocab_size": size, "eos_token_id": tokenizer.end}
             save_folder(
                 folder,

@@ -1,4 +1,4 @@
-"""How a setting is declared, and how a given value is checked against its declaration.
+"""How a setting is declared, and how a value is checked against the declaration.
 
 A setting is a field whose annotation holds its type and its rules:
 
@@ -29,7 +29,7 @@ LoraTargets = Literal["attention", "attention+ff", "transformer", "linear", "con
 
 
 class Range(NamedTuple):
-    """A number must satisfy `low <= x <= high` (`low < x` if `above`) and `x % multiple == 0`."""
+    """The rule that a number x satisfies `low <= x <= high` (`low < x` if `above`) and `x % multiple == 0`."""
 
     low: float
     high: float = math.inf
@@ -50,7 +50,7 @@ class Range(NamedTuple):
 
 
 class Matching(NamedTuple):
-    """A text must match a regular expression as a whole."""
+    """The rule that a whole text matches a regular expression. expected: the rule in words."""
 
     pattern: str
     expected: str
@@ -76,10 +76,10 @@ def wrong(key: str, value: Any, expected: str) -> ConfigError:
 
 
 def read_record(cls: type, table: Any, key: str = "") -> Any:
-    """A dataclass or TypedDict from a plain table.
+    """Makes a dataclass or TypedDict from a plain table.
 
-    key: dotted name of the table, which errors begin with. Raises ConfigError for an unknown or missing key and for a
-    value that breaks its rule.
+    key: the dotted name of the table, which errors begin with. Raises ConfigError for an unknown or missing key and
+    for a value that breaks its rule.
     """
     if not isinstance(table, Mapping):
         raise wrong(key, table, "a table")
@@ -96,10 +96,10 @@ def read_record(cls: type, table: Any, key: str = "") -> Any:
 
 
 def read_value(hint: Any, value: Any, key: str) -> Any:
-    """The value as the annotation wants it.
+    """Returns the value in the type of the annotation.
 
-    An int becomes a float where a float is wanted, a list becomes a tuple, and one value may stand for a list of one.
-    Raises ConfigError, which names the key, the value and the rule.
+    A whole number becomes a float where a float is expected, a list becomes a tuple, and a single value becomes a tuple
+    of one. Raises ConfigError, which names the key, the value and the rule.
     """
     kind, arguments = get_origin(hint), get_args(hint)
     if dataclasses.is_dataclass(hint):
@@ -127,7 +127,7 @@ def read_value(hint: Any, value: Any, key: str) -> Any:
         return {name: read_value(arguments[1], inner, join(key, name)) for name, inner in value.items()}
     if kind is tuple:
         return _read_sequence(arguments, value, key)
-    # NumPy's numbers are registered as these too.
+    # The abstract types also match NumPy's numbers.
     number = {int: numbers.Integral, float: numbers.Real}.get(hint)
     if number is not None and isinstance(value, number) and not isinstance(value, bool):
         value = hint(value)
@@ -137,13 +137,13 @@ def read_value(hint: Any, value: Any, key: str) -> Any:
 
 
 def parse(hint: Any, text: str, key: str) -> Any:
-    """The value of a text such as a flag's: numbers are converted, a list of whole numbers is divided at its commas.
+    """Reads the value of a setting from a text, such as that of a flag. Raises ConfigError like `read_value`.
 
-    Raises ConfigError as `read_value` does.
+    Numbers are converted, and a list of whole numbers is divided at its commas.
     """
     plain = plain_type(hint)
     value: Any = text
-    with contextlib.suppress(ValueError):  # what is no number is refused below, with the rule
+    with contextlib.suppress(ValueError):  # read_value refuses a text that is no number, and names the rule
         if plain in (int, float):
             value = plain(text)
         elif get_origin(plain) is tuple and get_args(plain)[0] is int:
@@ -160,21 +160,21 @@ def plain_type(hint: Any) -> Any:
 
 
 def choices(hint: Any) -> tuple[str, ...]:
-    """The choices of an annotation such as `Literal["a", "b"]`; empty where any value of the type will do."""
+    """The choices of an annotation such as `Literal["a", "b"]`. Empty for any other annotation."""
     kind, arguments = get_origin(hint), get_args(hint)
     return arguments if kind is Literal else choices(arguments[0]) if kind is Annotated else ()
 
 
 def metadata(hint: Any) -> list[Any]:
-    """Everything that an annotation says of its type: `[Range(1)]` for `Annotated[int, Range(1)] | None`."""
+    """Everything that `Annotated` adds to a type: `[Range(1)]` for `Annotated[int, Range(1)] | None`."""
     if get_origin(hint) is Annotated:
-        inner, *found = get_args(hint)
-        return [*metadata(inner), *found]
+        inner, *marks = get_args(hint)
+        return [*metadata(inner), *marks]
     return [mark for argument in get_args(hint) for mark in metadata(argument)]
 
 
 def contained_types(hint: Any) -> list[Any]:
-    """The plain types in an annotation: `[Stage]` for `tuple[Stage, ...]`."""
+    """The plain types inside an annotation: `[Stage]` for `tuple[Stage, ...]`."""
     arguments = get_args(hint)[:1] if get_origin(hint) is Annotated else get_args(hint)
     return [kind for argument in arguments for kind in contained_types(argument)] if arguments else [hint]
 

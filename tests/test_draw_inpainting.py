@@ -130,7 +130,7 @@ def test_pixels_outside_any_mask_are_the_images_own(problem):
     kept = frame.mask == 0
     np.testing.assert_array_equal(np.asarray(pasted)[kept], np.asarray(image)[kept])
     assert (np.asarray(mask)[kept] == 0).all()
-    if options.mask_grow == 0:
+    if options["mask_grow"] == 0:
         assert (kept == (np.asarray(mask) == 0)).all()
 
 
@@ -307,8 +307,8 @@ def test_nothing_is_compiled_for_another_mask_or_setting(tiny):
         ([Image.new("L", (64, 64), 255)] * 2, {}, "2 masks for 1 images"),
         (Image.new("L", (64, 64), 255), {"fill": "magic"}, "fill = 'magic': expected one of original, noise"),
         (Image.new("L", (64, 64), 255), {"mask_blur": -1}, "mask_blur = -1: expected at least 0 and at most 1024"),
-        (Image.new("L", (64, 64), 255), {"strength": 0}, "strength = 0: expected above 0"),
-        (Image.new("L", (64, 64), 255), {"height": 60}, "height = 60: must be a positive multiple of 8"),
+        (Image.new("L", (64, 64), 255), {"strength": 0}, "strength = 0.0: expected above 0"),
+        (Image.new("L", (64, 64), 255), {"height": 60}, "height = 60: expected at least 8, a multiple of 8"),
     ],
 )
 def test_what_cannot_be_painted_is_told(tiny, mask, how, message):

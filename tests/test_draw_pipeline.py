@@ -113,7 +113,7 @@ def test_transparent_and_grey_images_are_read(tiny):
     [
         ({"sampler": "magic"}, "sampler = 'magic': expected one of ddim, pndm"),
         ({"steps": 0}, "steps = 0: expected at least 1 and at most 1000"),
-        ({"height": 60}, "height = 60: must be a positive multiple of 8"),
+        ({"height": 60}, "height = 60: expected at least 8, a multiple of 8"),
         ({"width": -8}, "width = -8"),
         ({"guidance": -1.0}, "guidance = -1.0: expected at least 0 and at most 1000"),
         ({"guidance_rescale": 2.0}, "guidance_rescale = 2.0: expected at least 0 and at most 1"),
@@ -147,7 +147,7 @@ def test_bad_img2img_settings_are_named(tiny, how, message):
 
 
 def test_an_unknown_dtype_is_named():
-    with pytest.raises(ConfigError, match="dtype = 'int8': choices are float32, bfloat16, float16"):
+    with pytest.raises(ConfigError, match="dtype = 'int8': expected one of float32, bfloat16, float16"):
         sdjax.load("tiny", "int8")
 
 

@@ -1,8 +1,8 @@
-"""What the U-Net is conditioned on at each evaluation, from the prompts of a request.
+"""The conditions of the U-Net at each evaluation, from the prompts of a request.
 
 A picture has several texts: the negative prompt, if the picture is guided, and one text for each prompt that AND joins.
-The texts may change from step to step, and they may have different lengths. Pictures whose texts have the same lengths
-are drawn together as a group, so the picture of a prompt never depends on the prompts beside it.
+The texts may change from step to step, and they may have different lengths. Pictures whose texts have equal lengths are
+drawn together as a group, so the picture of a prompt never depends on the prompts beside it.
 """
 
 import functools
@@ -25,7 +25,7 @@ from sdjax.text.syntax import Sections
 
 
 class Condition(NamedTuple):
-    """What the U-Net takes for a batch of examples beside their latents."""
+    """The inputs of the U-Net beside latents and timestep, for a batch of N examples."""
 
     context: Float[Array, "N T D"]
     added: dict[str, Array] | None
@@ -35,7 +35,7 @@ class Texts(NamedTuple):
     """The texts of one picture."""
 
     by_step: tuple[tuple[str, ...], ...]
-    """Each text, at every step."""
+    """The wording of each text at each step; only one where it never changes."""
     chunks: tuple[int, ...]
     """The number of chunks each text takes."""
     guided: bool
@@ -48,8 +48,9 @@ class Group(NamedTuple):
     """Pictures of a request that are drawn together."""
 
     rows: list[int]
-    """Their numbers in the request."""
+    """The numbers of the pictures in the request."""
     texts: list[Texts]
+    """The texts of each picture."""
 
     @property
     def weights(self) -> Float[np.ndarray, "B k"]:
@@ -58,7 +59,7 @@ class Group(NamedTuple):
 
 
 def groups(outline: Outline, request: Request) -> list[Group]:
-    """Divides the pictures of a request by the length of their texts.
+    """Groups the pictures of a request by the lengths of their texts.
 
     Raises ConfigError for prompts that the model cannot draw.
     """
@@ -67,13 +68,13 @@ def groups(outline: Outline, request: Request) -> list[Group]:
     def read(prompt: str, negative: str) -> Texts:
         return _read(outline, request, prompt, negative)
 
-    found: dict[tuple, Group] = {}
+    by_lengths: dict[tuple, Group] = {}
     for row, pair in enumerate(zip(request.prompts, request.negatives, strict=True)):
         texts = read(*pair)
-        group = found.setdefault((texts.chunks, texts.guided), Group([], []))
+        group = by_lengths.setdefault((texts.chunks, texts.guided), Group([], []))
         group.rows.append(row)
         group.texts.append(texts)
-    return list(found.values())
+    return list(by_lengths.values())
 
 
 def _read(outline: Outline, request: Request, prompt: str, negative: str) -> Texts:
@@ -98,7 +99,7 @@ def _read(outline: Outline, request: Request, prompt: str, negative: str) -> Tex
 
 
 def _steps(request: Request) -> tuple[int, int]:
-    """The steps that a prompt counts in this pass, and those it counted in the pass before.
+    """The number of steps that a prompt counts in this pass, and the number of the pass before.
 
     As in A1111, the steps of a prompt are evaluations of the U-Net, of which heun has two a step. A prompt counts all
     steps of the schedule when it redraws an image, but only the steps that run in a second pass.
@@ -115,23 +116,23 @@ def _weighted(request: Request, text: str) -> str | Sections:
 
 
 def conditions(model: Model, request: Request, group: Group, evaluations: int) -> list[tuple[Condition, ...]]:
-    """The conditions of each evaluation: one for all examples, or one for each text if the texts differ in length.
+    """The conditions of each evaluation: one for all texts, or one for each text if the texts differ in length.
 
     Each distinct text is encoded once. As in A1111, evaluations count from 0 and steps from 1, so the first two
     evaluations belong to step 1, and an image's evaluations begin at 0 however small the strength is.
     """
-    made: dict[tuple, tuple[Condition, ...]] = {}
-    found = []
+    encoded: dict[tuple, tuple[Condition, ...]] = {}
+    by_evaluation = []
     for i in range(evaluations):
         now = tuple(tuple(steps[min(max(i, 1), len(steps)) - 1] for steps in texts.by_step) for texts in group.texts)
-        if now not in made:
-            made[now] = _conditions(model, request, group, now)
-        found.append(made[now])
-    return found
+        if now not in encoded:
+            encoded[now] = _conditions(model, request, group, now)
+        by_evaluation.append(encoded[now])
+    return by_evaluation
 
 
 def _conditions(model: Model, request: Request, group: Group, texts: Sequence[Sequence[str]]) -> tuple[Condition, ...]:
-    """texts: the texts of each picture at one step."""
+    """The conditions of one evaluation. texts: the texts of each picture."""
     chunks, guided = group.texts[0].chunks, group.texts[0].guided
     slots = list(zip(*texts, strict=True))  # the same text of all pictures
     negatives = [guided and j == 0 for j in range(len(slots))]
@@ -152,7 +153,7 @@ def _condition(
     chunks: int,
     negative: Sequence[bool] | np.ndarray,
 ) -> Condition:
-    """negative: for each text, whether it is a negative prompt."""
+    """The condition of several texts for each picture. negative: for each text, whether it is a negative prompt."""
     outline, settings = model.outline, request.settings
     context, pooled = model.encode_prompts(
         [_weighted(request, text) for text in texts],

@@ -1,4 +1,4 @@
-"""Several pictures as one: plain sheets, and labelled ones over two settings (A1111's X/Y plot)."""
+"""Several pictures in one image: plain sheets, sheets with captions, and labelled grids (A1111's X/Y plot)."""
 
 import math
 from collections.abc import Sequence
@@ -13,19 +13,20 @@ _FONT, _LINE, _GAP = 14, 22, 4  # pixels
 
 
 class Axis(NamedTuple):
-    """A setting and its values, as `--grid-x steps=10,20` gives them."""
+    """A setting and its values, such as `--grid-x steps=10,20` gives."""
 
     name: str
     values: tuple[Any, ...]
 
     @property
     def labels(self) -> list[str]:
-        values = _told_apart([file for (file,) in self.values]) if self.name == "lora" else self.values
+        """A label for each value. Files are labelled by the part of their path that differs."""
+        values = _distinct_parts([file for (file,) in self.values]) if self.name == "lora" else self.values
         return [f"{self.name}: {value}" for value in values]
 
 
-def _told_apart(files: Sequence[str]) -> list[str]:
-    """Files without the folders that all of them begin and end with: a, b of runs/a/lora.safetensors and runs/b/..."""
+def _distinct_parts(files: Sequence[str]) -> list[str]:
+    """The files without the path components that all begin or end with: a and b for runs/a/x.pt and runs/b/x.pt."""
     parts = [file.split("/") for file in files if file != "none"]
     shortest = min(map(len, parts), default=0)
 
@@ -38,7 +39,7 @@ def _told_apart(files: Sequence[str]) -> list[str]:
 
 
 def parse_axis(text: str) -> Axis:
-    """The axis of `NAME=VALUE,VALUE`. Raises ConfigError."""
+    """Reads an axis from `NAME=VALUE,VALUE`. Raises ConfigError."""
     name, equals, values = text.partition("=")
     name = name.strip().replace("-", "_")
     names = [name for name, (_, declared) in declarations().items() if declared.axis]
@@ -48,7 +49,7 @@ def parse_axis(text: str) -> Axis:
 
 
 def sheet(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Pictures of one size in rows; columns: default as square as it gets."""
+    """Puts pictures of one size in rows. By default the number of columns makes the sheet as square as possible."""
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     width, height = pictures[0].size
     whole = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")
@@ -58,7 +59,10 @@ def sheet(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.
 
 
 def labelled(pictures: Sequence[Image.Image], columns: Sequence[str], rows: Sequence[str]) -> Image.Image:
-    """Pictures row by row, with a label above each column and left of each row. A cell has the size of the largest."""
+    """Puts pictures in rows, with a label above each column and to the left of each row.
+
+    All cells have the size of the largest picture.
+    """
     font = ImageFont.load_default(_FONT)
     margin = max((math.ceil(font.getlength(label)) for label in rows), default=0) + 2 * _GAP
     widest = max(math.ceil(font.getlength(label)) for label in columns) + 2 * _GAP
@@ -79,7 +83,7 @@ def labelled(pictures: Sequence[Image.Image], columns: Sequence[str], rows: Sequ
 
 
 def captioned(pictures: Sequence[Image.Image], captions: Sequence[str], *, columns: int) -> Image.Image:
-    """Pictures of one size in rows, each above its caption. Small pictures are enlarged to make room for the text."""
+    """Puts pictures of one size in rows, each above its caption. Small pictures are enlarged, for longer captions."""
     factor, gap = -(-192 // pictures[0].width), 6
     width, height = (side * factor for side in pictures[0].size)
     columns = min(columns, len(pictures))
@@ -95,7 +99,7 @@ def captioned(pictures: Sequence[Image.Image], captions: Sequence[str], *, colum
 
 
 def _shortened(text: str, font: Any, width: int) -> str:
-    """The text, cut so that it fits into a width in pixels."""
+    """Cuts a text so that it fits into a width in pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

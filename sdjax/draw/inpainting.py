@@ -1,7 +1,7 @@
-"""Masks and pixels of inpainting, before the model and after it; NumPy and Pillow alone.
+"""Masks and pixels of inpainting, before and after the model, with NumPy and Pillow alone.
 
-A mask is white where to paint. What is painted is pasted onto the original: where the mask (grown by `mask_grow`) is
-0, the picture keeps its pixels exactly, so the soft edge of `mask_blur` lies inside the mask.
+A mask is white where to paint. The painted pixels are pasted onto the original picture. Where the mask, after
+`mask_grow`, is 0, the original pixels stay exactly as they were, so the soft edge of `mask_blur` lies inside the mask.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from sdjax.errors import ConfigError
 
 
 class Box(NamedTuple):
-    """Part of a picture, pixels; right and bottom are one past its last."""
+    """Part of a picture, in pixels. `right` and `bottom` are one past the last pixel."""
 
     left: int
     top: int
@@ -26,14 +26,16 @@ class Box(NamedTuple):
 
     @property
     def slices(self) -> tuple[slice, slice]:
+        """The index of the box in an array [H, W, ...]."""
         return slice(self.top, self.bottom), slice(self.left, self.right)
 
 
 class Frame(NamedTuple):
-    """One picture to inpaint: what is drawn of it, and how that is pasted back.
+    """One picture to inpaint: the box of it that is drawn, and how the drawing is pasted back.
 
-    mask: 0..1, grown. drawn: height and width it is drawn at; a box that is not stretched to it is padded at the right
-    and below with its own edge.
+    mask: in [0, 1], after `mask_grow`.
+    drawn: height and width that the model draws. With only_masked the box is resized to them. Otherwise the box is
+    padded to them at the right and below, with copies of its edge.
     """
 
     original: UInt8[np.ndarray, "H W 3"]
@@ -43,19 +45,19 @@ class Frame(NamedTuple):
     settings: PictureSettings
 
     def canvas(self) -> tuple[Float[np.ndarray, "h w 3"], Float[np.ndarray, "h w"]]:
-        """Pixels in 0..1 and mask of what is drawn."""
+        """Returns the pixels and the mask that the model draws from, both in [0, 1]."""
         pixels, mask = self.original[self.box.slices], self.mask[self.box.slices]
         if self.settings["only_masked"]:
             height, width = self.drawn
             pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
             mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))
         else:
-            edges = [(0, wanted - own) for wanted, own in zip(self.drawn, mask.shape, strict=True)]
+            edges = [(0, drawn - side) for drawn, side in zip(self.drawn, mask.shape, strict=True)]
             pixels, mask = np.pad(pixels, [*edges, (0, 0)], mode="edge"), np.pad(mask, edges, mode="edge")
         return pixels.astype(np.float32) / 255, np.clip(mask, 0, 1)
 
     def paste(self, painted: Float[np.ndarray, "h w 3"]) -> Image.Image:
-        """The whole picture with what was painted, 0..1, in its place."""
+        """Returns the whole picture with the painted pixels, in [0, 1], in their place."""
         original, mask = self.original[self.box.slices], self.mask[self.box.slices]
         height, width = mask.shape
         if self.settings["only_masked"]:
@@ -80,12 +82,15 @@ def make_frame(
     native: int,
     multiple: int,
 ) -> Frame:
-    """One picture and its mask, made ready.
+    """Prepares a picture and its mask.
 
-    mask: of any size, stretched over the image; None: the image's transparent part is painted (on white).
-    size: height and width: the image is resized to them or, with only_masked, its crop alone is drawn at them. None:
-    the image's own, at which a side that is no multiple of `multiple` is padded for drawing; a crop's is `native`.
-    Raises ConfigError for a mask that is no image or black all over, and for an image without transparency to go by.
+    mask: of any size, stretched over the image. Without a mask the transparent part of the image is painted, and the
+    image is put on white.
+    size: height and width. The image is resized to them or, with only_masked, the crop around the mask is drawn at
+    them. None keeps the size of the image and pads its sides to multiples of `multiple` for drawing; a crop is then
+    drawn with sides of `native`.
+    Raises ConfigError for a mask that is no image or black everywhere, and for an image with neither a mask nor
+    transparency.
     """
     if mask is None and not image.has_transparency_data:
         raise ConfigError("no mask is given, and the image has no transparent part to paint")
@@ -119,15 +124,15 @@ def make_frames(
     native: int,
     multiple: int,
 ) -> list[Frame]:
-    """A frame an image, as of `make_frame`, all drawn at one size; masks: one, or one each."""
+    """Prepares pictures with `make_frame`, all to be drawn at one size. masks: one for all images, or one each."""
     height, width = size
     if height or width:
-        own = (native, native) if settings["only_masked"] else (images[0].height, images[0].width)
-        wanted = (height or own[0] // multiple * multiple, width or own[1] // multiple * multiple)
+        default = (native, native) if settings["only_masked"] else (images[0].height, images[0].width)
+        drawn = (height or default[0] // multiple * multiple, width or default[1] // multiple * multiple)
     else:
-        wanted = None
+        drawn = None
     pairs = zip(images, list(masks) * (len(images) // len(masks)), strict=True)
-    frames = [make_frame(*pair, settings, size=wanted, native=native, multiple=multiple) for pair in pairs]
+    frames = [make_frame(*pair, settings, size=drawn, native=native, multiple=multiple) for pair in pairs]
     if len({frame.drawn for frame in frames}) > 1:
         raise ConfigError("images of several sizes: give height and width to draw them at, or one call each")
     return frames
@@ -136,26 +141,28 @@ def make_frames(
 def outpainted(
     image: Image.Image, mask: Image.Image | None = None, *, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0
 ) -> tuple[Image.Image, Image.Image]:
-    """A picture with so many pixels more at each side, and the mask that paints them (and what `mask` paints).
+    """Returns a picture with more pixels at each side, and the mask that paints the new pixels and those of `mask`.
 
-    The new pixels continue the picture's edge, for a strength below 1 or fill "blurred" to start from.
+    The new pixels are copies of the picture's edge. Drawing starts from them if the strength is below 1.
+    Raises ConfigError unless a side is above 0 and none is negative.
     """
     sides = {"left": left, "top": top, "right": right, "bottom": bottom}
     if min(sides.values()) < 0 or not any(sides.values()):
         given = ", ".join(map(str, sides.values()))
         raise ConfigError(f"outpaint = {given}: pixels at the left, top, right and bottom, 0 or more, one above 0")
     edges = [(top, bottom), (left, right)]
-    own = np.zeros((image.height, image.width), np.uint8)
+    inner = np.zeros((image.height, image.width), np.uint8)
     if mask is not None:
-        own = np.asarray(_brightness(mask).resize(image.size, Image.Resampling.BILINEAR))
+        inner = np.asarray(_brightness(mask).resize(image.size, Image.Resampling.BILINEAR))
     wider = np.pad(np.asarray(on_white(image)), [*edges, (0, 0)], mode="edge")
-    return Image.fromarray(wider), Image.fromarray(np.pad(own, edges, constant_values=255))
+    return Image.fromarray(wider), Image.fromarray(np.pad(inner, edges, constant_values=255))
 
 
 def soft_edge(mask: Float[np.ndarray, "H W"], width: int) -> Float[np.ndarray, "H W"]:
-    """The mask with a ramp of `width` pixels inside its edge: 0 only where the mask is, 1 in the middle of every part.
+    """Returns the mask with a ramp of `width` pixels inside its edge.
 
-    Parts thinner than the ramp get a narrower one. The picture's border is no edge.
+    It is 0 only where the mask is 0, and it reaches the value of the mask in the middle of every masked part. A part
+    that is thinner than the ramp gets a narrower ramp. The border of the picture is not an edge.
     """
     level = Image.fromarray((mask > 0).astype(np.uint8))
     depth = (mask > 0).astype(np.uint16)
@@ -170,9 +177,9 @@ def soft_edge(mask: Float[np.ndarray, "H W"], width: int) -> Float[np.ndarray, "
 
 
 def spread(values: Float[np.ndarray, "H W C"], known: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "H W C"]:
-    """Values of known pixels carried on smoothly over all: averages of ever closer known ones.
+    """Spreads the values of the known pixels smoothly over all pixels. At least one pixel must be known.
 
-    At least one pixel must be known.
+    Each pixel is an average of known pixels nearby, from a large radius to ever smaller ones.
     """
     weights = known[..., None].astype(np.float32)
     result = np.broadcast_to(values[known].mean(axis=0), values.shape).astype(np.float32)
@@ -186,20 +193,20 @@ def spread(values: Float[np.ndarray, "H W C"], known: Bool[np.ndarray, "H W"]) -
 
 
 def filled(pixels: Float[np.ndarray, "H W 3"], mask: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W 3"]:
-    """The picture with its surroundings blurred into the masked region."""
+    """Returns the picture with the surroundings blurred into the masked region."""
     kept = mask == 0
     return np.where(kept[..., None], pixels, spread(pixels, kept)) if kept.any() else np.full_like(pixels, 0.5)
 
 
 def cells(mask: Float[np.ndarray, "B H W"], factor: int) -> Float[np.ndarray, "B h w 1"]:
-    """The mask on the latent grid: a cell is painted as far as the most masked of its pixels is."""
+    """Returns the mask on the grid of the latents. A cell has the largest value of its pixels."""
     batch, height, width = mask.shape
     blocks = mask.reshape(batch, height // factor, factor, width // factor, factor)
     return blocks.max(axis=(2, 4))[..., None]
 
 
 def _brightness(mask: Image.Image) -> Image.Image:
-    """Of a mask in any 8-bit mode; what is transparent is black."""
+    """Returns the brightness of a mask in any 8-bit mode. Transparent pixels count as black."""
     if mask.mode in ("I", "F") or mask.mode.startswith("I;16"):
         raise ConfigError(f"the mask has mode {mask.mode}: give an 8-bit image, white where to paint")
     if mask.has_transparency_data:
@@ -212,7 +219,7 @@ def _transparency(image: Image.Image) -> Image.Image:
 
 
 def _around(region: Box, padding: int, aspect: float, size: tuple[int, int]) -> Box:
-    """The region with padding, widened or heightened to an aspect (width / height) as far as the picture reaches."""
+    """Returns the region with padding, enlarged to an aspect (width / height) as far as the picture reaches."""
     left, right = max(region.left - padding, 0), min(region.right + padding, size[0])
     top, bottom = max(region.top - padding, 0), min(region.bottom + padding, size[1])
     width = max(right - left, round((bottom - top) * aspect))
@@ -229,7 +236,7 @@ def _lengthened(start: int, end: int, length: int, most: int) -> tuple[int, int]
 
 
 def _averaged(values: Float[np.ndarray, "H W C"], radius: int) -> Float[np.ndarray, "H W C"]:
-    """Box blur, twice in each direction; beyond the picture lies its edge."""
+    """Applies a box blur twice in each direction. The picture is continued with copies of its edge."""
     for axis in (0, 1, 0, 1):
         edges = [(radius + 1, radius) if a == axis else (0, 0) for a in range(3)]
         sums = np.cumsum(np.pad(values, edges, mode="edge"), axis=axis, dtype=np.float64)

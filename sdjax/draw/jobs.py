@@ -1,4 +1,4 @@
-"""Jobs: pictures to draw, each with its own settings. Jobs of the same settings share batches and compiled programs."""
+"""Jobs: pictures to draw, each with all its settings. Jobs with equal settings are drawn in batches."""
 
 import contextlib
 import dataclasses
@@ -6,8 +6,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
@@ -15,19 +14,16 @@ from PIL import Image, ImageOps
 from sdjax.draw import loop
 from sdjax.draw.inpainting import Frame, outpainted
 from sdjax.draw.request import Request, img2img_request, inpaint_request, text2image_request
-from sdjax.draw.settings import JobSettings, Masking, SecondPass, Shared, complete_job
+from sdjax.draw.settings import JobSettings, Masking, SecondPass, Shared, Subject, complete_job
 from sdjax.errors import ConfigError, DataError
 from sdjax.model import Model, Outline
 from sdjax.text.syntax import LoraTag, without_loras
 
-SEPARATE = ("prompt", "negative_prompt", "seed", "variation_seed")
-"""The settings in which the pictures of one batch may differ."""
-
 
 class Job(NamedTuple):
-    """One picture.
+    """One picture to draw.
 
-    settings: complete. origin: the file and line it comes from, which its errors begin with; empty for flags.
+    settings: complete. origin: the file and line of the job, which its errors begin with; empty for a job of the flags.
     """
 
     settings: JobSettings
@@ -35,8 +31,8 @@ class Job(NamedTuple):
 
     @property
     def shared(self) -> tuple[Any, ...]:
-        """The settings that the pictures of one batch have in common."""
-        return tuple(value for name, value in self.settings.items() if name not in SEPARATE)
+        """The settings that all pictures of a batch have in common."""
+        return tuple(value for name, value in self.settings.items() if name not in Subject.__annotations__)
 
     @property
     def inpaints(self) -> bool:
@@ -51,45 +47,44 @@ class Job(NamedTuple):
 
     @property
     def words(self) -> tuple[str, list[LoraTag]]:
-        """The prompt without the LoRAs it names, and these."""
+        """The prompt without the LoRAs it names, and these LoRAs."""
         prompt = self.settings["prompt"]
         return (prompt, []) if self.settings["prompt_syntax"] == "plain" else without_loras(prompt)
 
     def replace(self, **changes: Any) -> "Job":
-        """The job with other settings. Raises ConfigError for a bad value."""
+        """Returns the job with other settings. Raises ConfigError for a bad value."""
         return self._replace(settings=complete_job({**self.settings, **changes}))
 
 
 @contextlib.contextmanager
-def blaming(job: Job) -> Iterator[None]:
-    """Makes errors name the file and line that the job comes from."""
+def blaming(origin: str) -> Iterator[None]:
+    """Makes errors begin with the origin of a job."""
     try:
         yield
     except (ConfigError, DataError) as error:
-        if not job.origin:
+        if not origin:
             raise
-        raise type(error)(f"{job.origin}: {error}") from error
+        raise type(error)(f"{origin}: {error}") from error
 
 
-def read_jobs(path: Path, base: Mapping[str, Any]) -> list[Job]:
-    """Reads a file of JSON lines, each a table of settings that wins over `base`. Errors name the line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--jobs {path}: {getattr(error, 'strerror', None) or error}") from None
+def read_jobs(lines: Sequence[str], base: Mapping[str, Any], source: str) -> list[Job]:
+    """Reads JSON lines, each a table of settings that take the place of those in `base`.
+
+    source: the name of the file in errors, which also give the line. Empty lines are left out.
+    """
     jobs = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            origin = f"--jobs {path}, line {number}"
-            with blaming(Job(complete_job({}), origin)):
+            origin = f"{source}, line {number}"
+            with blaming(origin):
                 jobs.append(Job(complete_job({**base, **_table(line)}), origin))
     if not jobs:
-        raise DataError(f"--jobs {path}: holds no job")
+        raise DataError(f"{source}: holds no job")
     return jobs
 
 
 def _table(line: str) -> dict[str, Any]:
-    """The settings of a line. A null counts as a setting that is not there."""
+    """The settings of a line. A setting of null counts as left out."""
     try:
         table = json.loads(line)
     except json.JSONDecodeError as error:
@@ -100,10 +95,10 @@ def _table(line: str) -> dict[str, Any]:
 
 
 def batches(jobs: Sequence[Job], most: int) -> Iterator[tuple[list[int], list[Job]]]:
-    """Yields (numbers of the jobs drawn, the batch): jobs of the same settings together, in the fewest batches.
+    """Yields batches of at most `most` jobs with equal settings, as (numbers of the jobs, the batch).
 
-    All batches of a group have one size, so one program draws them all. The last batch is filled up with copies of its
-    last job, whose pictures are thrown away.
+    All batches of a group have one size, so one compiled program draws them all. The last batch is filled up with
+    copies of its last job; their pictures are to be thrown away.
     """
     for group in _groups(jobs):
         size = math.ceil(len(group) / math.ceil(len(group) / most))
@@ -112,49 +107,54 @@ def batches(jobs: Sequence[Job], most: int) -> Iterator[tuple[list[int], list[Jo
             yield part, [jobs[number] for number in part + part[-1:] * (size - len(part))]
 
 
+def grouped(keys: Iterable[Hashable]) -> dict[Any, list[int]]:
+    """Key -> the numbers of its places among the keys."""
+    groups: dict[Any, list[int]] = {}
+    for number, key in enumerate(keys):
+        groups.setdefault(key, []).append(number)
+    return groups
+
+
 def _groups(jobs: Sequence[Job]) -> list[list[int]]:
-    """The numbers of the jobs that share their settings."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for number, job in enumerate(jobs):
-        groups.setdefault(job.shared, []).append(number)
-    return list(groups.values())
+    """The numbers of the jobs with equal settings, group by group."""
+    return list(grouped(job.shared for job in jobs).values())
 
 
 def check_alone(jobs: Sequence[Job]) -> None:
-    """Raises ConfigError or DataError for what is wrong whatever the model. Errors name the line of the job."""
+    """Checks jobs without a model. Raises ConfigError or DataError, which name the line of the job."""
     for group in _groups(jobs):
-        with blaming(jobs[group[0]]):
+        with blaming(jobs[group[0]].origin):
             _check_inputs(jobs[group[0]])
         for job in (jobs[number] for number in group):
-            with blaming(job):
+            with blaming(job.origin):
                 _ = job.words
 
 
 def _check_inputs(job: Job) -> None:
     settings = job.settings
     if settings["image"] is None and job.inpaints:
-        raise ConfigError("--mask and --outpaint say what of an --image to paint, and none is given")
+        raise ConfigError("--mask and --outpaint need an --image")
     if settings["image"] is None and settings["strength"] is not None:
-        raise ConfigError("--strength says how far to redraw an --image, and none is given")
+        raise ConfigError("--strength needs an --image to redraw")
     if settings["image"] is not None:
         if settings["hires_scale"] != 1:
-            raise ConfigError("--hires-scale enlarges what is drawn without an --image")
+            raise ConfigError("--hires-scale cannot be used with an --image")
         inputs(job)
 
 
 def check(outline: Outline, jobs: Sequence[Job]) -> None:
-    """Raises ConfigError for jobs that a model cannot draw. Errors name the line of the job."""
+    """Raises ConfigError, which names the line of the job, for jobs that a model cannot draw."""
     for group in _groups(jobs):
-        with blaming(jobs[group[0]]):
+        with blaming(jobs[group[0]].origin):
             request, _ = _request(outline, [jobs[group[0]]])
         for job in (jobs[number] for number in group):
-            with blaming(job):
+            with blaming(job.origin):
                 words = {"prompts": (job.settings["prompt"],), "negatives": (job.settings["negative_prompt"],)}
                 loop.check(outline, dataclasses.replace(request, **words))
 
 
 def draw(model: Model, batch: Sequence[Job]) -> list[Image.Image]:
-    """Draws a picture of each job of a batch."""
+    """Draws the picture of each job of a batch."""
     request, given = _request(model.outline, batch)
     if not given:
         return loop.text2image(model, request)
@@ -164,7 +164,7 @@ def draw(model: Model, batch: Sequence[Job]) -> list[Image.Image]:
 
 
 def _request(outline: Outline, batch: Sequence[Job]) -> tuple[Request, list[Any]]:
-    """The request of a batch, with its image or frame if it has one."""
+    """The request of a batch, and a list of the image or the frame that it starts from, empty without one."""
     first = batch[0]
     prompts = [job.settings["prompt"] for job in batch]
     negatives = [job.settings["negative_prompt"] for job in batch]
@@ -184,7 +184,7 @@ def _request(outline: Outline, batch: Sequence[Job]) -> tuple[Request, list[Any]
 
 
 def inputs(job: Job) -> tuple[Image.Image, Image.Image | None]:
-    """The image and the mask of a job. No mask, or "alpha", means the transparent part of the image."""
+    """The image and the mask of a job. The mask is None if the transparent part of the image is to be painted."""
     settings = job.settings
     assert settings["image"] is not None
     image = read_image(settings["image"], "--image")
@@ -196,7 +196,7 @@ def inputs(job: Job) -> tuple[Image.Image, Image.Image | None]:
 
 
 def read_image(path: str, flag: str) -> Image.Image:
-    """An image, turned upright. Raises DataError, which names the flag that gave it."""
+    """Reads an image and turns it upright. Raises DataError, which names the flag and the file."""
     try:
         status = os.stat(path)
         return _read_once(path, status.st_mtime_ns, status.st_size)
@@ -208,6 +208,6 @@ def read_image(path: str, flag: str) -> Image.Image:
 
 @functools.lru_cache(maxsize=8)
 def _read_once(path: str, changed: int, size: int) -> Image.Image:
-    """The image of a file as it stands; `changed` and `size` tell one state of the file from another."""
+    """Reads an image. Another time of change or another size of the file means that it is read again."""
     with Image.open(path) as image:
         return ImageOps.exif_transpose(image)

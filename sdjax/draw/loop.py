@@ -1,4 +1,4 @@
-"""Drawing: a request becomes final latents, in one compiled program a shape, and the latents become pictures."""
+"""Drawing: computes the final latents of a request, with one compiled program for each shape, and decodes them."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from sdjax.runtime.compiler_options import compiler_options, is_large
 
 
 class Given(NamedTuple):
-    """What the model paints around, [B, h, w, *] each.
+    """The image around the masked region, in inpainting. Each array is [B, h, w, *].
 
     kept: true latents, unit noise and the mask, for a standard model. After each step, the cells that the mask does
     not free yet are overwritten by the true latents at the noise level of that step. A cell of value v is free for the
@@ -43,16 +43,16 @@ NOTHING_GIVEN = Given()
 
 def check(outline: Outline, request: Request) -> None:
     """Raises ConfigError for a request that the model cannot draw."""
-    for each in (request, request.second_pass(outline)):
-        if each is not None:
-            each.sampler_table(outline)
-            conditioning.groups(outline, each)
+    for drawn in (request, request.second_pass(outline)):
+        if drawn is not None:
+            drawn.sampler_table(outline)
+            conditioning.groups(outline, drawn)
 
 
 def text2image(model: Model, request: Request) -> list[Image.Image]:
-    """Draws pictures from noise, with a second pass over the enlarged pictures if the request has one."""
+    """Draws pictures from noise, and from the enlarged pictures once more if the request has a second pass."""
     table, larger = _table(model, request), request.second_pass(model.outline)
-    second = larger and _table(model, larger)  # checked before the first pass is drawn
+    second = larger and _table(model, larger)  # now, so that an error comes before the first pass is drawn
     latents = sample_latents(model, request, table, sampling.initial(table, request.noise(model.outline)))
     if larger is None or second is None:
         return pictures(model, request, latents)
@@ -75,24 +75,24 @@ def img2img(model: Model, request: Request, images: Sequence[Image.Image]) -> li
 
 
 def inpaint(model: Model, request: Request, frames: Sequence[Frame]) -> list[Image.Image]:
-    """Paints masked regions anew; strength 1 starts from noise alone. frames: one for all pictures, or one each."""
+    """Paints masked regions anew. frames: one for all pictures, or one each. Strength 1 starts from noise alone."""
     outline = model.outline
     table, noise = _table(model, request), request.noise(outline)
-    everyone = lambda array: jnp.broadcast_to(jnp.asarray(array, jnp.float32), (len(noise), *array.shape[1:]))
+    for_all = lambda array: jnp.broadcast_to(jnp.asarray(array, jnp.float32), (len(noise), *array.shape[1:]))
     images, masks = (np.stack(arrays) for arrays in zip(*(frame.canvas() for frame in frames), strict=True))
-    latents = everyone(model.encode_image(images))
-    mask = everyone(inpainting.cells(masks, outline.vae.config.factor))
+    latents = for_all(model.encode_image(images))
+    mask = for_all(inpainting.cells(masks, outline.vae.config.factor))
     state = sampling.initial(table, noise)
     if request.strength < 1:
         start, fill = latents, request.settings["fill"]
         if fill == "blurred":
-            start = everyone(model.encode_image(np.stack(list(map(inpainting.filled, images, masks)))))
+            start = for_all(model.encode_image(np.stack(list(map(inpainting.filled, images, masks)))))
         elif fill != "original":
             filling = request.second_noise(outline) if fill == "noise" else jnp.zeros_like(start)
             start = jnp.where(mask > 0, filling, start)
         state = sampling.initial_from_image(table, start, noise)
     if outline.is_inpainting:
-        given = Given(channels=everyone(mask_channels(model, images, masks)))
+        given = Given(channels=for_all(mask_channels(model, images, masks)))
     else:
         given = Given(kept=(latents, noise, mask))
     latents = sample_latents(model, request, table, state, given)
@@ -111,9 +111,9 @@ def _table(model: Model, request: Request) -> sampling.Table:
 def mask_channels(
     model: Model, images: Float[np.ndarray, "B H W 3"], masks: Float[np.ndarray, "B H W"]
 ) -> Float[Array, "B h w 5"]:
-    """The further input channels of a U-Net made for inpainting: the mask, and the latents of the image in grey there.
+    """The further input channels of a U-Net made for inpainting: the mask, and the latents of the image without it.
 
-    images: in [0, 1]. masks: in [0, 1]; from 0.5 on a pixel is masked.
+    images: in [0, 1]. Masked pixels are made grey. masks: in [0, 1]; a pixel is masked from 0.5 on.
     """
     hard = masks >= 0.5
     masked = np.where(hard[..., None], np.float32(0.5), images)
@@ -124,8 +124,8 @@ def mask_channels(
 def sample_latents(
     model: Model, request: Request, table: sampling.Table, state: sampling.State, given: Given = NOTHING_GIVEN
 ) -> Float[np.ndarray, "B h w 4"]:
-    """The final latents of a request, from the state its table starts with."""
-    if model.outline.is_inpainting and given.channels is None:  # all of the picture is to be painted
+    """The final latents of a request. state: the one that its table starts from."""
+    if model.outline.is_inpainting and given.channels is None:  # the whole picture is to be painted
         size = (1, *request.size)
         blank = mask_channels(model, np.zeros((*size, 3), np.float32), np.ones(size, np.float32))
         given = given._replace(channels=jnp.broadcast_to(blank, (len(state.latents), *blank.shape[1:])))
@@ -149,7 +149,7 @@ def pictures(
 ) -> list[Image.Image]:
     """Decodes latents to pictures that carry their settings in `info["parameters"]`.
 
-    pasting: for each picture, what makes it from its decoded pixels in [0, 1], in inpainting.
+    pasting: in inpainting, for each picture the function that pastes the decoded pixels, in [0, 1], into its image.
     """
     drawn = []
     for i, values in enumerate(np.asarray(model.decode_latents(latents))):
@@ -161,7 +161,7 @@ def pictures(
 
 
 def png_fields(request: Request, i: int, name: str, *, inpainted: bool) -> dict[str, Any]:
-    """Label -> value of the settings that A1111 writes into a picture."""
+    """Label -> value of the settings that A1111 writes into picture i. name: of the model."""
     settings, (height, width) = request.settings, request.size
     fields = labelled(settings, ["steps", "sampler", "karras", "guidance"])
     fields |= {"Seed": request.seeds[i], "Size": f"{width}x{height}", "Model": Path(name).stem}
@@ -193,11 +193,15 @@ def guided_denoise(
     rescale: Float[Array, ""],
     channels: Float[Array, "B h w c"] | None = None,
 ) -> Float[Array, "B h w 4"]:
-    """The U-Net as the samplers' `denoise`. Conditions of 1 + k texts (the negative first) are guided, of one are not.
+    """The U-Net with guidance as the `denoise` function of the samplers.
 
-    `out = uncond + guidance (cond - uncond)` (Ho and Salimans 2022, eq. 6), with k > 1 prompts the sum of their
-    weighted differences (Liu et al. 2022, eq. 11), then Lin et al.'s rescale; variables: as of `collections`, for as
-    many examples as each of the conditions has. channels: further ones of the U-Net's input.
+    A picture with a single text is not guided. With a negative prompt and k prompts that AND joins, the output is
+
+        uncond + guidance * sum over j of weights[j] * (cond[j] - uncond)
+
+    (Ho and Salimans 2022, equation 6; Liu et al. 2022, equation 11, for k > 1), then rescaled as in Lin et al. 2023.
+    variables: see `Model.variables`, for as many examples as each of the conditions has. conditions: the negative
+    prompt first. channels: further input channels of the U-Net.
     """
     latents = x if channels is None else jnp.concatenate([x, channels], axis=-1)
     outputs = []
@@ -252,7 +256,7 @@ def _compiled_sampler_step(platform: str, large: bool):
 def _sampler_step(
     model, prediction_type, variables, state, i, table, keys, conditions, weights, guidance, rescale, given
 ):
-    """One evaluation of the denoiser and the sampler's move; the same program for every sampler, seed and setting."""
+    """One evaluation of the denoiser and the step of the sampler: one program for every sampler, seed and setting."""
     denoise = functools.partial(
         guided_denoise, model, prediction_type, variables,
         conditions=conditions, weights=weights, guidance=guidance, rescale=rescale, channels=given.channels,

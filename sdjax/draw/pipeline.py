@@ -1,4 +1,4 @@
-"""`StableDiffusion`: a loaded model with everything that can be done with it. This is what users hold."""
+"""`StableDiffusion`: a loaded model and its methods to draw, to change it and to save it."""
 
 import dataclasses
 import os
@@ -48,7 +48,7 @@ class StableDiffusion:
     ) -> list[Image.Image]:
         """Draws `num_images` pictures of each prompt.
 
-        settings: see `draw.settings`. By default 20 steps of dpmpp_2m at guidance 7.5, at the size the model was
+        settings: see `draw.settings`. By default 20 steps of dpmpp_2m at guidance 7.5, at the size that the model was
         trained at or that of `latents`. With hires_scale above 1 the picture is drawn small, enlarged and drawn again.
         Each picture carries its settings in `info["parameters"]`.
         Raises ConfigError for a setting out of range, before anything is computed.
@@ -66,12 +66,12 @@ class StableDiffusion:
     ) -> list[Image.Image]:
         """Redraws an image, or one image for each picture (Meng et al. 2022, SDEdit).
 
-        The image is noised to `strength` of the way, in (0, 1], and drawn from there: steps * strength steps run.
-        settings: see `text2image`. Height and width are by default those of the image, rounded down to multiples of 8.
-        An image of another size is resized.
+        strength: in (0, 1]. The image is noised to this share of the schedule, and the last steps * strength steps run.
+        settings: see `text2image`. By default height and width are those of the image, rounded down to multiples of 8.
+        With another height or width the image is resized.
         """
-        given = img2img_request(self.model.outline, prompt, negative_prompt, image, settings, strength=strength)
-        return loop.img2img(self.model, *given)
+        request = img2img_request(self.model.outline, prompt, negative_prompt, image, settings, strength=strength)
+        return loop.img2img(self.model, *request)
 
     def inpaint(
         self,
@@ -85,15 +85,16 @@ class StableDiffusion:
     ) -> list[Image.Image]:
         """Paints an image anew where its mask is white, with a model of 4 or of 9 input channels.
 
-        mask: of any size, stretched over the image. A grey value paints for that share of the steps. Without a mask
-        the transparent part of the image is painted. strength: see `img2img`; 1 starts from noise alone.
-        settings: see `text2image` and `draw.settings.Masking`. A picture keeps the size of its image, and its pixels
-        where the mask is 0. With height and width the image is resized first (or, with only_masked, the region is
-        drawn at that size). Several images must have one size, or only_masked must be set.
+        mask: of any size, stretched over the image. Grey of value v is painted in the last share v of the steps.
+        Without a mask the transparent part of the image is painted.
+        strength: see `img2img`; 1 starts from noise alone.
+        settings: see `text2image` and `draw.settings.Masking`. A picture has the size of its image, and the pixels of
+        its image where the mask is 0. With height and width the image is resized first or, with only_masked, the
+        masked region is drawn at that size. Several images must have one size unless only_masked is set.
         Raises ConfigError for a mask that leaves nothing to paint.
         """
-        given = inpaint_request(self.model.outline, prompt, negative_prompt, image, mask, settings, strength=strength)
-        return loop.inpaint(self.model, *given)
+        request = inpaint_request(self.model.outline, prompt, negative_prompt, image, mask, settings, strength=strength)
+        return loop.inpaint(self.model, *request)
 
     # ------------------------------------------------------------------------------------------------ computing
 
@@ -123,23 +124,23 @@ class StableDiffusion:
     # ------------------------------------------------------------------------------------------------ changing
 
     def with_tiled_vae(self, tile: int = 512, overlap: int = 64) -> "StableDiffusion":
-        """The model whose autoencoder works in overlapping tiles, to save memory on large pictures. In pixels."""
+        """Returns the model with an autoencoder that works in overlapping tiles; see `Model.with_tiled_vae`."""
         return StableDiffusion(self.model.with_tiled_vae(tile, overlap))
 
     def with_lora(self, path: str | os.PathLike | Mapping[str, Any], weight: float = 1.0) -> "StableDiffusion":
-        """The model with a LoRA merged into its weights; see `Model.with_lora`."""
+        """Returns the model with a LoRA merged into its weights; see `Model.with_lora`."""
         return StableDiffusion(self.model.with_lora(path, weight))
 
     def with_loras(
         self, paths: Sequence[str | os.PathLike | Mapping[str, Any] | None], weights: Sequence[float] | None = None
     ) -> "StableDiffusion":
-        """The model that draws `len(paths)` pictures a call, picture i with LoRA i; see `Model.with_loras`."""
+        """Returns the model that draws `len(paths)` pictures a call, picture i with LoRA i; see `Model.with_loras`."""
         return StableDiffusion(self.model.with_loras(paths, weights))
 
     def with_embedding(
         self, path: str | os.PathLike | Mapping[str, Mapping[str, np.ndarray]], token: str | None = None
     ) -> "StableDiffusion":
-        """The model that also knows the words of a Textual Inversion; see `Model.with_embedding`."""
+        """Returns the model with the words of a Textual Inversion; see `Model.with_embedding`."""
         return StableDiffusion(self.model.with_embedding(path, token))
 
     def save(self, folder: str | os.PathLike, *, dtype: str | None = None) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,10 @@ from sdjax.draw.settings import (
 )
 from sdjax.errors import ConfigError
 from sdjax.model import Outline
-from sdjax.settings import Seed, read_value
+from sdjax.settings import Range, Seed, read_value
 
-# Folded into the key of a picture for its second noise. Samplers fold in the numbers of their steps, which are smaller.
 _SECOND_NOISE = 1_000_000
+"""Folded into the key of a picture for its second noise. Samplers fold in the numbers of steps, which are smaller."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Request:
     """One call to draw: a prompt and a seed for each picture, and the settings that all pictures share.
 
     settings: complete, with height and width in pixels.
-    strength: how much of the noise schedule is run, in (0, 1].
+    strength: the share of the noise schedule that is run, in (0, 1].
     latents: unit noise in place of the noise of the seeds.
-    earlier_steps: steps of the pass before this one, from which the steps in prompts count on.
+    earlier_steps: the number of steps of the pass before this one; the steps in prompts count on from there.
     """
 
     prompts: tuple[str, ...]
@@ -99,9 +99,9 @@ class Request:
         )
 
     def sampler_table(self, outline: Outline) -> sampling.Table:
-        """The table of the sampler. Raises ConfigError for settings that this model cannot be drawn with."""
+        """The table of the sampler. Raises ConfigError for settings that the model cannot draw with."""
         settings = self.settings
-        outline.hidden_state(settings["clip_skip"])
+        outline.hidden_state(settings["clip_skip"])  # only to check clip_skip
         return sampling.tabulate(
             outline.schedule,
             settings["sampler"],
@@ -112,7 +112,10 @@ class Request:
 
 
 def slerp(start: Float[Array, "B ..."], end: Float[Array, "B ..."], share: float) -> Float[Array, "B ..."]:
-    """The point a share of the way from start to end on the great circle between them (Shoemake 1985), by example."""
+    """The point at a share of the way from start to end on the great circle between them (Shoemake 1985).
+
+    Each example of the batch is one point.
+    """
     axes = tuple(range(1, start.ndim))
     norm = lambda values: jnp.sqrt(jnp.sum(values**2, axes, keepdims=True))
     cosine = jnp.sum(start * end, axes, keepdims=True) / (norm(start) * norm(end))
@@ -140,7 +143,7 @@ def text2image_request(
     negative_prompt: str | Sequence[str],
     settings: TextToImageSettings,
 ) -> Request:
-    """The request of `StableDiffusion.text2image`. Without height and width it has the size of `latents`, if given."""
+    """The request of `StableDiffusion.text2image`. With `latents` the pictures have the size of these."""
     factor = outline.vae.config.factor
     size = (outline.native_size, outline.native_size)
     if (latents := settings.get("latents")) is not None:
@@ -209,32 +212,32 @@ def _request(
     size: tuple[int, int],
     strength: float = 1.0,
 ) -> Request:
-    """size: height and width in pixels where the settings have none."""
+    """Makes a request. size: height and width in pixels where the settings have none."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-    given = dict(settings)
-    count = given.pop("num_images", 1)
+    settings = dict(settings)
+    count = settings.pop("num_images", 1)
     if not prompts or count < 1:
         raise ConfigError(f"{len(prompts)} prompts times num_images = {count}: at least one picture is needed")
     if len(negatives) != len(prompts):
         raise ConfigError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one each")
     for name, default in zip(("height", "width"), size, strict=True):
-        given[name] = length = given.get(name) or default
-        if length < outline.size_multiple or length % outline.size_multiple:
-            raise ConfigError(f"{name} = {length}: must be a positive multiple of {outline.size_multiple}")
+        side = Annotated[int, Range(outline.size_multiple, multiple=outline.size_multiple)]
+        settings[name] = read_value(side, settings.get(name) or default, name)
     repeat = lambda texts: tuple(text for text in texts for _ in range(count))
     total = len(prompts) * count
     # As in A1111, variations are of one picture: the second seed counts up instead of the first.
-    varied = bool(given.get("variation_strength"))
-    seeds = _seeds("seed", given.pop("seed", 0), total, counting=not varied)
-    variation_seeds = _seeds("variation_seed", given.pop("variation_seed", 0), total, counting=True)
-    call = {name: given.pop(name) for name in ("latents", "progress") if name in given}
+    varied = bool(settings.get("variation_strength"))
+    seeds = _seeds("seed", settings.pop("seed", 0), total, counting=not varied)
+    variation_seeds = _seeds("variation_seed", settings.pop("variation_seed", 0), total, counting=True)
+    call = {name: settings.pop(name) for name in ("latents", "progress") if name in settings}
     strength = read_value(Strength, strength, "strength")
-    return Request(repeat(prompts), repeat(negatives), seeds, variation_seeds, complete(given), strength, **call)
+    return Request(repeat(prompts), repeat(negatives), seeds, variation_seeds, complete(settings), strength, **call)
 
 
-def _seeds(name: str, given: int | Sequence[int], count: int, *, counting: bool) -> tuple[int, ...]:
-    seeds = list(given) if isinstance(given, Sequence) else [given + i * counting for i in range(count)]
+def _seeds(name: str, seed: int | Sequence[int], count: int, *, counting: bool) -> tuple[int, ...]:
+    """A seed for each picture. counting: whether a single seed counts up."""
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed + i * counting for i in range(count)]
     if len(seeds) != count:
         raise ConfigError(f"{name}: {len(seeds)} for {count} pictures: give one, or one each")
     return tuple(read_value(Seed, seed, name) for seed in seeds)

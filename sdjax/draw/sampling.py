@@ -1,10 +1,9 @@
-"""Samplers: from noise to latents, giving what diffusers' schedulers of the same config give.
+"""Samplers: from noise to latents, with the results of diffusers' schedulers of the same config.
 
-Each sampler is linear in what it has seen: the latents, the denoised latents, a few remembered arrays and fresh
-noise. So a sampler is its published recurrence, run once on the host (`solvers`) on row vectors that stand for
-those arrays, and what comes out is one small matrix an evaluation: the `Table`. The device does only `denoise` and that
-linear combination, the same for every sampler, so that another sampler, step count, strength or spacing changes
-numbers and compiles nothing.
+Every sampler is linear in the latents, the denoised latents, a few remembered arrays and fresh noise. So `solvers` runs
+the published update rule once, on the host, with coefficients in place of arrays. The result is one small matrix for
+each evaluation of the denoiser: the `Table`. The device only evaluates the denoiser and takes the linear combination,
+which is the same program for every sampler. Another sampler, number of steps, strength or spacing compiles nothing.
 """
 
 import functools
@@ -21,26 +20,26 @@ from sdjax.errors import ConfigError
 
 
 class Level(NamedTuple):
-    """A noise level: the timestep the model is told (may be fractional) and the scales, alpha^2 + sigma^2 = 1."""
+    """A noise level: the timestep, which may be fractional, and the scales, with alpha^2 + sigma^2 = 1."""
 
     timestep: Float[Array, "..."]
     alpha: Float[Array, "..."]
     sigma: Float[Array, "..."]
 
 
-# (x, level) -> x0: the U-Net with guidance, its output turned into denoised latents. x is alpha x0 + sigma eps.
 Denoise = Callable[[Float[Array, "B ..."], Level], Float[Array, "B ..."]]
+"""(x, level) -> x0: estimates the latents without noise, x0, from x = alpha x0 + sigma eps."""
 
 
 class Table(NamedTuple):
-    """All numbers of one sampling run, padded to N entries, one for each evaluation of the denoiser.
+    """All numbers of one sampling run: an entry for each evaluation of the denoiser, padded to N entries.
 
-    levels: where each evaluation happens, [N]; past the end alpha = 1 and sigma = 0.
-    mix: what each evaluation makes of it, [N, 1 + HISTORY, 4 + HISTORY]: the new latents and history from the latents,
-        the history, the denoised latents as they are and limited, and noise.
-    length: evaluations that really run.
-    start_scale: what unit noise is scaled by to start from.
-    clip: denoised latents are limited to [-clip, clip]; infinity for most.
+    levels: the noise level of each evaluation, [N]. The padding has alpha = 1 and sigma = 0.
+    mix: the coefficients of each evaluation. A row gives one new array (the latents, then the history); a column
+        belongs to one old array (the latents, the history, the denoised latents, these limited, and noise).
+    length: the number of evaluations without the padding.
+    start_scale: the factor of the unit noise that sampling starts from.
+    clip: denoised latents are limited to [-clip, clip]; infinity for most models.
     threshold: None, or [quantile, largest] of dynamic thresholding, which then takes the place of clip.
     """
 
@@ -53,14 +52,14 @@ class Table(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where sampling stands; after the last evaluation `latents` is the result."""
+    """The state between two evaluations. After the last evaluation `latents` is the result."""
 
     latents: Float[Array, "B ..."]
     history: Float[Array, "HISTORY B ..."]
 
 
 class Schedule(Protocol):
-    """What `table` reads of a `diffusion.NoiseSchedule`."""
+    """The part of a `diffusion.NoiseSchedule` that `tabulate` reads."""
 
     @property
     def alphas_cumprod(self) -> np.ndarray: ...
@@ -81,45 +80,36 @@ def tabulate(
     strength: float = 1.0,
     max_steps: int = 1000,
 ) -> Table:
-    """Work out a sampling run on the host.
+    """Computes the table of a sampling run, on the host.
 
-    steps: in 1..max_steps, which sets the padding: tables of one max_steps share one compiled program. heun evaluates
-    2 steps - 1 times, pndm once or, without skip_prk_steps, nine times more than steps.
+    steps: in 1..max_steps. Tables of one max_steps have one size, so they share one compiled program. heun evaluates
+    the denoiser 2 steps - 1 times. pndm evaluates it steps + 1 times or, without skip_prk_steps, steps + 9 times.
     strength: in (0, 1]; below 1 the first steps are left out, as in diffusers' img2img.
-    karras: the noise levels of Karras et al. 2022, equation 5; also taken if the scheduler config asks for them.
-    Raises ConfigError for a sampler, step count, strength or scheduler option that cannot be had.
+    karras: whether the noise levels are spaced as in Karras et al. 2022, equation 5. The config of the scheduler may
+    ask for this spacing too.
+    Raises ConfigError for a sampler, number of steps, strength or scheduler option that is not supported.
     """
     if sampler not in SAMPLERS:
         raise ConfigError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
-    method = SAMPLERS[sampler]
-    spaces_karras = "use_karras_sigmas" in method.options
-    if karras and not spaces_karras:
+    if karras and "use_karras_sigmas" not in SAMPLERS[sampler].options:
         able = ", ".join(name for name, other in SAMPLERS.items() if "use_karras_sigmas" in other.options)
         raise ConfigError(f"sampler {sampler!r} has no Karras sigmas; these have: {able}")
-    count = len(schedule.betas)
-    if not 1 <= steps <= min(max_steps, count):
-        raise ConfigError(f"steps {steps} must lie between 1 and {min(max_steps, count)}")
+    most = min(max_steps, len(schedule.betas))
+    if not 1 <= steps <= most:
+        raise ConfigError(f"steps {steps} must lie between 1 and {most}")
     if not 0 < strength <= 1:
         raise ConfigError(f"strength {strength} must lie above 0 and at most at 1")
     if (kept := int(steps * strength)) < 1:
         raise ConfigError(
             f"strength {strength} of {steps} steps leaves none to run; use a strength of {1 / steps:.3g} or more steps"
         )
-    if spaces_karras:
-        for option, supported in ONLY.items():
-            if (value := schedule.config.get(option)) not in (None, supported):
-                raise ConfigError(f"scheduler option {option} = {value!r} is not supported; only {supported!r} is")
-    options = {
-        key: default if (value := schedule.config.get(key)) is None else value
-        for key, default in method.options.items()
-    }
-    options["use_karras_sigmas"] = karras or options.get("use_karras_sigmas", False)
+    method, options = SAMPLERS[sampler], _scheduler_options(schedule, sampler, karras)
     if "rescale_betas_zero_snr" in options:
         alphas_cumprod = schedule.alphas_cumprod
     else:
         alphas_cumprod = np.cumprod(1 - schedule.betas, dtype=np.float64).astype(np.float32)
     task = Task(alphas_cumprod.astype(np.float64), schedule.prediction_type, options, steps, steps - kept)
-    with np.errstate(divide="ignore", invalid="ignore"):  # a last sigma of 0 is infinitely far in log(alpha / sigma)
+    with np.errstate(divide="ignore", invalid="ignore"):  # log(alpha / sigma) is infinite where the last sigma is 0
         entries = list(method.entries(task))
 
     capacity = 2 * max_steps + 10
@@ -142,42 +132,53 @@ def tabulate(
     )
 
 
+def _scheduler_options(schedule: Schedule, sampler: str, karras: bool) -> dict[str, Any]:
+    """The options of the sampler's scheduler class, from the config of the schedule or the defaults of the class."""
+    defaults, config = SAMPLERS[sampler].options, schedule.config
+    if "use_karras_sigmas" in defaults:
+        for option, supported in ONLY.items():
+            if (value := config.get(option)) not in (None, supported):
+                raise ConfigError(f"scheduler option {option} = {value!r} is not supported; only {supported!r} is")
+    options = {key: default if config.get(key) is None else config[key] for key, default in defaults.items()}
+    return {**options, "use_karras_sigmas": karras or options.get("use_karras_sigmas", False)}
+
+
 def initial(table: Table, noise: Float[Array, "B ..."]) -> State:
-    """Start from unit noise alone."""
+    """The state to start from with unit noise alone."""
     return _start(table.start_scale * noise.astype(jnp.float32))
 
 
 def initial_from_image(table: Table, latents: Float[Array, "B ..."], noise: Float[Array, "B ..."]) -> State:
-    """Start from an image's latents, noised to the table's first level."""
+    """The state to start from with the latents of an image, noised to the first level of the table."""
     return _start(noised(table, 0, latents, noise))
 
 
 def noised(
     table: Table, i: int | Int[Array, ""], latents: Float[Array, "B ..."], noise: Float[Array, "B ..."]
 ) -> Float[Array, "B ..."]:
-    """True latents, float32, at the level evaluation i starts from; unchanged at i = table.length, the end."""
+    """Latents with noise of the level of evaluation i, in float32. At i = table.length, the end, they have none."""
     return table.levels.alpha[i] * latents.astype(jnp.float32) + table.levels.sigma[i] * noise.astype(jnp.float32)
 
 
 def step(denoise: Denoise, state: State, i: int | Int[Array, ""], table: Table, keys: Key[Array, " B"]) -> State:
-    """One evaluation of the denoiser, the i-th of the table, and what the sampler makes of it.
+    """Evaluates the denoiser once, as the i-th entry of the table says, and returns the next state.
 
-    keys: one for each image; image b's noise is normal(fold_in(keys[b], i)), so it does not depend on its neighbours.
-    Initial noise must come from another key than those folds, such as keys[b] itself.
+    keys: one for each image. The noise of image b is normal(fold_in(keys[b], i)), so it does not depend on the other
+    images. The initial noise must come from another key, such as keys[b] itself.
     """
     latents = state.latents
     level = Level(*(values[i] for values in table.levels))
     denoised = denoise(latents, level).astype(jnp.float32)
     noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), latents.shape[1:], jnp.float32))(keys)
     terms = [latents, *state.history, denoised, _limited(denoised, table), noise]
-    # A sum written out, not a matrix product: accelerators round those to bfloat16 or TF32.
+    # Not a matrix product, whose inputs accelerators round to bfloat16 or TF32.
     columns = jnp.reshape(table.mix[i].T, (len(terms), 1 + HISTORY) + (1,) * latents.ndim)
     mixed = functools.reduce(jnp.add, (column * term for column, term in zip(columns, terms, strict=True)))
     return State(mixed[0], mixed[1:])
 
 
 def sample(denoise: Denoise, table: Table, state: State, keys: Key[Array, " B"]) -> Float[Array, "B ..."]:
-    """Run the whole table in one loop on the device and return the latents, float32."""
+    """Runs the whole table in one loop on the device and returns the latents, in float32."""
     return jax.lax.fori_loop(0, table.length, lambda i, state: step(denoise, state, i, table, keys), state).latents
 
 
@@ -186,7 +187,7 @@ def _start(latents: Float[Array, "B ..."]) -> State:
 
 
 def _limited(denoised: Float[Array, "B ..."], table: Table) -> Float[Array, "B ..."]:
-    """Clipped, or dynamically thresholded image by image (Saharia et al. 2022, section 2.3)."""
+    """Clips latents, or thresholds them dynamically, image by image (Saharia et al. 2022, section 2.3)."""
     if table.threshold is None:
         return jnp.clip(denoised, -table.clip, table.clip)
     quantile, largest = table.threshold

@@ -1,9 +1,9 @@
-"""The settings of drawing. Each is declared here once, with its type, range, default and help.
+"""The settings of drawing. Each is declared once, here, with its type, range, default and help text.
 
 The Python methods, the flags of `sdjax generate`, the lines of a `--jobs` file, the axes of a grid and the text in a
 PNG file all follow these declarations. To add a setting, add a field here and use it in `draw.loop`.
 
-Settings are plain dictionaries. `complete` fills in the defaults and checks every value.
+Settings are plain dictionaries. `complete` checks every value and adds the defaults.
 """
 
 import functools
@@ -26,35 +26,66 @@ Pixels = Annotated[int, Range(0, 1024)]
 
 
 class Declared(NamedTuple):
-    """What is known of a setting beside its type and range."""
+    """What the declaration of a setting says beside its type and range."""
 
     default: Any
     help: str
-    unset: str = ""
-    """What is used where the default is None, for the help text."""
-    metavar: str = ""
+    """What the setting does. `help_text` adds the range or the choices before the first semicolon."""
     label: str = ""
-    """Name in the text of a PNG file, as A1111 writes it; empty: not written."""
-    names: Mapping[Any, str] = {}
-    """Value -> what the text of a PNG file calls it."""
+    """The name in the text of a PNG file, as A1111 writes it; empty: not written."""
     axis: bool = False
-    """Whether a grid may vary it. Such a setting leaves the size of the pictures as it is."""
+    """Whether a grid may vary the setting. A setting that changes the size of the pictures may not be varied."""
+    unset: str = ""
+    """What the default None stands for, for the help text."""
+    metavar: str = ""
+    names: Mapping[Any, str] = {}
+    """Value -> its name in the text of a PNG file, where they differ."""
 
 
-class Shared(TypedDict, total=False):
-    """The settings that every way of drawing takes, and that all pictures of a batch share."""
+class Subject(TypedDict, total=False):
+    """The prompts and seeds of one picture. The pictures of a batch may differ in them."""
 
-    steps: Annotated[Steps, Declared(20, "sampler steps", label="Steps", axis=True)]
-    sampler: Annotated[
-        SamplerName,
-        Declared("dpmpp_2m", "sampler", label="Sampler", names={n: s.label for n, s in SAMPLERS.items()}, axis=True),
+    prompt: Annotated[str, Declared("", "what to draw", axis=True)]
+    negative_prompt: Annotated[str, Declared("", "what not to draw", axis=True, metavar="TEXT")]
+    seed: Annotated[Seed, Declared(0, "seed of the first picture; the next pictures count up from it", axis=True)]
+    variation_seed: Annotated[Seed, Declared(0, "second seed; its noise is mixed into that of the first", axis=True)]
+
+
+class Reading(TypedDict, total=False):
+    """Settings of how prompts and seeds are read."""
+
+    variation_strength: Annotated[
+        Fraction, Declared(0.0, "share of the variation seed in the noise", "Variation seed strength", axis=True)
     ]
+    prompt_syntax: Annotated[Literal["a1111", "plain"], Declared("a1111", "syntax of prompts")]
+    emphasis: Annotated[
+        Literal["original", "no_norm"],
+        Declared(
+            "original",
+            "effect of weights in prompts; original restores the mean of the context, no_norm does not",
+            "Emphasis",
+            names={"no_norm": "No norm"},
+        ),
+    ]
+    clip_skip: Annotated[
+        Annotated[int, Range(1, 1000)] | None,
+        Declared(None, "text model layer to use; 1 is the last, 2 the penultimate", "Clip skip", True, "the model's"),
+    ]
+
+
+class Sampling(TypedDict, total=False):
+    """Settings of the sampler, the guidance and the size."""
+
+    sampler: Annotated[
+        SamplerName, Declared("dpmpp_2m", "sampler", "Sampler", True, names={n: s.label for n, s in SAMPLERS.items()})
+    ]
+    steps: Annotated[Steps, Declared(20, "sampler steps", "Steps", axis=True)]
     karras: Annotated[
         bool,
         Declared(
             False,
-            "noise levels spaced as in Karras et al. 2022",
-            label="Schedule type",
+            "use the noise levels of Karras et al. 2022",
+            "Schedule type",
             names={True: "Karras", False: "Automatic"},
         ),
     ]
@@ -62,142 +93,115 @@ class Shared(TypedDict, total=False):
         Guidance,
         Declared(
             7.5,
-            "classifier-free guidance scale (Ho and Salimans 2022); 1 = off; the tiny model likes 2 to 4",
-            label="CFG scale",
+            "classifier-free guidance scale of Ho and Salimans 2022; 1 is off, and the tiny model likes 2 to 4",
+            "CFG scale",
             axis=True,
         ),
     ]
     guidance_rescale: Annotated[
         Fraction,
         Declared(
-            0.0,
-            "guidance rescale, phi of Lin et al. 2023, section 3.4; against overexposure",
-            metavar="PHI",
-            label="CFG Rescale",
-            axis=True,
+            0.0, "guidance rescale against overexposure; phi of Lin et al. 2023, section 3.4", "CFG Rescale", axis=True
         ),
     ]
-    height: Annotated[Side | None, Declared(None, "height in pixels", "the model's, or the image's", "PIXELS")]
-    width: Annotated[Side | None, Declared(None, "width in pixels", "the model's, or the image's", "PIXELS")]
-    clip_skip: Annotated[
-        Annotated[int, Range(1, 1000)] | None,
-        Declared(
-            None,
-            "text model layer from the end: 1 last, 2 penultimate",
-            "the model's",
-            label="Clip skip",
-            axis=True,
-        ),
-    ]
-    prompt_syntax: Annotated[Literal["a1111", "plain"], Declared("a1111", "how prompts are read")]
-    emphasis: Annotated[
-        Literal["original", "no_norm"],
-        Declared(
-            "original",
-            "whether weighted prompts keep the mean of their context",
-            label="Emphasis",
-            names={"no_norm": "No norm"},
-        ),
-    ]
-    variation_strength: Annotated[
-        Fraction,
-        Declared(
-            0.0,
-            "how far the noise moves towards that of the variation seed",
-            metavar="S",
-            label="Variation seed strength",
-            axis=True,
-        ),
-    ]
+    height: Annotated[Side | None, Declared(None, "height", unset="the model's, or the image's", metavar="PIXELS")]
+    width: Annotated[Side | None, Declared(None, "width", unset="the model's, or the image's", metavar="PIXELS")]
+
+
+class Shared(Reading, Sampling, total=False):
+    """The settings that every way of drawing takes, and that all pictures of a batch share."""
 
 
 class SecondPass(TypedDict, total=False):
     """Settings of a second pass: the picture is drawn small, enlarged and drawn again.
 
-    hires_steps * hires_strength steps run. Prompts count on from the first pass, as in A1111: with 20 steps in the
-    first pass, `[a:b:21]` changes after one step of the second, and `[a:b:1.5]` after half of the steps it runs.
+    hires_steps * hires_strength steps run. The steps in prompts count on from the first pass, as in A1111. With 20
+    steps in the first pass, `[a:b:21]` changes after one step of the second pass, and `[a:b:1.5]` after half of them.
     """
 
     hires_scale: Annotated[
-        float,
-        Range(1, 8),
-        Declared(1.0, "draw, enlarge by this factor and draw again; 1 = off", metavar="X", label="Hires upscale"),
+        float, Range(1, 8), Declared(1.0, "draw, enlarge by this factor and draw again; 1 is off", "Hires upscale")
     ]
     hires_steps: Annotated[
-        Steps | None,
-        Declared(None, "sampler steps of the second pass", "those of the first", label="Hires steps", axis=True),
+        Steps | None, Declared(None, "sampler steps of the second pass", "Hires steps", True, "those of the first")
     ]
     hires_strength: Annotated[
-        Strength,
-        Declared(
-            0.5,
-            "how far the second pass redraws the first",
-            metavar="S",
-            label="Denoising strength",
-            axis=True,
-        ),
+        Strength, Declared(0.5, "how far the second pass redraws the first", "Denoising strength", axis=True)
     ]
     hires_upscaler: Annotated[
         Literal["latent", "lanczos"],
         Declared(
             "latent",
-            "what enlarges: latent (bilinear on the latents) or lanczos (on the decoded picture)",
-            label="Hires upscaler",
-            names={"latent": "Latent", "lanczos": "Lanczos"},
+            "what enlarges the picture; latent: bilinear on the latents; lanczos: on the decoded picture",
+            "Hires upscaler",
             axis=True,
+            names={"latent": "Latent", "lanczos": "Lanczos"},
         ),
+    ]
+
+
+class Source(TypedDict, total=False):
+    """Settings of the image to start from."""
+
+    image: Annotated[str | None, Declared(None, "picture to start from", metavar="FILE")]
+    strength: Annotated[
+        Strength | None,
+        Declared(None, "how far to redraw the image", "Denoising strength", True, "0.75; with a mask 1"),
+    ]
+    mask: Annotated[
+        str | None,
+        Declared(
+            None, 'paint where this picture is white; "alpha" paints where the image is transparent', metavar="FILE"
+        ),
+    ]
+    outpaint: Annotated[
+        tuple[int, int, int, int] | None,
+        Declared(None, "pixels to add to the image and paint: left, top, right, bottom", metavar="L,T,R,B"),
     ]
 
 
 class Masking(TypedDict, total=False):
     """Settings of inpainting.
 
-    fill: what the region starts from where strength is below 1. These are A1111's "masked content": original, latent
-    noise, fill (the surroundings, blurred), latent nothing (constant).
-    only_masked: the region with `padding` around it is cropped, drawn at height x width (by default the size the model
-    was trained at) and pasted back.
+    fill: what the masked region starts as if the strength is below 1. A1111 calls it "masked content": original, latent
+    noise (noise), fill (blurred: the surroundings), latent nothing (constant).
+    only_masked: the masked region with `padding` around it is cropped, drawn at height x width (by default the size the
+    model was trained at) and pasted back.
     """
 
     mask_blur: Annotated[
-        Pixels,
-        Declared(4, "width of the soft edge inside the mask", metavar="PIXELS", label="Mask blur", axis=True),
+        Pixels, Declared(4, "width of the soft edge inside the mask", "Mask blur", axis=True, metavar="PIXELS")
     ]
-    mask_grow: Annotated[Pixels, Declared(0, "widen the mask", metavar="PIXELS", label="Mask grow", axis=True)]
+    mask_grow: Annotated[Pixels, Declared(0, "how far to widen the mask", "Mask grow", axis=True, metavar="PIXELS")]
     fill: Annotated[
         Literal["original", "noise", "blurred", "constant"],
         Declared(
             "original",
-            "what the region starts as",
-            label="Masked content",
-            names={"blurred": "fill", "noise": "latent noise", "constant": "latent nothing"},
+            "what the masked region starts as if the strength is below 1",
+            "Masked content",
             axis=True,
+            names={"blurred": "fill", "noise": "latent noise", "constant": "latent nothing"},
         ),
     ]
     only_masked: Annotated[
         bool,
-        Declared(
-            False,
-            "draw the region around the mask alone, at height x width",
-            label="Inpaint area",
-            names={True: "Only masked"},
-        ),
+        Declared(False, "draw the masked region alone, at height x width", "Inpaint area", names={True: "Only masked"}),
     ]
     padding: Annotated[
         Pixels,
-        Declared(
-            32, "width of the surroundings in that region", metavar="PIXELS", label="Masked area padding", axis=True
-        ),
+        Declared(32, "width of the surroundings in that region", "Masked area padding", axis=True, metavar="PIXELS"),
     ]
 
 
 class Settings(Shared, total=False):
     """The keywords of `StableDiffusion.img2img`.
 
-    seed: image i of the call uses seed + i, whatever the batch; or one seed for each image.
-    variation_seed: with variation_strength above 0 every image has the noise of `seed`, moved along the sphere towards
-    that of variation_seed + i; or one seed for each image.
-    num_images: pictures of each prompt. latents: unit noise [B, h, w, 4] in place of the noise of the seeds.
-    progress: whether to show a bar.
+    seed: picture i of the call uses seed + i; or a sequence with a seed for each picture.
+    variation_seed: with variation_strength above 0 every picture has the noise of `seed`, moved along the sphere
+    towards the noise of variation_seed + i; or a sequence with a seed for each picture.
+    num_images: the number of pictures of each prompt.
+    latents: unit noise [B, h, w, 4] in place of the noise of the seeds.
+    progress: whether to show a progress bar.
     """
 
     seed: int | Sequence[int]
@@ -219,90 +223,71 @@ class PictureSettings(Shared, SecondPass, Masking, total=False):
     """All settings that the pictures of a batch share."""
 
 
-class JobSettings(PictureSettings, total=False):
-    """The settings of one picture: a line of a `--jobs` file."""
+class Adapters(TypedDict, total=False):
+    """Settings of the adapters that are merged into the weights."""
 
-    prompt: Annotated[str, Declared("", "what to draw", axis=True)]
-    negative_prompt: Annotated[str, Declared("", "what not to draw", metavar="TEXT", axis=True)]
-    seed: Annotated[Seed, Declared(0, "seed of the first picture; the next pictures count up from it", axis=True)]
-    variation_seed: Annotated[
-        Seed, Declared(0, "another seed, to vary the pictures of --seed by", metavar="N", axis=True)
-    ]
-    image: Annotated[str | None, Declared(None, "picture to start from", "none", "FILE")]
-    mask: Annotated[
-        str | None,
-        Declared(
-            None,
-            'paint the image only where this picture is white; "alpha": where the image is transparent',
-            "none",
-            "FILE",
-        ),
-    ]
-    strength: Annotated[
-        Strength | None,
-        Declared(
-            None, "how far to redraw the image", "0.75; with a mask 1", "S", label="Denoising strength", axis=True
-        ),
-    ]
-    outpaint: Annotated[
-        tuple[int, int, int, int] | None,
-        Declared(None, "pixels to add to the image and paint: left, top, right, bottom", "none", "L,T,R,B"),
-    ]
-    lora: Annotated[
-        tuple[str, ...],
-        Declared((), "LoRA to merge in, FILE or FILE:WEIGHT; may be repeated", metavar="FILE[:WEIGHT]", axis=True),
-    ]
+    lora: Annotated[tuple[str, ...], Declared((), "LoRA to merge in", axis=True, metavar="FILE[:WEIGHT]")]
+
+
+class JobSettings(Subject, PictureSettings, Source, Adapters, total=False):
+    """The settings of one picture: a line of a `--jobs` file."""
 
 
 @functools.cache
 def declarations() -> dict[str, tuple[Any, Declared]]:
     """Name -> (annotation, declaration) of every setting of a picture."""
-    hints = get_type_hints(JobSettings, include_extras=True)
     return {
-        name: (hint, next(data for data in hint.__metadata__ if isinstance(data, Declared)))
-        for name, hint in hints.items()
+        name: (hint, next(mark for mark in metadata(hint) if isinstance(mark, Declared)))
+        for name, hint in get_type_hints(JobSettings, include_extras=True).items()
     }
 
 
-def complete(given: Mapping[str, Any]) -> PictureSettings:
-    """The given settings, checked, with defaults for those left out. Raises ConfigError."""
-    names = PictureSettings.__optional_keys__
+def complete(settings: Mapping[str, Any]) -> PictureSettings:
+    """Checks settings and adds the defaults of those left out. Raises ConfigError."""
+    return cast(PictureSettings, _completed(PictureSettings, settings))
+
+
+def complete_job(settings: Mapping[str, Any]) -> JobSettings:
+    """Checks the settings of a job and adds the defaults of those left out. Raises ConfigError."""
+    return cast(JobSettings, _completed(JobSettings, settings))
+
+
+def _completed(kind: Any, settings: Mapping[str, Any]) -> Any:
+    names = kind.__optional_keys__
     defaults = {name: declared.default for name, (_, declared) in declarations().items() if name in names}
-    return cast(PictureSettings, read_record(PictureSettings, {**defaults, **given}))
-
-
-def complete_job(given: Mapping[str, Any], key: str = "") -> JobSettings:
-    """The given settings of a job, checked, with defaults for those left out. Raises ConfigError."""
-    defaults = {name: declared.default for name, (_, declared) in declarations().items()}
-    return cast(JobSettings, read_record(JobSettings, {**defaults, **given}, key))
+    return read_record(kind, {**defaults, **settings})
 
 
 def from_text(name: str, text: str, key: str) -> Any:
-    """The value of a setting from the text of a flag or of a grid's axis. Raises ConfigError, which names `key`."""
+    """Reads the value of a setting from a flag or an axis of a grid. Raises ConfigError, which names `key`."""
     return parse(declarations()[name][0], text, key)
 
 
 def help_text(name: str) -> str:
-    """One line on a setting: what it does, its range and its default."""
+    """One line on a setting: what it does, its range or choices, and its default."""
     hint, declared = declarations()[name]
-    parts = [declared.help, *(rule.expected for rule in metadata(hint) if isinstance(rule, Range))]
-    parts += [f"one of {', '.join(choices(hint))}"] if choices(hint) else []
-    default = declared.unset if declared.default is None else _shown(declared.default)
-    return ", ".join(parts) + (f" ({default})" if default else "")
+    purpose, *remarks = declared.help.split("; ")
+    purpose += "".join(f", {_words(rule)}" for rule in metadata(hint) if isinstance(rule, Range))
+    if names := choices(hint):
+        purpose += f": {', '.join(names[:-1])} or {names[-1]}"
+    default = declared.unset if declared.default is None else declared.default
+    shown = not isinstance(default, (bool, tuple)) and default != ""
+    return "; ".join([purpose, *remarks]) + (f" (default: {str(default).removesuffix('.0')})" if shown else "")
 
 
-def _shown(default: Any) -> str:
-    if isinstance(default, (int, float)) and not isinstance(default, bool):
-        return f"{default:g}"
-    return default if isinstance(default, str) else ""
+def _words(rule: Range) -> str:
+    """A range in the words of a help text, which are fewer than those of an error."""
+    if rule.multiple > 1:
+        return f"a multiple of {rule.multiple}"
+    return rule.expected if rule.above else f"{rule.low} to {rule.high}"
 
 
 def labelled(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Label -> what the text of a PNG file says, for the named settings."""
-    found = {name: declarations()[name][1] for name in names}
-    return {declared.label: declared.names.get(settings[name], settings[name]) for name, declared in found.items()}
+    """Label -> value of the named settings, as the text of a PNG file writes them."""
+    pairs = [(declarations()[name][1], settings[name]) for name in names]
+    return {declared.label: declared.names.get(value, value) for declared, value in pairs}
 
 
 def changed(settings: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """The named settings that are not at their defaults."""
+    """Those of the named settings that differ from their defaults."""
     return [name for name in names if settings[name] != declarations()[name][1].default]
