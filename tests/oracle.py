@@ -1,4 +1,4 @@
-"""PyTorch's models as the oracle: random ones of any config, saved by diffusers or transformers and read back by us.
+"""PyTorch's models as the oracle: random models of any config, saved by diffusers or transformers, read by sdjax.
 
 Imports torch inside its functions, so that tests without the `parity` mark run without it.
 """
@@ -18,13 +18,13 @@ from sdjax.models.layers import Compute
 
 
 class Read(NamedTuple):
-    """One of our models, read from a folder PyTorch saved."""
+    """A Flax module with the parameters that PyTorch saved."""
 
     module: Any
     params: dict[str, Any]
 
     def __call__(self, *inputs, **options):
-        """The model's output. Compiled without optimisation: here every model runs once and compiling is the cost."""
+        """The output of the model. It is compiled without optimisation, since it runs only once."""
 
         def apply(params, *inputs):
             return self.module.apply({"params": params}, *inputs, **options)
@@ -33,7 +33,7 @@ class Read(NamedTuple):
 
 
 def randomised(model, seed=0):
-    """The PyTorch model with every parameter drawn anew: its own start leaves norms at one and biases at zero."""
+    """The PyTorch model with random parameters. PyTorch itself leaves norms at one and biases at zero."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -48,10 +48,10 @@ def randomised(model, seed=0):
 
 
 def read_model(folder: Path, *, dtype="float32", remat=False) -> Read:
-    """The model in one diffusers or transformers folder, through our own reader."""
+    """The model in a folder of diffusers or transformers, read by sdjax."""
     config = json.loads((folder / "config.json").read_text())
     kind = config.get("_class_name") or config["architectures"][0]
-    room, module, config_type = {
+    family, module, config_type = {
         "UNet2DConditionModel": (unet, unet.UNet, unet.UNetConfig),
         "AutoencoderKL": (vae, vae.AutoencoderKL, vae.VAEConfig),
         "CLIPTextModel": (clip, clip.TextModel, clip.TextConfig),
@@ -61,37 +61,37 @@ def read_model(folder: Path, *, dtype="float32", remat=False) -> Read:
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= read_tensors(file).tensors
-    params = load_params(tensors, room.abstract_params(config), dtype=dtype, what=kind)
+    params = load_params(tensors, family.abstract_params(config), dtype=dtype, what=kind)
     return Read(module(config, Compute(dtype=jnp.dtype(dtype), platform="cpu", remat=remat)), params)
 
 
 def saved(model, folder: Path, **how) -> Read:
-    """The PyTorch model saved to a folder and read back by us."""
+    """Saves the PyTorch model to a folder, and returns the model that sdjax reads from it."""
     model.save_pretrained(folder, max_shard_size="1GB")
     return read_model(folder, **how)
 
 
 def channels_first(array):
-    """NHWC -> a torch tensor, NCHW."""
+    """The torch tensor [N, C, H, W] of an array [N, H, W, C]."""
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(array), -1, 1)))
 
 
 def channels_last(tensor) -> np.ndarray:
-    """A torch tensor, NCHW -> NHWC."""
+    """The array [N, H, W, C] of a torch tensor [N, C, H, W]."""
     return np.moveaxis(tensor.detach().numpy(), 1, -1)
 
 
 def tensor(array):
-    """An array -> a torch tensor."""
+    """The torch tensor of an array."""
     import torch
 
     return torch.from_numpy(np.array(array))
 
 
 def error(ours, theirs) -> float:
-    """|ours - theirs| / |theirs|."""
+    """The relative error |ours - theirs| / |theirs|, with Euclidean norms."""
     ours, theirs = (np.asarray(array, np.float64) for array in (ours, theirs))
     assert ours.shape == theirs.shape
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))

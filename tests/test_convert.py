@@ -1,4 +1,4 @@
-"""Conversions on the command line: there and back without loss, and mistakes told before anything is read."""
+"""The command `convert`: nothing is lost there and back, and mistakes are reported before anything is read."""
 
 import json
 
@@ -32,7 +32,7 @@ def run(*words):
 
 
 def deltas(adapter):
-    """Each layer's change of its kernel."""
+    """Path of each layer -> the change of its kernel."""
     return {path: lora.delta(layer) for path, layer in trees.layers(adapter, "up")}
 
 
@@ -49,7 +49,7 @@ def test_a_folder_to_a_file_and_back(model, tmp_path, capsys):
     same(loading.load(folder).params, model.params)
     half = tmp_path / "half.safetensors"
     assert run(folder, half, "--to", "single_file", "--dtype", "float16", "--prediction-type", "v_prediction") == 0
-    # A model keeps the type of its weights unless asked.
+    # Without --dtype a model keeps the dtype of its weights.
     assert run(half, tmp_path / "again.safetensors", "--to", "single_file", "--tokenizer", folder) == 0
     one, two = read_safetensors(half), read_safetensors(tmp_path / "again.safetensors")
     assert one.metadata == two.metadata and one.metadata["modelspec.prediction_type"] == "v"

@@ -1,11 +1,7 @@
-"""Model folders: what a folder may hold is read, what we save reads back, and every fault is named."""
+"""Model folders: every kind is read, a saved folder reads back, and each fault gives an error that names it."""
 
 import dataclasses
 import json
-import signal
-import subprocess
-import sys
-import time
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -18,7 +14,7 @@ from sdjax.formats.diffusers_folder import read_folder, save_folder
 from sdjax.formats.safetensors_file import read_safetensors, save_safetensors
 from sdjax.trees import leaves
 
-# Folders, written by hand.
+# Reading folders that are written by hand.
 
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -265,26 +261,3 @@ def test_failed_save_leaves_the_old_folder(tmp_path):
         save(path, params={"vae": load(state_dict(VAE), VAE), "unet": complex_kernel})
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
     assert sorted(item.name for item in tmp_path.iterdir()) == ["m", "m-tokenizer"]
-
-
-def test_killed_while_saving_leaves_the_old_folder_and_the_next_save_cleans_up(tmp_path):
-    path = tmp_path / "m"
-    save(path)
-    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    code = f"""
-import numpy as np
-from sdjax.formats.diffusers_folder import save_folder
-big = {{f"layers_{{i}}": {{"kernel": np.ones((1000, 4000), np.float32)}} for i in range(100)}}
-save_folder({str(path)!r}, configs={{"unet": {{}}}}, params={{"unet": big}}, tokenizers={{}},
-            scheduler={{"_class_name": "x"}})
-"""
-    process = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 120
-    while not any(tmp_path.glob(".m.*.partial/unet/.diff*.tmp")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
-    assert len(list(tmp_path.glob(".m.*.partial"))) == 1
-    save(path)
-    assert list(tmp_path.glob(".m.*")) == []

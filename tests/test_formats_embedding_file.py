@@ -1,4 +1,4 @@
-"""Embedding files as diffusers, A1111, kohya, OneTrainer and cloneofsimo write them, and our own read back."""
+"""Reads the embedding files of diffusers, A1111, kohya, OneTrainer and cloneofsimo, and those of sdjax."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def rows(vectors=2, width=8):
 
 
 def write(path, content):
-    """A file as its program writes it: torch.save, or safetensors."""
+    """Writes a file as other programs do, with torch.save or the library safetensors."""
     if path.suffix == ".safetensors":
         tensors, metadata = content if isinstance(content, tuple) else (content, None)
         safetensors.numpy.save_file(tensors, path, metadata)
@@ -33,14 +33,14 @@ def write(path, content):
 
 
 def check(got, wanted):
-    assert {word: set(own) for word, own in got.items()} == {word: set(own) for word, own in wanted.items()}
-    for word, own in wanted.items():
-        for model, expected in own.items():
+    assert {word: set(models) for word, models in got.items()} == {word: set(models) for word, models in wanted.items()}
+    for word, models in wanted.items():
+        for model, expected in models.items():
             assert got[word][model].dtype == np.float32
             np.testing.assert_array_equal(got[word][model], np.atleast_2d(expected))
 
 
-# PyTorch writes the pickles of these tests.
+# For tests whose pickles PyTorch writes.
 PICKLE = pytest.mark.parity
 
 
@@ -164,10 +164,10 @@ def test_round_trip(tmp_path_factory, word, vectors, sdxl):
     if not clean_word(word):
         return
     widths = SDXL if sdxl else SD1
-    own = {model: rows(vectors, width) for model, width in widths.items()}
+    written = {model: rows(vectors, width) for model, width in widths.items()}
     path = tmp_path_factory.mktemp("e") / file_name(word)
-    save_embedding(path, word, own)
-    check(load_embedding(path, widths), {word: own})
+    save_embedding(path, word, written)
+    check(load_embedding(path, widths), {word: written})
     assert len(safetensors.numpy.load_file(path)) == len(widths)
 
 

@@ -1,4 +1,4 @@
-"""Models on the hub: a server on this machine answers as the hub does, and each answer gives a model or one error."""
+"""Models on the hub: a local server answers as the hub does, and each answer gives a model or one error."""
 
 import hashlib
 import http.server
@@ -19,7 +19,7 @@ from sdjax.formats.safetensors_file import save_safetensors
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """`good/model` is a folder; `cut/model` breaks off its first download; others answer with the hub's errors."""
+    """Serves a folder as `good/model`, and as `cut/model` with an interrupted first download. Others give errors."""
 
     folder: Path
     requested: list[str]
@@ -93,7 +93,7 @@ def hub(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def ask(*sources, offline=False, address=None):
-        """What read_folder makes of each source in a process of its own (the hub's address is read at import)."""
+        """The result of read_folder for each source. A new process runs it: the hub's address is read at import."""
         code = """
 import json, sys
 from sdjax.errors import DataError
@@ -144,14 +144,14 @@ def test_hub(hub):
     fetched = {request.split("/", 4)[-1] for request in hub.handler.requested if "/resolve/" in request}
     assert any("diffusion_pytorch_model.safetensors" in name for name in fetched)
     assert not any(name.endswith((".bin", ".msgpack", ".ckpt")) for name in fetched)
-    # What was cut off was fetched again, and names == cut_names says whole.
+    # The interrupted files were fetched again, and are complete since names == cut_names.
     assert hub.handler.cut == {
         "cut/unet/diffusion_pytorch_model.safetensors",
         "cut/vae/diffusion_pytorch_model.safetensors",
         "cut/text_encoder/model.safetensors",
     }
     assert half == path
-    # Once fetched, it is there offline; what is not says what to do.
-    (found,), (nowhere,) = hub(["good/model"], offline=True), hub(["new/model"], offline=True)
-    assert found == [path, names]
-    assert nowhere.startswith("new/model: no such folder, not in the cache, and the hub cannot be reached")
+    # Offline a fetched model is read from the cache; for another the error tells what to do.
+    (cached,), (absent,) = hub(["good/model"], offline=True), hub(["new/model"], offline=True)
+    assert cached == [path, names]
+    assert absent.startswith("new/model: no such folder, not in the cache, and the hub cannot be reached")

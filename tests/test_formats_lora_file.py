@@ -1,4 +1,4 @@
-"""LoRA files: every spelling of the same change, what we write, and every fault named."""
+"""LoRA files: each spelling of the keys gives the same LoRA, a saved file reads back, and errors name each fault."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from sdjax.formats.lora_file import load_lora, save_lora
 from sdjax.formats.safetensors_file import read_safetensors, save_safetensors
 from sdjax.trees import layers, nest
 
-# A small model written out by hand: (component, our path) -> module name in diffusers, kernel shape.
+# The layers of a small model: (part, path) -> name of the module in diffusers, shape of the kernel.
 
 ATTENTION = "down_blocks_0/attentions_0/transformer_blocks_0"
 SD1 = {
@@ -50,7 +50,7 @@ def expected(table):
 
 
 def random_lora(shapes, *, ranks=(4,), dora=False, seed=0):
-    """A LoRA tree over {path: kernel shape}, with ranks in turn and a different alpha for every layer."""
+    """A LoRA tree for kernels of these shapes (by path), which takes the ranks in turn, with several alphas."""
     generator = np.random.default_rng(seed)
     flat = {}
     for i, (path, kernel) in enumerate(shapes.items()):
@@ -68,7 +68,7 @@ def shapes_of(table):
 
 
 def delta(layer):
-    """The change of the kernel, in our layout."""
+    """The change of the kernel, in sdjax's layout."""
     return float(layer["scale"]) * np.asarray(layer["down"], np.float64) @ np.asarray(layer["up"], np.float64)
 
 
@@ -93,7 +93,7 @@ def raises(match, file, model):
     assert "\n" not in str(caught.value)
 
 
-# Ours and back.
+# Saving and reading back.
 
 
 @pytest.mark.parametrize("style", ["kohya", "peft"])
@@ -118,7 +118,7 @@ def test_one_alpha_for_all_round_trips_to_the_bit(tmp_path):
 
 
 def test_kohya_files_have_one_alpha(tmp_path):
-    """diffusers overlooks an attention layer's own alpha in a file with several."""
+    """In a file with several alphas diffusers ignores that of an attention layer."""
     save_lora(tmp_path / "a.safetensors", random_lora(shapes_of(SD1)), expected(SD1))
     alphas = [float(array) for name, array in load_file(tmp_path / "a.safetensors").items() if name.endswith("alpha")]
     assert len(alphas) == len(SD1)
@@ -151,7 +151,7 @@ def test_half_precision_export(tmp_path, style):
 
 
 def test_a_scale_of_zero_stays_off(tmp_path):
-    """kohya's alpha 0 means "the rank": writing it would switch the adapter on."""
+    """In kohya's style an alpha of 0 means the rank, which would switch the adapter on."""
     lora = random_lora(shapes_of(SD1))
     for _, layer in layers(lora, "down"):
         layer["scale"][...] = 0
@@ -180,16 +180,16 @@ def test_saving_what_cannot_be_saved(tmp_path):
     assert not path.exists()
 
 
-# kohya's naming, written by an independent rule: every module's name with its dots made underscores.
+# Files in kohya's naming, made by an independent rule: the name of the module with underscores for dots.
 
 
 def kohya_file(table, *, text_prefix="lora_te_text_model_", alpha=2.0, dtype=np.float32, flat_1x1=False):
-    """Tensors as kohya's scripts name and shape them, and the change of every kernel in PyTorch's layout."""
+    """Tensors with the names and shapes of kohya's scripts, and the change of each kernel in PyTorch's layout."""
     generator = np.random.default_rng(0)
     rank = 4
     tensors, deltas = {}, {}
-    for (component, path), (module, shape) in table.items():
-        name = ("lora_unet_" if component == "unet" else text_prefix) + module.replace(".", "_")
+    for (part, path), (module, shape) in table.items():
+        name = ("lora_unet_" if part == "unet" else text_prefix) + module.replace(".", "_")
         out = shape[-1]
         if len(shape) == 4 and not (flat_1x1 and shape[:2] == (1, 1)):
             down = generator.normal(size=(rank, shape[2], *shape[:2])).astype(dtype)
@@ -205,15 +205,15 @@ def kohya_file(table, *, text_prefix="lora_te_text_model_", alpha=2.0, dtype=np.
         if alpha is not None:
             tensors[f"{name}.alpha"] = np.array(alpha, dtype)
             scale = (alpha or rank) / rank
-        deltas[place((component, path))] = scale * change
+        deltas[place((part, path))] = scale * change
     return tensors, deltas
 
 
 def assert_deltas(lora, deltas, rtol=1e-6):
-    found = {path: torch_layout(delta(layer)) for path, layer in layers(lora, "down")}
-    assert found.keys() == deltas.keys()
+    changes = {path: torch_layout(delta(layer)) for path, layer in layers(lora, "down")}
+    assert changes.keys() == deltas.keys()
     for path, change in deltas.items():
-        np.testing.assert_allclose(found[path], change, rtol=rtol, atol=1e-6, err_msg=str(path))
+        np.testing.assert_allclose(changes[path], change, rtol=rtol, atol=1e-6, err_msg=str(path))
 
 
 @pytest.mark.parametrize("text_prefix", ["lora_te_text_model_", "lora_te1_text_model_", "lora_te_"])
@@ -226,7 +226,7 @@ def test_reads_kohya(tmp_path, text_prefix, alpha, dtype):
 
 
 def test_flat_and_four_axis_projections_pass_for_each_other(tmp_path):
-    """A 1x1 convolution's adapter in two axes for a model that convolves, and in four for one that multiplies."""
+    """An adapter of 2 axes fits a convolution of 1 x 1, and an adapter of 4 axes fits a linear layer."""
     tensors, deltas = kohya_file(SD1, flat_1x1=True)
     save_safetensors(tmp_path / "a.safetensors", tensors)
     assert_deltas(load_lora(tmp_path / "a.safetensors", expected(SD1)), deltas)
@@ -254,12 +254,12 @@ def test_writes_kohya_names_shapes_and_metadata(tmp_path):
     assert metadata["ss_output_name"] == "dog"
     assert metadata["modelspec.title"] == "Dog"
     assert json.loads(metadata["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "2"}
-    # kohya: the hash of everything behind the header.
+    # As in kohya's scripts: the hash of everything after the header.
     content = path.read_bytes()
     behind = content[8 + int.from_bytes(content[:8], "little") :]
     assert metadata["sshs_model_hash"] == hashlib.sha256(behind).hexdigest()
     assert len(metadata["sshs_legacy_hash"]) == 8
-    assert "ss_base_model_version" not in metadata  # text of width 6 is no model's
+    assert "ss_base_model_version" not in metadata  # no published model has a text width of 6
 
 
 @pytest.mark.parametrize(("width", "version"), [(768, "sd_v1"), (1024, "sd_v2"), (2048, "sdxl_base_v1-0")])
@@ -344,7 +344,7 @@ def test_faults_in_kohya_files(tmp_path):
 
 
 def test_another_models_lora_is_recognised(tmp_path):
-    """An SDXL file for an SD1 model says so in place of a list of keys (41)."""
+    """The error for an SDXL file and an SD1 model names both, instead of a list of keys."""
     key = ("unet", f"{ATTENTION}/attn2/to_k")
     small, large = ({key: (SD1[key][0], (width, 8))} for width in (768, 2048))
     for style in ("kohya", "peft"):
@@ -363,43 +363,43 @@ def test_other_files_are_refused(tmp_path):
     raises("1 keys of no layer", tmp_path / "c.safetensors", expected(SD1))
 
 
-# diffusers' and PEFT's spellings, one by one.
+# The spellings of diffusers and PEFT.
 
 
 def peft_file(table, spell, *, rank=4, seed=0, alpha=None):
     tensors, deltas = {}, {}
     generator = np.random.default_rng(seed)
-    for (component, path), (module, shape) in table.items():
+    for (part, path), (module, shape) in table.items():
         wide = len(shape) == 4
         down = generator.normal(size=(rank, shape[2], *shape[:2]) if wide else (rank, shape[0])).astype(np.float32)
         up = generator.normal(size=(shape[-1], rank, 1, 1) if wide else (shape[-1], rank)).astype(np.float32)
-        names = spell(component, module)
+        names = spell(part, module)
         tensors |= {names[0]: down, names[1]: up}
         if alpha:
             tensors[names[2]] = np.array(alpha, np.float32)
         change = np.einsum("orxy,rihw->oihw", up, down) if wide else up @ down
-        deltas[place((component, path))] = change * ((alpha or rank) / rank)
+        deltas[place((part, path))] = change * ((alpha or rank) / rank)
     return tensors, deltas
 
 
 LINEAR = {key: value for key, value in SD1.items() if key[0] == "text_encoder" or "attn" in key[1]}
 
 
-def new_style(component, module, adapter="", prefix="text_model."):
-    name = f"{component}.{prefix if component != 'unet' else ''}{module}"
+def new_style(part, module, adapter="", prefix="text_model."):
+    name = f"{part}.{prefix if part != 'unet' else ''}{module}"
     return f"{name}.lora_A{adapter}.weight", f"{name}.lora_B{adapter}.weight"
 
 
-def example_scripts(component, module):
-    if component == "unet":
-        return tuple(f"unet.{module}.lora.{part}.weight" for part in ("down", "up"))
-    return tuple(f"text_encoder.text_model.{module}.lora_linear_layer.{part}.weight" for part in ("down", "up"))
+def example_scripts(part, module):
+    if part == "unet":
+        return tuple(f"unet.{module}.lora.{half}.weight" for half in ("down", "up"))
+    return tuple(f"text_encoder.text_model.{module}.lora_linear_layer.{half}.weight" for half in ("down", "up"))
 
 
-def processors(component, module):
-    if component == "text_encoder" and "mlp" in module:
-        return example_scripts(component, module)
-    if component == "text_encoder":
+def processors(part, module):
+    if part == "text_encoder" and "mlp" in module:
+        return example_scripts(part, module)
+    if part == "text_encoder":
         attention, projection = module.rsplit(".", 1)
         name = f"text_encoder.text_model.{attention}.to_{projection.removesuffix('_proj')}_lora"
     else:
@@ -432,8 +432,8 @@ def test_reads_peft_spellings(tmp_path, spelling):
 
 @pytest.mark.parametrize("suffix", [".alpha", ".lora.alpha"])
 def test_peft_alpha_tensors(tmp_path, suffix):
-    def spell(component, module):
-        names = new_style(component, module)
+    def spell(part, module):
+        names = new_style(part, module)
         return *names, names[0].removesuffix(".lora_A.weight") + suffix
 
     tensors, deltas = peft_file(LINEAR, spell, alpha=2)
@@ -480,7 +480,7 @@ def test_faults_in_peft_files(tmp_path):
 
 
 def test_peft_files_never_mix_spellings(tmp_path):
-    """diffusers decides by the first key alone."""
+    """diffusers decides by the first key which spelling the file has."""
     save_lora(tmp_path / "a.safetensors", random_lora(shapes_of(SD1)), expected(SD1), style="peft")
     stored = read_safetensors(tmp_path / "a.safetensors")
     assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in stored.tensors)

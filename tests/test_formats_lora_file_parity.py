@@ -184,7 +184,7 @@ def model_trees_without_adapters(pipeline):
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 def test_kohya_written_by_its_rule_means_the_same_to_diffusers_and_us(tmp_path, pipelines):
-    """Every module of kohya's default set, named with underscores for dots, read by both."""
+    """All modules of kohya's default set, named with underscores for dots."""
     pipeline = pipelines["sd1"]
     table = {}
     for part, model in models(pipeline).items():
@@ -210,7 +210,7 @@ def test_kohya_written_by_its_rule_means_the_same_to_diffusers_and_us(tmp_path, 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 def test_sdxl_names_are_those_of_the_original_unet(tmp_path, pipelines):
-    """Some names in SDXL files of kohya's scripts. A file with diffusers' names gives the same LoRA."""
+    """These names are in SDXL files of kohya's scripts. A file with diffusers' names gives the same LoRA."""
     trees = model_trees(pipelines["sdxl"])
     lora = random_lora(adapted_kernels(trees, "transformer") | adapted_kernels(trees, "convolutions"))
     save_lora(tmp_path / "a.safetensors", lora, trees)

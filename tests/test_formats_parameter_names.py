@@ -1,4 +1,4 @@
-"""PyTorch's names and layouts <-> our trees, and loading leaf by leaf: every fault is listed, nothing half loaded."""
+"""Names and layouts of PyTorch and of sdjax; loading lists every fault, and loads everything or nothing."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from sdjax.formats.parameter_names import load_params, to_state_dict
 from sdjax.formats.safetensors_file import read_safetensors, save_safetensors
 from sdjax.trees import leaves, nest
 
-# A model of every kind of leaf, written out by hand: our tree beside PyTorch's names and shapes.
+# Models with every kind of leaf: path -> PyTorch's name, shape in sdjax, shape in PyTorch.
 
 UNET = {
     ("conv_in", "kernel"): ("conv_in.weight", (3, 3, 4, 8), (8, 4, 3, 3)),
@@ -73,7 +73,7 @@ def load(tensors, table, dtype=jnp.float32, **options):
 
 
 def torch_expected(model):
-    """Our tree for a torch model, worked out from its modules' types: independent of the table under test."""
+    """The tree of shapes of a torch model, derived from the types of its modules, without the code under test."""
     import torch
 
     flat = {}
@@ -111,7 +111,7 @@ def test_names_and_layouts_both_ways(kind):
 
 
 def test_the_transposes_are_the_right_ones():
-    """Element by element, so that a mistake made twice does not cancel out."""
+    """Compares single elements, so that two mistakes cannot cancel out."""
     tensors = state_dict(UNET)
     params = load(tensors, UNET)
     conv, linear = tensors["conv_in.weight"], tensors["time_embedding.linear_1.weight"]
@@ -159,7 +159,7 @@ def test_text_keys_with_and_without_prefix_and_position_ids():
 
 @pytest.mark.parametrize("conv_shaped", [False, True])
 def test_old_vae_attention(conv_shaped):
-    """Names of before diffusers 0.14; the oldest files hold 1x1 convolutions."""
+    """Names before diffusers 0.14. The oldest files hold convolutions of 1 x 1."""
     tensors = state_dict(VAE)
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = {re.sub(r"to_(q|k|v|out\.0)", lambda m: names[m[0]], name): array for name, array in tensors.items()}
@@ -184,7 +184,6 @@ def test_one_by_one_convolutions_and_linear_layers_pass_for_each_other():
 
 
 def test_faults_are_listed_together_before_anything_is_loaded():
-    """Missing, extra and misshapen keys (40)."""
     tensors = state_dict(UNET)
     tensors["conv_in.weight"] = tensors["conv_in.weight"][:, :2]
     del tensors["conv_in.bias"]
@@ -231,7 +230,7 @@ def test_integer_weights_are_refused():
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
 @pytest.mark.parametrize("wanted", [jnp.float32, jnp.bfloat16])
 def test_small_dtypes_load(tmp_path, stored, wanted):
-    """bf16, f16 and f8 without torch (39)."""
+    """bfloat16, float16 and float8 are read without torch."""
     tensors = state_dict(UNET, dtype=stored)
     save_safetensors(tmp_path / "a.safetensors", tensors)
     params = load(read_safetensors(tmp_path / "a.safetensors").tensors, UNET, wanted)
@@ -256,7 +255,7 @@ def test_placement():
 
 
 def test_loaded_parameters_do_not_hang_on_the_file(tmp_path):
-    """Neither on its pages (someone may cut the file) nor on a buffer that donation would give away."""
+    """They do not use the pages of the file, which may be cut later, nor a host buffer that donation would reuse."""
     path = tmp_path / "a.safetensors"
     tensors = state_dict(UNET)
     save_safetensors(path, tensors)
@@ -268,7 +267,7 @@ def test_loaded_parameters_do_not_hang_on_the_file(tmp_path):
 
 
 def test_host_memory_stays_near_one_copy(tmp_path):
-    """100 MiB of f16 become 200 MiB of f32 on the (CPU) device; beside them one leaf of 25 MiB and the mapped file."""
+    """100 MiB of float16 become 200 MiB of float32 on the device, here the CPU. One leaf more is 25 MiB."""
     path = tmp_path / "a.safetensors"
     save_safetensors(path, {f"net.{i}.weight": np.ones((2560, 2560), np.float16) for i in range(8)})
     code = f"""

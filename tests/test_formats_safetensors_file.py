@@ -1,4 +1,4 @@
-"""safetensors: what is written reads back, and every kind of broken file is one error naming the file and the fault."""
+"""safetensors files: a saved file reads back, and a broken file gives one error that names the file and the fault."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def as_bytes(array):
 
 
 def load_file(path):
-    """The reference implementation, below its numpy layer (which knows no f8): name -> (shape, bytes)."""
+    """Name -> (shape, bytes), by the reference implementation. Its NumPy interface does not support float8."""
     return {name: (tuple(entry["shape"]), bytes(entry["data"])) for name, entry in deserialize(path.read_bytes())}
 
 
@@ -84,7 +84,7 @@ def arrays(draw):
 @settings(max_examples=60, deadline=None)
 @given(tensors=st.dictionaries(names, arrays(), max_size=5), metadata=st.dictionaries(names, names, max_size=3))
 def test_round_trip_and_the_reference_reads_the_same(tmp_path_factory, tensors, metadata):
-    """Any dtype, any shape, strided or not; unicode names (42)."""
+    """For any dtype, shape, strides and name."""
     path = tmp_path_factory.mktemp("st") / "a.safetensors"
     save_safetensors(path, tensors, metadata)
     ours = read_safetensors(path)
@@ -134,7 +134,7 @@ def test_dtype_on_saving_leaves_integers_alone(tmp_path):
 
 
 def test_reading_is_lazy_and_views_are_read_only(tmp_path):
-    """A sparse file of 1 TiB opens at once: nothing but the header is read."""
+    """A sparse file of 1 TiB opens at once, because only the header is read."""
     size = 2**40
     path = write(tmp_path / "huge.safetensors", {"a": entry(0, 16), "b": entry(16, size)})
     start = path.stat().st_size
@@ -156,7 +156,7 @@ def test_tensors_start_on_their_item_size(tmp_path):
         assert array.flags.aligned
 
 
-# Faults (36, 37, 46).
+# Faults.
 
 FAULTS = {
     "empty": (b"", "too short"),
@@ -254,7 +254,7 @@ def test_every_truncation_is_an_error(tmp_path):
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_fuzzed_headers_never_do_worse_than_a_data_error(tmp_path_factory, data):
-    """Whatever the bytes: either a DataError, or tensors the reference implementation reads too."""
+    """Any bytes give a DataError, or tensors that the reference implementation also reads."""
     path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
     content = bytearray(b"".join(encode({"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float16)}, {"k": "v"})))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -295,7 +295,7 @@ def test_fuzzed_structures_never_do_worse_than_a_data_error(tmp_path_factory, he
 
 
 def test_the_reference_agrees_on_the_rest_of_the_faults(tmp_path):
-    """Of the broken headers above the reference refuses all but the ones listed, where ours is stricter on purpose."""
+    """The reference refuses all broken headers above except those listed here, where sdjax is stricter on purpose."""
     accepted = set()
     for name, (header, data, _) in HEADERS.items():
         path = write(tmp_path / "x.safetensors", header, data)
@@ -307,7 +307,7 @@ def test_the_reference_agrees_on_the_rest_of_the_faults(tmp_path):
     assert accepted <= {"too many axes", "empty but astronomic", "trailing bytes, no tensors"}
 
 
-# Writing (54).
+# Writing.
 
 
 def test_unwritable_dtype_is_refused_and_leaves_nothing(tmp_path):
@@ -317,7 +317,7 @@ def test_unwritable_dtype_is_refused_and_leaves_nothing(tmp_path):
 
 
 def test_disk_full_keeps_the_old_file(tmp_path):
-    """A real limit on the file's size (what a full disk does), hit in the middle of the data."""
+    """A limit on the size of files, which acts like a full disk, stops the write in the middle of the data."""
     path = tmp_path / "a.safetensors"
     save_safetensors(path, {"a": np.zeros(4, np.float32)})
     before = path.read_bytes()

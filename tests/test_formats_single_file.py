@@ -1,4 +1,4 @@
-"""Checkpoints of one file: what they are is told, diffusers reads ours alike, and nothing is lost either way."""
+"""Single files: each kind is recognised, a saved file reads back, and diffusers reads the same weights from it."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from sdjax.trees import leaves
 
 quick = pytest.fixture(scope="module", autouse=True)(micro.quick_compilation)
 
-# As small as the rules that no shape shows allow: 32 groups, 8 heads or 64 channels each.
+# The smallest sizes that fit what sdjax takes from the family: 32 norm groups; 8 heads, or heads of 64 channels.
 UNET = {
     "block_out_channels": [32, 64],
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
@@ -60,7 +60,7 @@ def model(kind, tmp_path_factory):
         folder = micro.make_model(tmp_path_factory.mktemp(kind) / "model", sdxl=kind == "sdxl")
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "epsilon"}))
-    if kind == "sdxl":  # OpenCLIP's activation in the second text model
+    if kind == "sdxl":  # the second text model has OpenCLIP's activation
         file = folder / "text_encoder_2" / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_act": "gelu"}))
     return loading.load(folder)
@@ -75,7 +75,7 @@ def written(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def foreign(written):
-    """The same as another program writes it: no configs in it, but averages, buffers and the like."""
+    """The file as another program writes it: without configs, but with averages, buffers and other extras."""
     tensors, _ = read_safetensors(written)
     extra = {
         "model_ema.diffusion_modelinput_blocks00weight": np.zeros(3, np.float32),
@@ -112,10 +112,10 @@ def test_what_we_write_we_read(model, written, tmp_path):
 
 
 def test_a_file_without_configs_is_understood(model, kind, foreign):
-    """All that matters is inferred, heads, activations and scale included."""
+    """All settings that matter are inferred, including heads, activations and the scale of the latents."""
     read = loading.load(foreign, tokenizer=model.outline.folder.path, prediction_type="epsilon")
     assert same(read.params, model.params)
-    assert read.outline.unet.config.sample_size == {"sdxl": 512}.get(kind, 256)  # a factor of 2 in place of 8
+    assert read.outline.unet.config.sample_size == {"sdxl": 512}.get(kind, 256)  # the VAE has a factor of 2
     for one, two in (
         (read.outline.unet, model.outline.unet),
         (read.outline.vae, model.outline.vae),
@@ -137,7 +137,7 @@ def test_the_names_are_the_fields(written, kind):
     assert shapes["first_stage_model.encoder.mid.attn_1.q.weight"] == (32, 32, 1, 1)
     assert shapes["first_stage_model.decoder.up.1.upsample.conv.weight"] == (32, 32, 3, 3)
     text = {
-        "sd2": "cond_stage_model.model.transformer.resblocks.2.attn.in_proj_weight",  # the spare one
+        "sd2": "cond_stage_model.model.transformer.resblocks.2.attn.in_proj_weight",  # the spare block
         "sdxl": "conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight",
     }.get(kind, "cond_stage_model.transformer.text_model.encoder.layers.1.self_attn.q_proj.weight")
     assert shapes[text] == (48 if "in_proj" in text else 16, 16)
@@ -158,19 +158,19 @@ def test_half_precision(model, tmp_path):
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 def test_diffusers_reads_the_same_weights(model, kind, written):
-    """Its converters, run on our file, give the tensors of our folder."""
+    """The converters of diffusers turn the file into the tensors of the folder."""
     import torch
     from diffusers.loaders import single_file_utils as theirs
     from safetensors.torch import load_file
 
     checkpoint = load_file(written)
     configs = {"class_embed_type": None, "addition_embed_type": None, **model.outline.folder.configs["unet"]}
-    found = {
+    converted = {
         "unet": theirs.convert_ldm_unet_checkpoint(dict(checkpoint), configs),
         "vae": theirs.convert_ldm_vae_checkpoint(dict(checkpoint), model.outline.folder.configs["vae"]),
     }
     if kind != "sd2":
-        found["text_encoder"] = theirs.convert_ldm_clip_checkpoint(dict(checkpoint))
+        converted["text_encoder"] = theirs.convert_ldm_clip_checkpoint(dict(checkpoint))
     if kind in ("sd2", "sdxl"):
 
         class Model:
@@ -180,34 +180,35 @@ def test_diffusers_reads_the_same_weights(model, kind, written):
             "sd2": ("text_encoder", "cond_stage_model.model."),
             "sdxl": ("text_encoder_2", "conditioner.embedders.1.model."),
         }[kind]
-        found[name] = theirs.convert_open_clip_checkpoint(Model, dict(checkpoint), prefix=prefix)
-    assert found.keys() == model.params.keys()
-    for name, own in found.items():
+        converted[name] = theirs.convert_open_clip_checkpoint(Model, dict(checkpoint), prefix=prefix)
+    assert converted.keys() == model.params.keys()
+    for name, tensors in converted.items():
         wanted = model.outline.folder.tensors(name)
-        if kind == "sd2" and name == "text_encoder":  # they leave out block 23, whatever the model's size
-            own = {key: tensor for key, tensor in own.items() if "layers.2." not in key and "projection" not in key}
+        if kind == "sd2" and name == "text_encoder":  # diffusers leaves out block 23, whatever the size of the model
+            unused = ("layers.2.", "projection")
+            tensors = {key: tensor for key, tensor in tensors.items() if not any(part in key for part in unused)}
         vae_names = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
         for old, new in vae_names.items():
-            own = {key.replace(old, new): tensor for key, tensor in own.items()}
-        assert own.keys() == wanted.keys(), name
-        for key, tensor in own.items():
+            tensors = {key.replace(old, new): tensor for key, tensor in tensors.items()}
+        assert tensors.keys() == wanted.keys(), name
+        for key, tensor in tensors.items():
             assert torch.equal(tensor.reshape(wanted[key].shape), torch.from_numpy(wanted[key].copy())), key
 
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"], indirect=True)  # SD2's spare block has a number they do not know
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"], indirect=True)  # not SD2: diffusers expects 24 blocks
 def test_diffusers_makes_a_pipeline_of_it(model, kind, written):
     import torch
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
-    made = {"sd1": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[kind].from_single_file(
+    pipeline = {"sd1": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[kind].from_single_file(
         str(written), config=str(model.outline.folder.path), local_files_only=True
     )
-    # They tell SDXL's two text models apart by width, which here is the same.
+    # diffusers tells SDXL's two text models apart by their widths, which are equal here.
     for name in model.params.keys() - {"text_encoder_2"}:
-        theirs, ours = getattr(made, name).state_dict(), model.outline.folder.tensors(name)
+        theirs, ours = getattr(pipeline, name).state_dict(), model.outline.folder.tensors(name)
         ours = {key.removeprefix("text_model."): tensor for key, tensor in ours.items()}
         theirs = {key.removeprefix("text_model."): tensor for key, tensor in theirs.items()}
         assert theirs.keys() == ours.keys()
@@ -225,15 +226,13 @@ def test_pickles_nest_their_tensors_and_tell_the_step(model, kind, foreign, tmp_
     nested = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in nested.items()}
     torch.save({"state_dict": nested, "global_step": step, "epoch": 3}, tmp_path / "model.ckpt")
     read = loading.outline(tmp_path / "model.ckpt", tokenizer=model.outline.folder.path)
-    own = loading.load_weights(read, "unet")
-    assert same(
-        own, jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float16).astype(np.float32), model.params["unet"])
-    )
+    halved = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float16).astype(np.float32), model.params["unet"])
+    assert same(loading.load_weights(read, "unet"), halved)
     v = kind == "sd2" and step != 875000
     assert read.schedule.prediction_type == ("v_prediction" if v else "epsilon")
 
 
-# Full size, with no memory behind the shapes.
+# Models of full size, as arrays that need no memory.
 
 PUBLISHED = {
     SD1: {
@@ -305,28 +304,28 @@ TEXT_PREFIXES = {
 
 
 def torch_shapes(params):
-    """PyTorch's names and shapes of a tree of shapes, as arrays of no memory."""
-    found = {}
+    """PyTorch's name -> an array of PyTorch's shape that needs no memory, for a tree of shapes."""
+    arrays = {}
     for path, leaf in leaves(params):
         shape = leaf.shape
         if path[-1] == "kernel":
             shape = shape[::-1] if len(shape) == 2 else (shape[3], shape[2], *shape[:2])
-        found[tensor_name(path)] = np.broadcast_to(np.float16(0), shape)
-    return found
+        arrays[tensor_name(path)] = np.broadcast_to(np.float16(0), shape)
+    return arrays
 
 
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_published_models_are_recognised(family, tmp_path, monkeypatch):
-    """Their configs come out of their shapes, with the number of tensors their files hold."""
+    """Their configs are inferred from the shapes in their files, which hold the published number of tensors."""
     configs = {**PUBLISHED[family], "vae": {}}
-    types = {"unet": (unet, unet.UNetConfig), "vae": (vae, vae.VAEConfig)}
-    own = {name: types.get(name, (clip, clip.TextConfig)) for name in configs}
-    wanted = {name: kind.from_dict(configs[name]) for name, (_, kind) in own.items()}
+    modules = {"unet": (unet, unet.UNetConfig), "vae": (vae, vae.VAEConfig)}
+    modules = {name: modules.get(name, (clip, clip.TextConfig)) for name in configs}
+    wanted = {name: kind.from_dict(configs[name]) for name, (_, kind) in modules.items()}
     if family == SDXL:
         wanted["vae"] = dataclasses.replace(wanted["vae"], scaling_factor=0.13025)
-    room_shapes = {name: room.abstract_params(wanted[name]) for name, (room, _) in own.items()}
-    shapes = {name: torch_shapes(tree) for name, tree in room_shapes.items()}
-    prefixes = ldm_prefixes(room_shapes["unet"])
+    trees = {name: module.abstract_params(wanted[name]) for name, (module, _) in modules.items()}
+    shapes = {name: torch_shapes(tree) for name, tree in trees.items()}
+    prefixes = ldm_prefixes(trees["unet"])
     file = {}
     for key, tensor in shapes["unet"].items():
         module, _, leaf = key.rpartition(".")
@@ -346,7 +345,7 @@ def test_published_models_are_recognised(family, tmp_path, monkeypatch):
     monkeypatch.setattr(single_file, "read_tensors", lambda path: (file, {}))
     monkeypatch.setattr(single_file, "snapshot", lambda *_: micro.TOKENIZER)
     folder = single_file.read_single_file(tmp_path / "model.safetensors")
-    for name, (_, kind) in own.items():
+    for name, (_, kind) in modules.items():
         got = kind.from_dict(folder.configs[name])
         if name.startswith("text"):
             assert got == wanted[name]
@@ -359,7 +358,7 @@ def test_published_models_are_recognised(family, tmp_path, monkeypatch):
     assert (folder.scheduler["beta_start"], folder.scheduler["beta_end"]) == (0.00085, 0.012)
 
 
-# What is refused, and the settings.
+# Files that are refused, and settings.
 
 
 @pytest.mark.parametrize(
@@ -398,10 +397,11 @@ def test_parts_that_are_missing_or_odd_are_named(model, foreign, tmp_path):
         changed = {new: tensor for key, tensor in tensors.items() if (new := change(key))}
         save_safetensors(path, changed)
         with pytest.raises(DataError, match=match):
-            loading.load(path, tokenizer=model.outline.folder.path, prediction_type="epsilon")
+            loading.load(path, tokenizer=model.outline.folder.path)
 
     refused("without its VAE", lambda key: None if key.startswith("first_stage") else key)
     refused("no encoder.conv_in.weight", lambda key: None if key.endswith("model.encoder.conv_in.weight") else key)
+    refused("no input_blocks.0.0.weight", lambda key: None if "input_blocks.0.0.weight" in key else key)
     refused("no middle_block.1.proj_in", lambda key: None if "proj_in.weight" in key else key)
     refused("1 missing: conv_in.bias", lambda key: None if key.endswith("input_blocks.0.0.bias") else key)
     refused(
@@ -460,8 +460,8 @@ def test_the_prediction_type_is_what_is_known_of_it(model, kind, foreign, tmp_pa
     assert read(metadata={"modelspec.prediction_type": "v"}).prediction_type == "v_prediction"
     assert read(metadata={"modelspec.prediction_type": "epsilon"}).prediction_type == "epsilon"
     assert not caplog.text
-    for given in ("epsilon", "v_prediction"):
-        assert read(prediction_type=given).prediction_type == given
+    for prediction in ("epsilon", "v_prediction"):
+        assert read(prediction_type=prediction).prediction_type == prediction
     marked = read({"v_pred": np.zeros(0, np.float32), "ztsnr": np.zeros(0, np.float32)})
     assert marked.prediction_type == "v_prediction" and marked.alphas_cumprod[-1] < 1e-6
     with pytest.raises(ConfigError, match="prediction_type = 'v'"):
@@ -508,30 +508,30 @@ def test_settings_that_do_not_go_together(model, written, tmp_path):
 
 
 def test_tokenizers_pad_as_the_family_does(model, kind, foreign, tmp_path, monkeypatch):
-    """From the hub, or one folder for all; a model's folder is taken as it is."""
+    """This holds for the hub and for one folder for all tokenizers. Those of a model's folder stay as they are."""
     exclamation = model.outline.tokenizers["tokenizer"].vocabulary.convert_tokens_to_ids("!")
     pads = {"tokenizer": exclamation if kind == "sd2" else 1} | ({"tokenizer_2": exclamation} if kind == "sdxl" else {})
     shutil.copytree(micro.TOKENIZER, tmp_path / "tokenizer")
 
-    def found(tokenizer=None):
+    def padding(tokenizer=None):
         folder = single_file.read_single_file(foreign, tokenizer=tokenizer, prediction_type="epsilon")
         return {name: Tokenizer.from_folder(path, window=16).pad for name, path in folder.tokenizers.items()}
 
-    assert found(micro.TOKENIZER) == pads
-    assert set(found(model.outline.folder.path).values()) == {1}
-    assert found(tmp_path) == pads | {"tokenizer": 1}
+    assert padding(micro.TOKENIZER) == pads
+    assert set(padding(model.outline.folder.path).values()) == {1}
+    assert padding(tmp_path) == pads | {"tokenizer": 1}
     with pytest.raises(DataError, match=r"its tokenizer has 2263 words, Stable Diffusion's 49408: give its folder"):
-        found()
+        padding()
     monkeypatch.setattr(single_file, "VOCABULARY", 2263)
     monkeypatch.setattr(single_file, "snapshot", lambda repository, patterns: micro.TOKENIZER)
-    assert found() == pads
+    assert padding() == pads
 
     def offline(repository, patterns):
         raise DataError(f"{repository}: the hub cannot be reached")
 
     monkeypatch.setattr(single_file, "snapshot", offline)
     with pytest.raises(DataError, match="the tokenizer is not in the file; give its folder as tokenizer"):
-        found()
+        padding()
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -541,7 +541,7 @@ def test_the_vaes_names_go_both_ways(layers, levels):
     modules = {tensor_name(path).rpartition(".")[0] for path, _ in leaves(vae.abstract_params(config))}
     theirs = {ldm_vae_name(module, levels) for module in modules}
     assert len(theirs) == len(modules) and {vae_name(name, levels) for name in theirs} == modules
-    assert {vae_name(module, levels) for module in modules} == modules  # diffusers' own names stay
+    assert {vae_name(module, levels) for module in modules} == modules  # diffusers' names stay as they are
 
 
 def test_a_structure_that_is_none_is_named():

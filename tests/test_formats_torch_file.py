@@ -1,4 +1,4 @@
-"""PyTorch's pickles: real files read back without torch, and hostile ones are refused without running anything."""
+"""PyTorch's files: real files are read without torch, and hostile ones are refused without running anything."""
 
 import io
 import os
@@ -22,14 +22,14 @@ from sdjax.formats.weights_file import read_tensors
 
 
 class Named:
-    """Pickles as a bare reference to a global, whether or not this machine has it."""
+    """Is pickled as a reference to a global, which this machine need not have."""
 
     def __init__(self, module, name):
         self.text = f"c{module}\n{name}\n".encode()
 
 
 class Writer(pickle._Pickler):
-    """What torch.save does, without torch: storages by persistent id, functions by name."""
+    """Pickles as torch.save does, without torch: storages by persistent id, functions by name."""
 
     def persistent_id(self, obj):
         return obj.description if isinstance(obj, Storage) else None
@@ -104,7 +104,7 @@ NUMBERS = np.arange(6, dtype=np.float32)
     ],
 )
 def test_byte_orders(tmp_path, order, kind, dtype):
-    """The `byteorder` entry is accepted, and big-endian numbers come out right (44)."""
+    """The entry `byteorder` is accepted, and big-endian numbers are right."""
     numbers = NUMBERS.astype(dtype)
     data = numbers.view(f"u{numbers.itemsize}").astype(f"{'>' if order == 'big' else '<'}u{numbers.itemsize}").tobytes()
     extra = [("archive/byteorder", order)] if order else []
@@ -213,7 +213,7 @@ def test_whole_module_is_refused_by_name(tmp_path):
     refused(tmp_path / "a.pt", "'torch.nn.modules.linear.Linear', which is not on the list")
 
 
-# Hostile files (43, 45). A marker file shows whether anything ran.
+# Hostile files. A marker file shows whether anything ran.
 
 
 def attacks(marker):
@@ -293,7 +293,7 @@ def test_code_never_runs(tmp_path, name):
 
 
 def test_the_marker_works(tmp_path):
-    """The same pickle, given to Python's own unpickler, does run: the test above can fail."""
+    """Python's unpickler does run such a pickle, so the test above can fail."""
     pickle.loads(attacks(tmp_path / "marker")["System, protocol 2"])
     assert (tmp_path / "marker").exists()
 
@@ -309,7 +309,7 @@ def test_a_dict_keyed_by_deeply_nested_tuples_does_not_crash_the_interpreter(tmp
 
 
 def test_memo_bomb(tmp_path):
-    """One instruction with a huge memo index makes Python's C unpickler reserve 64 GiB; here it is a key of a dict."""
+    """One instruction with a huge memo index makes Python's unpickler in C reserve 64 GiB; here it is a dict key."""
     assert read_torch(zipped(tmp_path / "a.pt", b"\x80\x02Nr\xff\xff\xff\xff.")) is None
 
 
@@ -318,7 +318,7 @@ def test_zip_bomb(tmp_path):
     packed = zipped(tmp_path / "a.pt", graph, {"0": zeros}, compression=zipfile.ZIP_DEFLATED)
     assert packed.stat().st_size < 100_000
     refused(packed, "compressed or encrypted")
-    # A stored entry that claims more than the file has.
+    # An entry that is not compressed and claims more bytes than the file has.
     path = zipped(tmp_path / "b.pt", graph, {"0": NUMBERS.tobytes()})
     content = path.read_bytes()
     place = content.rindex(b"PK\x01\x02")
@@ -328,7 +328,7 @@ def test_zip_bomb(tmp_path):
 
 
 def test_overlapping_zip_entries(tmp_path):
-    """Many directory entries over the same bytes (Fifield's bomb, stored)."""
+    """Many directory entries for the same bytes: Fifield's bomb, without compression."""
     path = zipped(tmp_path / "a.pt", dumped(ONE), {f"{i:02}": bytes(1000) for i in range(20)})
     content = bytearray(path.read_bytes())
     start = content.index(b"PK\x01\x02")
@@ -365,7 +365,7 @@ def test_duplicate_entries(tmp_path):
     [(6, b"\xff", "zip file version"), (8, b"\x00\x08", "broken"), (46, b"\xff", "broken|exactly one")],
 )
 def test_broken_directory(tmp_path, place, content, match):
-    """A version to come, a name flagged UTF-8 that is none: zipfile raises something else for each."""
+    """A future version, and a name marked as UTF-8 that is not. zipfile raises another exception for each."""
     path = zipped(tmp_path / "a.pt", dumped(ONE), {"0": NUMBERS.tobytes()})
     whole = bytearray(path.read_bytes())
     start = whole.index(b"PK\x01\x02")

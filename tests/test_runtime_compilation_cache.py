@@ -10,7 +10,7 @@ from sdjax.runtime import compilation_cache
 
 @pytest.fixture(autouse=True)
 def settings(monkeypatch):
-    """What `enable` tells JAX, without telling it."""
+    """Records the settings that `enable` gives to JAX, instead of setting them."""
     told = {}
     monkeypatch.setattr(jax.config, "update", told.__setitem__)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)

@@ -9,7 +9,7 @@ ALLOCATIONS = {
     "Python": "bytearray(2**40)",
     "NumPy": "np.ones(2**37)",
     "JAX": "jnp.ones(2**37).block_until_ready()",
-    "a compiled program": "jax.jit(lambda x: jnp.sort(jnp.sin(x * jax.lax.iota(jnp.float32, 2**36)))[0])(1.0)",
+    "a compiled program": "float(jax.jit(lambda x: jnp.sort(jnp.sin(x * jax.lax.iota(x.dtype, 2**36)))[0])(1.0))",
 }
 
 

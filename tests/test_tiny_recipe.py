@@ -83,9 +83,9 @@ def test_data_from_an_archive(tmp_path):
             member = tarfile.TarInfo(f"package/img/google/64/{code}.png")
             member.size = len(png())
             archive.addfile(member, io.BytesIO(png()))
-    made = recipe.write_data(tmp_path / "data", package)
-    assert made["pictures"] == len(TEXTS) and made["withheld"] == len(recipe.WITHHELD)
-    assert made["vae"] + made["held_out"] == len(codes)
+    counts = recipe.write_data(tmp_path / "data", package)
+    assert counts["pictures"] == len(TEXTS) and counts["withheld"] == len(recipe.WITHHELD)
+    assert counts["vae"] + counts["held_out"] == len(codes)
     pictures = records.scan(tmp_path / "data/pictures")
     assert sorted(record.caption for record in pictures) == sorted(TEXTS)
     assert not {r.name for r in records.scan(tmp_path / "data/vae")} & {
@@ -116,7 +116,7 @@ def test_byte_pairs_merge_the_most_frequent_first():
     assert merges[0] == ("a", "b</w>") and merges[1] == ("a", "ab</w>")
     assert len(vocabulary) == 512 + 3 + 2 and vocabulary["<|endoftext|>"] == 516
     assert vocabulary["!"] == 0 and vocabulary["!</w>"] == 256
-    assert recipe.train_tokenizer(["aab aab ab", "xb"])[1][:3] == merges  # and ends when all words are whole
+    assert recipe.train_tokenizer(["aab aab ab", "xb"])[1][:3] == merges  # the merges end when all words are whole
 
 
 def test_clip_reads_the_tokenizer_as_we_do(tokenizer_folder):
@@ -151,7 +151,7 @@ def test_untrained_model_loads_and_its_branches_start_at_zero(tmp_path):
     kernel = np.asarray(unet["mid_block"]["resnets_0"]["conv1"]["kernel"])
     assert np.std(kernel) * np.sqrt(9 * 128) == pytest.approx(1, abs=0.02)
     assert model.outline.schedule.prediction_type == "v_prediction"
-    # The whole vocabulary is larger than these two captions': weights in float16, and a tokenizer below 100 kB.
+    # The real vocabulary is larger than that of these two captions. Weights are float16; the tokenizer is below 100 kB.
     whole = 2 * (
         sum(counts.values())
         + (512 + recipe.MERGES + 2 - model.outline.text_models["text_encoder"].config.vocab_size) * 128

@@ -27,7 +27,7 @@ _ALIGNMENT = 64  # bytes; XLA's CPU backend uses an aligned host array without c
 
 
 def module_name(path: Path) -> str:
-    """PyTorch's name of a module: `("mid_block", "attentions_0", "to_out_0")` -> `"mid_block.attentions.0.to_out.0"`."""
+    """PyTorch's name of a module: `("mid_block", "attentions_0", "to_out_0")` -> `mid_block.attentions.0.to_out.0`."""
     return ".".join(_INDEXED.sub(r"\1.\2", part) if _INDEXED.fullmatch(part) else part for part in path)
 
 

@@ -53,6 +53,8 @@ _TEXT = {
 """Family -> text model -> prefix of its names, and whether the names are OpenCLIP's."""
 _PADDING = {SD1: {"tokenizer": None}, SD2: {"tokenizer": "!"}, SDXL: {"tokenizer": None, "tokenizer_2": "!"}}
 """Family -> tokenizer -> the word it pads with; None for the one that the tokenizer names itself."""
+# Beginning of a tensor's name -> the kind of file that holds it. The second kinds are looked for in files without a
+# whole U-Net.
 _FOREIGN = {
     r"model\.diffusion_model\.joint_blocks\.": "Stable Diffusion 3",
     r"(model\.diffusion_model\.)?double_blocks\.": "Flux",
@@ -76,8 +78,9 @@ def read_single_file(
 
     tokenizer: the folder of a tokenizer, or of a model that has one (`tokenizer/`, `tokenizer_2/`). By default the
     tokenizer of Stable Diffusion, from the hub or its cache.
-    prediction_type: "epsilon" or "v_prediction". By default what the file says. The shapes of SD2 do not show it, so
-    SD2 counts as "v_prediction" unless the metadata say otherwise, or a training step of 875000, which is SD2-base's.
+    prediction_type: "epsilon" or "v_prediction", by default that of the file. The shapes of SD2 do not show it, so SD2
+    counts as "v_prediction" unless it is for inpainting, or the metadata or a training step of 875000 (SD2-base's) tell
+    otherwise.
     Averages over the training (`model_ema.*`) and buffers are left out.
     Raises DataError for a file that is damaged or of another kind, which the error names. Raises ConfigError for a
     wrong prediction_type.
@@ -189,8 +192,8 @@ def _prediction_type(path: Path, family: str, tensors: Mapping[str, np.ndarray],
         return "v_prediction"
     if known := _PREDICTIONS.get(metadata.get("modelspec.prediction_type", "").lower()):
         return known
-    inpainting = tensors[f"{_UNET}input_blocks.0.0.weight"].shape[1:2] == (9,)
-    if family != SD2 or inpainting:
+    first = tensors.get(f"{_UNET}input_blocks.0.0.weight")
+    if family != SD2 or (first is not None and first.shape[1:2] == (9,)):  # 9 input channels: for inpainting
         return "epsilon"
     content = {} if is_safetensors(path) else read_torch(path)
     if isinstance(content, Mapping) and content.get("global_step") == 875000:
