@@ -1,9 +1,9 @@
-"""Runs the commands of docs/guide.md, in a folder of their own, and puts the grids they leave into docs/guide/.
+"""Runs the commands of docs/guide.md in a separate folder, and copies the grids that they draw to docs/guide/.
 
     python tests/benchmarks/guide_pictures.py [--only rank alpha] [--folder runs/guide]
 
---only: the sections whose pictures have these names; alpha and weight need what rank leaves behind, decay what vectors
-does. About twenty minutes on two cores.
+--only: the sections whose pictures have these names. alpha and weight need the results of rank, and decay needs those
+of vectors. All sections take about twenty minutes on two cores.
 """
 
 import argparse

@@ -1,41 +1,46 @@
-"""A style by LoRA and a character by Textual Inversion, in every order, scored without a judge; prints JSON lines.
+"""Trains a style by LoRA and a character by Textual Inversion, in every order, and scores the results; JSON lines.
 
     python tests/benchmarks/orders.py --noto noto64 --twemoji twemoji64 --out runs/orders [--seed 0]
 
 noto, twemoji: folders of the same subjects under the same file names, with metadata.jsonl. The base model ("tiny")
-draws Noto. The style is Twemoji, learnt from names the base knows; the concept is the cat of nine moods (--concept
-cat), or the moon of eight phases (moon), as Twemoji draws it: all but two are shown.
+draws Noto. The style is Twemoji, learned from names that the base knows. The concept is the cat with nine moods
+(--concept cat) or the moon with eight phases (--concept moon) in Twemoji, learned from all but two of its pictures.
 
-    style_nearer    share of pictures, of known names that the style never saw, nearer to the Twemoji than the Noto twin
-    style_distance  their mean distance to the Twemoji twin, and `noto_distance` to the Noto twin
-    concept         share of pictures of the word whose nearest of all Twemoji is of the concept; concept_5: of
-                    which one of the five nearest is
-    loss_style, loss_concept    held-out: pictures neither stage saw, the same noise for every model
+    style_nearer    of pictures of names that the style did not see: share that is nearer to Twemoji than to Noto
+    style_distance  their mean distance to the picture of the same name in Twemoji; noto_distance: in Noto
+    concept         of pictures of the word: share whose nearest picture of all Twemoji shows the concept
+    concept_5       share for which one of the five nearest does
+    loss_style, loss_concept    held-out loss on pictures that no stage saw, with the same noise for every model
 
-Distances: root mean square of pixels in [0, 1] after 2x2 averaging. Left behind: OUT/METHOD/, and OUT/grid.png.
+A distance is the root mean square of pixels in [0, 1] after averaging 2 x 2 pixels. The runs are in OUT/METHOD/, the
+lines also in OUT/scores.jsonl, and pictures by every model in OUT/grid-CONCEPT-SEED.png.
 """
 
 import argparse
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "configs"))
+
+import tiny_data
+
 import sdjax
 from sdjax import diffusion
-from sdjax.data.images import Size
+from sdjax.data.images import Size, on_white
 from sdjax.draw.grids import sheet
 from sdjax.runtime import compilation_cache, host_memory
-from sdjax.tiny import recipe
 from sdjax.train import config_file
 from sdjax.train.loop import train
 
 WORD = "<thing>"
-CONCEPTS = {"cat": "cat-face", "moon": "moon symbol"}  # in the sub-category or in the name
+CONCEPTS = {"cat": "cat-face", "moon": "moon symbol"}  # a part of the sub-category or of the name
 INIT = {"cat": "cat face", "moon": "crescent moon"}
 STYLE = {
     "name": "style",
@@ -59,10 +64,10 @@ CONCEPT = {
     "schedule": "cosine",
     "weight_decay": 0.0,
     "clip_ti_decay": True,
-    "clip_ti_norm": 1.9,  # of the words the model knows
+    "clip_ti_norm": 1.9,  # the norm of the words that the model knows
     "data": {"missing_caption": "empty", "batch_size": 8},
 }
-JOINT = {  # one stage of as many steps, on the pictures of both; a third of them show the concept
+JOINT = {  # one stage with the steps and pictures of both; a third of the pictures show the concept
     **STYLE,
     "name": "joint",
     "train": ["lora", "textual_inversion"],
@@ -73,7 +78,7 @@ JOINT = {  # one stage of as many steps, on the pictures of both; a third of the
     "weight_decay": 0.0,
     "lora_parts": ["unet"],
 }
-METHODS = {  # what there is after each stage of a run
+METHODS = {  # the name of the result of each stage -> the stages of a run
     ("LoRA", "LoRA then TI"): [STYLE, CONCEPT],
     ("TI", "TI then LoRA"): [CONCEPT, STYLE],
     ("joint",): [JOINT],
@@ -81,7 +86,7 @@ METHODS = {  # what there is after each stage of a run
 
 
 def folder_of(folder, source, records):
-    """A training folder of these pictures."""
+    """Makes a training folder of these pictures. Returns its path."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for record in records:
@@ -92,13 +97,12 @@ def folder_of(folder, source, records):
 
 
 def pixels(path):
-    image = Image.open(path).convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return np.asarray(Image.alpha_composite(white, image).convert("RGB"), np.float32) / 255
+    """Returns [H, W, 3] in [0, 1], on white."""
+    return np.asarray(on_white(Image.open(path)), np.float32) / 255
 
 
 def coarse(images):
-    """[B, H, W, 3] -> [B, H/2 * W/2 * 3]"""
+    """Returns the means of 2 x 2 pixels: [B, H, W, 3] -> [B, H/2 * W/2 * 3]."""
     images = np.stack(images)
     b, h, w, c = images.shape
     return images.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4)).reshape(b, -1)
@@ -109,7 +113,7 @@ def distance(a, b):
 
 
 def held_out_loss(sd, images, captions, levels=(125, 375, 625, 875)):
-    """Mean squared error of what the U-Net answers, over pictures and time steps, with the same noise each time."""
+    """Returns the mean squared error of the U-Net, over pictures and time steps, with the same noise in each call."""
     latents = sd.encode_image([Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in images])
     context, losses = sd.encode_text(captions), []
     for level in levels:
@@ -127,7 +131,7 @@ def draw(sd, prompts, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--noto", type=Path, required=True)
     parser.add_argument("--twemoji", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -138,11 +142,11 @@ def main():
     compilation_cache.enable()
 
     records = [json.loads(line) for line in (args.twemoji / "metadata.jsonl").read_text().splitlines()]
-    known = {subject.name for subject in recipe.subjects()} - set(recipe.WITHHELD)
+    known = {subject.name for subject in tiny_data.subjects()} - set(tiny_data.WITHHELD)
     init = INIT[args.concept]
     is_concept = [CONCEPTS[args.concept] in r["subcategory"] + r["text"] for r in records]
-    things = [r for r, own in zip(records, is_concept, strict=True) if own]
-    style = [r for r, own in zip(records, is_concept, strict=True) if r["text"] in known and not own]
+    things = [r for r, shows in zip(records, is_concept, strict=True) if shows]
+    style = [r for r, shows in zip(records, is_concept, strict=True) if r["text"] in known and not shows]
     random.Random(args.seed).shuffle(style)
     random.Random(args.seed).shuffle(things)
     unseen, style = style[:40], style[40:]
@@ -151,7 +155,7 @@ def main():
     style_folder = folder_of(args.out / "style", args.twemoji, style)
     concept_folder = folder_of(args.out / "concept", args.twemoji, shown)
     joint_folder = folder_of(args.out / "both", args.twemoji, style + named)
-    repeats = {r["file_name"]: max(1, len(style) // 14) for r in named}  # a third of all
+    repeats = {r["file_name"]: max(1, len(style) // 14) for r in named}  # a third of all examples
     places = {"style": style_folder, "character": concept_folder, "joint": joint_folder}
 
     twins = {kind: [pixels(folder / r["file_name"]) for r in unseen] for kind, folder in
@@ -163,8 +167,8 @@ def main():
 
     def score(name, sd, word):
         drawn = draw(sd, [r["text"] for r in unseen], args.seed)
-        own = coarse(drawn)
-        to_twemoji, to_noto = (distance(own, coarse(twins[kind])) for kind in ("twemoji", "noto"))
+        small = coarse(drawn)
+        to_twemoji, to_noto = (distance(small, coarse(twins[kind])) for kind in ("twemoji", "noto"))
         characters = draw(sd, [template.format(word) for template in CONCEPT["template"] for _ in range(8)], 100)
         near = np.argsort(distance(coarse(characters)[:, None], everything[None]), axis=1)
         line = {

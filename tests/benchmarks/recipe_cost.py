@@ -1,11 +1,16 @@
-"""What a recipe of a published model takes: floating-point operations and memory of a step, computed, not measured.
+"""Computes (does not measure) the operations and the memory of a training step of recipes for published models.
 
     python tests/benchmarks/recipe_cost.py configs/sd15_lora.toml ...
 
-The step is traced with the model's published shapes, without a weight. Operations: of every matrix product and
-convolution in the traced step, loops counted out. Memory: the weights, what is trained with its gradients and optimizer
-state, and what the forward pass keeps for the backward pass; the compiler's own temporaries come on top. Seconds: at
-the share of each device's bfloat16 peak that --utilisation says.
+The step is traced with the published shapes of the model, without weights. Prints a JSON line for each stage.
+
+    teraflop  floating-point operations of all matrix products and convolutions, each as often as its loop runs
+    weights   gigabytes of the weights in the number type of the computation
+    trained   gigabytes of the trained arrays, their gradients and the optimizer state
+    kept      gigabytes that the forward pass keeps for the backward pass
+    seconds   time of a step on each device, at the share --utilisation of its bfloat16 peak
+
+The memory that the compiler uses for temporary arrays comes on top.
 """
 
 import argparse
@@ -41,7 +46,7 @@ PEAKS = {"A100": 312e12, "RTX 3090": 71e12, "TPU v5e": 197e12, "TPU v6e": 918e12
 
 
 def skeleton(kind: str, folder: Path) -> Path:
-    """A model folder with the published shapes, the embedded model's tokenizer, and no weights."""
+    """Writes a model folder with the published shapes, the tokenizer of the embedded model, and no weights."""
     texts = {"sd15": ["sd15 and sdxl"], "sd21": ["sd21"], "sdxl": ["sd15 and sdxl", "sdxl 2"]}[kind]
     configs = {
         "unet": UNETS[kind] | {"_class_name": "UNet2DConditionModel"},
@@ -71,12 +76,12 @@ def skeleton(kind: str, folder: Path) -> Path:
 
 
 def size(tree) -> int:
-    """Bytes; random keys count as 8."""
+    """Returns the bytes of a tree. A random key counts as 8."""
     return sum(math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 8) for leaf in jax.tree.leaves(tree))
 
 
 def inner(equation):
-    """The jaxprs an equation runs."""
+    """Yields the jaxprs that an equation runs."""
     for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
         value = getattr(value, "jaxpr", value)
         if hasattr(value, "eqns"):
@@ -84,7 +89,7 @@ def inner(equation):
 
 
 def operations(jaxpr) -> int:
-    """Multiplications and additions of all matrix products and convolutions."""
+    """Returns the multiplications and additions of all matrix products and convolutions."""
     total = 0
     for equation in jaxpr.eqns:
         name, out = equation.primitive.name, equation.outvars[0].aval
@@ -102,7 +107,7 @@ def operations(jaxpr) -> int:
 
 
 def batch_of(plan: stages.StagePlan, count: int):
-    """The shapes of a batch of so many examples, as `data.dataset.make_batch` gives it."""
+    """Returns the shapes of a batch of `count` examples, as `data.dataset.make_batch` makes it."""
     model, data, recipe = plan.recipe.outline, plan.data, plan.recipe
     side = data.resolution // model.vae.config.factor
     batch = {
@@ -120,7 +125,7 @@ def batch_of(plan: stages.StagePlan, count: int):
 
 
 def stage_cost(run: stages.Run, number: int) -> dict[str, float]:
-    """Of one step: teraflop, and gigabytes of each kind."""
+    """Returns the figures of one step."""
     plan = run.stages[number]
     recipe, earlier = plan.recipe, run.stages[number - 1].result if number else NOTHING
     whole = [part for part, kind in recipe.stage.parts.items() if kind == "weights"]
@@ -155,9 +160,9 @@ def stage_cost(run: stages.Run, number: int) -> dict[str, float]:
 
     examples = plan.examples // recipe.accumulation
     giga = {
-        "weights": size(computed),  # of what is trained as a whole, a copy in the type of the computation
+        "weights": size(computed),  # parts of which all weights are trained have a copy in this number type
         "trained": size(plan.state) + size(plan.state.trainable) * (1 if recipe.accumulation == 1 else 2),
-        "kept": kept(2 * examples) - kept(examples),  # what does not grow with the batch is the weights again
+        "kept": kept(2 * examples) - kept(examples),  # the part that does not grow with the batch is the weights
     }
     giga = {name: value / 1e9 for name, value in giga.items()}
     return {"teraflop": operations(step.jaxpr) / 1e12, **giga, "total": sum(giga.values())}
@@ -173,12 +178,13 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             model = skeleton(KINDS[config.model], Path(folder))
             data = dataclasses.replace(config.data, path=str(TINY / "samples"), validation_path="")
-            own = tuple(
+            recipe_stages = tuple(
                 dataclasses.replace(stage, data=dataclasses.replace(stage.data, path=None)) for stage in config.stages
             )
             alone = config_file.from_table({**config_file.to_table(config), "parallel": {"mesh": {"data": 1}}}).parallel
-            run = stages.plan_run(dataclasses.replace(config, model=str(model), data=data, stages=own, parallel=alone))
-            for number, stage in enumerate(own):
+            config = dataclasses.replace(config, model=str(model), data=data, stages=recipe_stages, parallel=alone)
+            run = stages.plan_run(config)
+            for number, stage in enumerate(recipe_stages):
                 cost = stage_cost(run, number)
                 seconds = {name: cost["teraflop"] * 1e12 / peak / args.utilisation for name, peak in PEAKS.items()}
                 figures = {name: round(value, 3) for name, value in cost.items()}

@@ -1,4 +1,4 @@
-"""The norm of a new word's vectors with clip_ti_decay and without; prints JSON lines and draws OUT/norm.png.
+"""Trains a new word with and without clip_ti_decay; prints JSON lines, and draws the norms to OUT/norm.png.
 
 python tests/benchmarks/ti_norm.py --images FOLDER --out runs/ti_norm [--learning-rate 5e-3]
 """
@@ -18,7 +18,7 @@ COLOURS = {"on": "#1f77b4", "off": "#d62728"}
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
@@ -54,7 +54,7 @@ def main():
 
 
 def plot(courses, width=640, height=360, left=60, low=40):
-    """Lines over the steps, from 0 up, with a scale and a legend."""
+    """Returns a plot of a line over the steps for each course, with a scale that begins at 0 and a legend."""
     sheet = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     top = max(map(max, courses.values())) * 1.1

@@ -1,12 +1,14 @@
-"""The autoencoder in tiles beside the whole: how far apart their pictures are, memory and time; JSON lines.
+"""Compares the autoencoder in tiles with the whole: the difference of their pictures, memory and time; JSON lines.
 
     python tests/benchmarks/tiled_vae.py --pictures noto64
 
-pictures: a folder of square pictures; a mosaic of them is encoded with the embedded model's VAE and decoded both ways.
-`apart` lines: steps of 0..255 between the two, `seam` where tiles overlap and `elsewhere`; `excess` is by how much the
-mean step across a line of the picture, from row to row or column to column, is larger than in the whole, at the worst.
-`cost` lines, each a process of its own: seconds of one decoding (compiling apart), of the processor's too (with it),
-and peak memory, which was `loaded_gb` before. SD1.5's VAE has random weights there, which cost what others would.
+pictures: a folder of square pictures. A mosaic of them is encoded with the VAE of the embedded model, and decoded in
+both ways.
+Lines `apart` give differences of the two pictures in steps of 0..255: `mean`, `p99`, `max`, `seam` (the mean where
+tiles overlap) and `elsewhere`. `excess`: the most by which the mean step from a row or column to the next is larger
+than in the whole picture. `encoded`: mean difference of the latents, in deviations.
+Lines `cost`, each from a separate process: `seconds` of a decoding without compilation, `cpu_s` of all processors with
+compilation, `compile_s`, `peak_gb` and, before the decoding, `loaded_gb`. The VAE of SD1.5 has random weights.
 """
 
 import argparse
@@ -25,13 +27,14 @@ from PIL import Image
 from unet_step import random_params
 
 import sdjax
+from sdjax.data.images import on_white
 from sdjax.draw import grids
-from sdjax.draw.inpainting import on_white
+from sdjax.model import Model
 from sdjax.models import vae
-from sdjax.models.tiling import Tiling, windows
+from sdjax.models.tiling import Tiling, tiles
 from sdjax.runtime import host_memory
 
-WHOLE = {"tiny": 704, "sd15": 1024}  # the largest sizes decoded whole here; far larger ones take all memory
+WHOLE = {"tiny": 704, "sd15": 1024}  # the largest sizes that are decoded whole; much larger ones need too much memory
 COMPILING = "/jax/core/compile/backend_compile_duration"
 
 
@@ -43,16 +46,16 @@ def mosaic(folder, size):
 
 
 def apart(args):
-    """How far the tiled picture is from the whole one."""
+    """Prints the difference between the tiled and the whole picture."""
     sd = sdjax.load("tiny")
-    parts = sd.with_tiled_vae(args.tile, args.overlap)
+    in_tiles = sd.with_tiled_vae(args.tile, args.overlap)
     pixels = np.asarray(mosaic(args.pictures, args.size), np.float32)[None] / 255
     latents = sd.encode_image(pixels)
-    coded = np.abs(np.asarray(parts.encode_image(pixels)) - np.asarray(latents))
-    whole, tiled = (255 * np.asarray(each.decode_latents(latents)[0]) for each in (sd, parts))
+    encoded = np.abs(np.asarray(in_tiles.encode_image(pixels)) - np.asarray(latents))
+    whole, tiled = (255 * np.asarray(each.decode_latents(latents)[0]) for each in (sd, in_tiles))
     difference = np.abs(whole - tiled).mean(axis=-1)
     factor = sd.model.outline.vae.config.factor
-    places = windows(args.size // factor, Tiling(args.tile, args.overlap), factor)
+    places = tiles(args.size // factor, Tiling(args.tile, args.overlap), factor)
     covered = np.zeros(args.size, int)
     for start, length in places:
         covered[factor * start : factor * (start + length)] += 1
@@ -63,12 +66,12 @@ def apart(args):
         "what": "apart", "size": args.size, "tile": args.tile, "overlap": args.overlap, "tiles": len(places) ** 2,
         "mean": difference.mean(), "p99": np.quantile(difference, 0.99), "max": difference.max(),
         "seam": difference[seam].mean(), "elsewhere": difference[~seam].mean(), "excess": excess.max(),
-        "encoded": coded.mean() / np.asarray(latents).std(),
+        "encoded": encoded.mean() / np.asarray(latents).std(),
     }, default=float))  # fmt: skip
 
 
 def cost(args):
-    """Time and memory of one decoding."""
+    """Prints the time and memory of a decoding."""
     spent = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, duration, **_: spent.append(duration) if event == COMPILING else None
@@ -78,7 +81,8 @@ def cost(args):
     if args.model == "sd15":
         config = vae.VAEConfig()
         params = {"vae": random_params(vae.abstract_params(config), jax.random.key(0))}
-        sd = dataclasses.replace(sd, vae=vae.AutoencoderKL(config), params=params)
+        outline = dataclasses.replace(sd.model.outline, vae=vae.AutoencoderKL(config))
+        sd = sdjax.StableDiffusion(Model(outline, params))
     if args.tile:
         sd = sd.with_tiled_vae(args.tile, args.overlap)
     side = args.size // sd.model.outline.vae.config.factor
@@ -98,20 +102,22 @@ def cost(args):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--pictures", type=Path, help="for the `apart` lines")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=Path, help="for lines `apart`")
     parser.add_argument("--tile", type=int, default=Tiling().tile)
     parser.add_argument("--overlap", type=int, default=Tiling().overlap)
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--model", choices=["tiny", "sd15"], default="tiny")
-    parser.add_argument("--what", choices=["apart", "cost"], help="one line, in this process; --tile 0: the whole")
+    parser.add_argument(
+        "--what", choices=["apart", "cost"], help="print one line, in this process; --tile 0: decode the whole"
+    )
     args = parser.parse_args()
     if args.what:
         {"apart": apart, "cost": cost}[args.what](args)
         return
 
-    def child(**how):
-        flags = [f"--{name}={value}" for name, value in how.items() if value is not None]
+    def child(**options):
+        flags = [f"--{name}={value}" for name, value in options.items() if value is not None]
         subprocess.run([sys.executable, __file__, *flags], check=True)
 
     for tile, overlap in ((256, 0), (256, 32), (256, 64), (256, 128), (64, 16)):

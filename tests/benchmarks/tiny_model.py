@@ -1,21 +1,21 @@
-"""Measures emoji models on the recipe's data: one JSON line a measure and model, and a sheet of pictures.
+"""Measures emoji models on the data of the recipe: a JSON line for each measure and model, and a sheet of pictures.
 
-    python -m sdjax.tiny.recipe data runs/tiny/data --noto emoji-datasource-google-16.0.0.tgz
+    python configs/tiny_data.py data runs/tiny/data --noto emoji-datasource-google-16.0.0.tgz
     python tests/benchmarks/tiny_model.py tiny OTHER_FOLDER --data runs/tiny/data --sheet sheet.png
 
-vae: PSNR in dB of the emoji in held_out/, through the mean of the posterior: the mean over pictures, their median, and
-    the PSNR of the mean squared error over all of them.
-colour: eight colours of hearts, circles and squares, four seeds each. The mean colour of all pixels that are not white
-    is nearest in CIELAB, of the eight colours' true means, to the one named (`score`); and of the 24 true pictures the
-    one named is nearest (`with_shape`).
-retrieval: 200 names, those with the smallest hashes: the named picture is the nearest (`top1`), or one of the five
-    nearest (`top5`), of all true pictures, withheld ones included. A model folder with a names.txt is asked for names
-    it lists; and where that leaves some out, in `retrieval_all`, for 200 of all.
-composition: the names in withheld/, eight seeds each, as in retrieval. The recipe's training never saw them.
+vae: PSNR in dB of the emoji in held_out/, encoded to the mean of the posterior and decoded. mean, median: over the
+    pictures. whole: the PSNR of the mean squared error over all pictures.
+colour: hearts, circles and squares in eight colours, with four seeds each. The colour of a picture is the mean of its
+    pixels that are not white. score: share of pictures whose colour is nearest, in CIELAB, to the true mean of the
+    named colour. with_shape: share for which, of the 24 true pictures, the named one is the nearest.
+retrieval: the 200 names with the smallest hashes. top1: share for which, of all true pictures, withheld ones included,
+    the named one is the nearest. top5: share for which it is one of the five nearest. If the folder of a model has a
+    names.txt, only names in it are drawn; if that leaves some out, `retrieval_all` draws 200 of all names.
+composition: the names in withheld/, with eight seeds each, measured as in retrieval. Training did not see them.
 
-Pictures are near when their features are, by Euclidean distance: the means of 4 x 4 pixels' red, green and blue, and
-twice the means of the absolute horizontal and vertical differences of their grey, all for values in [0, 1].
-Names and seeds are not chosen: names come in the order of their hashes, and the n-th picture of a measure has seed n.
+The distance of two pictures is the Euclidean distance of their features: the means of red, green and blue over 4 x 4
+pixels, and twice the means of the absolute horizontal and vertical differences of grey, all for values in [0, 1].
+Neither names nor seeds are chosen: names come in the order of their hashes, and picture n of a measure has seed n.
 """
 
 import argparse
@@ -36,28 +36,28 @@ BATCH = 32
 
 
 def read_pictures(folder: Path, *, named: bool = True) -> dict[str, np.ndarray]:
-    """Name (or file name) -> pixels in [0, 1], the first file of each name."""
-    found: dict[str, np.ndarray] = {}
+    """Returns name (or file name) -> pixels in [0, 1], of the first file of each name."""
+    pictures: dict[str, np.ndarray] = {}
     for line in (folder / "metadata.jsonl").read_text("utf-8").splitlines():
         entry = json.loads(line)
         name = entry["name" if named else "file_name"]
-        if name not in found:
-            found[name] = np.asarray(Image.open(folder / entry["file_name"]).convert("RGB"), np.float64) / 255
-    return found
+        if name not in pictures:
+            pictures[name] = np.asarray(Image.open(folder / entry["file_name"]).convert("RGB"), np.float64) / 255
+    return pictures
 
 
 def by_hash(names: Sequence[str]) -> list[str]:
-    """The names in an order nobody chose."""
+    """Returns the names in the order of their hashes, which nobody chose."""
     return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """dB, of the last three axes; values in [0, 1]."""
+    """Returns the PSNR in dB over the last three axes. Values are in [0, 1]."""
     return -10 * np.log10(np.maximum(np.mean(np.square(a - b), axis=(-3, -2, -1)), 1e-10))
 
 
 def features(pixels: np.ndarray) -> np.ndarray:
-    """[N, H, W, 3] in [0, 1] -> [N, 1280], for 64 x 64 pictures."""
+    """Returns the features [N, 1280] of pictures [N, 64, 64, 3] in [0, 1]."""
 
     def means(x):
         n, h, w, c = x.shape
@@ -69,15 +69,15 @@ def features(pixels: np.ndarray) -> np.ndarray:
 
 
 def ranks(drawn: np.ndarray, wanted: Sequence[str], true: dict[str, np.ndarray]) -> np.ndarray:
-    """For each drawn picture, how many true pictures are nearer to it than the wanted one."""
+    """Returns, for each drawn picture, how many true pictures are nearer to it than the wanted one."""
     names = list(true)
     distances = np.linalg.norm(features(drawn)[:, None] - features(np.stack([*true.values()]))[None], axis=-1)
-    own = distances[np.arange(len(drawn)), [names.index(name) for name in wanted]]
-    return np.sum(distances < own[:, None], axis=1)
+    to_wanted = distances[np.arange(len(drawn)), [names.index(name) for name in wanted]]
+    return np.sum(distances < to_wanted[:, None], axis=1)
 
 
 def lab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB in [0, 1] -> CIELAB (D65)."""
+    """Converts sRGB in [0, 1] to CIELAB (D65)."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     matrix = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
     xyz = linear @ np.array(matrix).T / np.array([0.95047, 1.0, 1.08883])
@@ -86,13 +86,13 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 
 
 def mean_colour(pixels: np.ndarray) -> np.ndarray:
-    """CIELAB mean of the pixels that are not white (a channel below 0.95); white if nearly none is."""
+    """Returns the CIELAB mean of the pixels with a channel below 0.95, or white if there are fewer than 16."""
     coloured = pixels[pixels.min(-1) < 0.95]
     return lab(coloured.mean(0) if len(coloured) >= 16 else np.ones(3))
 
 
 def named_colours(drawn: np.ndarray, true: dict[str, np.ndarray]) -> list[str]:
-    """Which of COLOURS each drawn picture has."""
+    """Returns which of COLOURS each drawn picture has."""
     references = np.stack(
         [np.mean([mean_colour(true[f"{colour} {shape}"]) for shape in SHAPES], axis=0) for colour in COLOURS]
     )
@@ -100,18 +100,18 @@ def named_colours(drawn: np.ndarray, true: dict[str, np.ndarray]) -> list[str]:
 
 
 def draw(sd: sdjax.StableDiffusion, prompts: Sequence[str], steps: int, guidance: float) -> np.ndarray:
-    """Pictures in [0, 1], the n-th with seed n; in batches of one size, so that one program draws all."""
+    """Returns pictures in [0, 1]. Picture n has seed n. All batches have one size, so one program draws all."""
     pictures = []
     for first in range(0, len(prompts), BATCH):
         batch = list(prompts[first : first + BATCH])
         full = batch + [""] * (BATCH - len(batch))
-        made = sd.text2image(full, steps=steps, guidance=guidance, seed=first, height=64, width=64, progress=False)
-        pictures += [np.asarray(image, np.float64) / 255 for image in made[: len(batch)]]
+        drawn = sd.text2image(full, steps=steps, guidance=guidance, seed=first, height=64, width=64, progress=False)
+        pictures += [np.asarray(image, np.float64) / 255 for image in drawn[: len(batch)]]
     return np.stack(pictures)
 
 
 def measure(source: str, data: Path, args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Prints one model's figures; returns a picture for each of the sheet's names."""
+    """Prints the figures of a model. Returns a picture for each name of the sheet."""
     started = time.perf_counter()
     sd = sdjax.load(source)
     true = read_pictures(data / "pictures")
@@ -179,7 +179,7 @@ def measure(source: str, data: Path, args: argparse.Namespace) -> dict[str, np.n
 
 
 def write_sheet(file: str, sheets: Sequence[dict[str, np.ndarray]], true: dict[str, np.ndarray]) -> None:
-    """Names with the true picture and each model's below one another, sixteen across; grey where it was not asked."""
+    """Writes a sheet, sixteen names across: a name, its true picture and that of each model, or grey if not drawn."""
     names = list(dict.fromkeys(name for sheet in sheets for name in sheet))
     rows, across = len(sheets) + 1, 16
     width, height = 72, 64 * rows + 16
@@ -201,8 +201,8 @@ def _round(value: float | np.floating) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="model folders, or tiny")
-    parser.add_argument("--data", required=True, help="what the recipe's data command wrote")
-    parser.add_argument("--sheet", default="", help="PNG of the true pictures above each model's")
+    parser.add_argument("--data", required=True, help="folder that the recipe's data command wrote")
+    parser.add_argument("--sheet", default="", help="PNG file for the true pictures and those of each model")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--limit", type=int, help="most pictures of each measure, for a quick look")

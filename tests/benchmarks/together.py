@@ -1,10 +1,10 @@
-"""Eight concepts trained at once against one after the other: seconds, memory, and how far apart the results are.
+"""Trains eight concepts at once and one after the other; prints time, memory and the difference of the results.
 
     python tests/benchmarks/together.py --pictures noto64 --out runs/together
 
-pictures: a folder with metadata.jsonl whose lines have a `subcategory`. Each concept is a word of two vectors on seven
-pictures of one sub-category, on the embedded model. Both ways run in a process of their own, with the same folder of
-compiled programs, filled by a run of one step each.
+pictures: a folder with metadata.jsonl whose lines have a `subcategory`. Each concept is a word of two vectors, trained
+with the embedded model on seven pictures of one sub-category. Each way runs in a separate process. Both use one folder
+of compiled programs, which a run of one step has filled for each.
 """
 
 import argparse
@@ -74,19 +74,19 @@ def run(args):
     for member in config.members():
         lines = (json.loads(line) for line in (Path(member.output) / "metrics.jsonl").read_text().splitlines())
         rates += [line["examples_per_second"] for line in lines if line.get("step", 0) > 1]
-    share = len(CONCEPTS) if args.way == "together" else 1  # each counts its own pictures only
+    share = len(CONCEPTS) if args.way == "together" else 1  # the rate of a copy counts only the copy's pictures
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     line = {"way": args.way, "seconds": seconds, "peak_gb": peak}
     print(json.dumps(line | {"pictures_per_second": share * float(np.median(rates)) if rates else None}))
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--way", choices=["together", "apart"], help="one of the two, in this process")
+    parser.add_argument("--way", choices=["together", "apart"], help="run one of the two ways, in this process")
     args = parser.parse_args()
     if args.way:
         run(args)
@@ -96,9 +96,9 @@ def main():
             shutil.rmtree(args.out / way, ignore_errors=True)
             flags = [f"--pictures={args.pictures}", f"--out={args.out}", f"--steps={steps}", f"--batch={args.batch}"]
             command = [sys.executable, __file__, *flags, f"--way={way}"]
-            told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             if steps > 1:
-                print(told, end="", flush=True)
+                print(line, end="", flush=True)
     worst = 0.0
     for file in sorted((args.out / "together").glob("*/export/word/*.safetensors")):
         alone = args.out / "apart" / file.relative_to(args.out / "together")

@@ -1,11 +1,13 @@
-"""Times one U-Net step of ours (random weights and inputs) and prints one JSON line; with --peer, PyTorch's beside it.
+"""Times a step of the U-Net with random weights and inputs, and prints a JSON line.
 
     python tests/benchmarks/unet_step.py --size sd15 --latent 64 --batch 1 --mode lora --runs 3 --peer peer_torch.py
 
-mode: infer | lora | ti | full, as in the peer: U-Net only, eps loss, AdamW; ti back-propagates to the context.
-Run it on an otherwise idle machine and compare only figures of one sitting: with --peer the two take turns, step by
-step, so that a host that is busy elsewhere slows both alike. Times in seconds, memory in GB (peak of the whole process,
-compiling included).
+mode: infer only computes the output. lora, ti and full are training steps of the U-Net alone, with the loss on the
+noise and AdamW: lora trains an adapter, ti trains the context, full trains all weights.
+peer: a script that times the same step in PyTorch, takes the same flags and prints such a line. The two take turns,
+step by step, so that other work on the machine slows both alike.
+Times are in seconds. Memory is in GB, the peak of the whole process, including compilation. Use an otherwise idle
+machine, and compare only figures that were measured together.
 """
 
 import argparse
@@ -44,7 +46,7 @@ CONFIGS = {
 
 
 def random_params(abstract, key):
-    """Weights of the spread a fresh model has, leaf by leaf so that no second copy exists."""
+    """Returns weights with the spread of a fresh model. They are made leaf by leaf, to save memory."""
     leaves, treedef = jax.tree.flatten_with_path(abstract)
     filled = []
     for i, (path, leaf) in enumerate(leaves):
@@ -61,7 +63,7 @@ def random_params(abstract, key):
 
 
 def build(args):
-    """The step of the asked mode, `step(state, params, batch, key) -> (state, metrics)`, and its arguments, placed."""
+    """Returns `step(state, params, batch, key) -> (state, metrics)` for the mode, and its placed arguments."""
     config = UNetConfig.from_dict(CONFIGS[args.size])
     unet = UNet(config, Compute(dtype=jnp.dtype(jnp.bfloat16 if args.bf16 else jnp.float32)))
     key = jax.random.key(0)
@@ -83,7 +85,7 @@ def build(args):
         trained, params = params, {}
     else:
         trained = {}
-    # What `sdjax.train` steps with, without clipping.
+    # The optimizer of `sdjax.train`, without clipping.
     stage = Stage(name="step", train=("unet",), steps=1000, learning_rate=1e-4, schedule="constant", clip_norm=0.0)
     optimizer = make_optimizer(stage, {"unet": "weights"})
 
@@ -109,8 +111,8 @@ def build(args):
         return (optax.apply_updates(trained, updates), moments), value
 
     step = infer if args.mode == "infer" else train
-    how = dict(large=is_large(abstract_params(config)), save_memory=args.mode != "full")  # as the library does
-    parallel = parallelize(step, batch_size=args.batch, **how)
+    options = dict(large=is_large(abstract_params(config)), save_memory=args.mode != "full")  # as in `sdjax.train`
+    parallel = parallelize(step, batch_size=args.batch, **options)
     state = trained if args.mode == "infer" else ({"unet": trained}, optimizer.init({"unet": trained}))
     batch = {name: np.asarray(leaf) for name, leaf in batch.items()}
     return parallel.step, parallel.place_state(state), parallel.place_frozen(params), parallel.place_batch(batch), key
@@ -138,7 +140,10 @@ script.main()
 
 
 def in_turns(commands, steps):
-    """The JSON line of each script with its flags, all of which time every step by two calls of time.perf_counter."""
+    """Runs scripts with their flags, one step of each in turn, and returns the JSON line of each.
+
+    A script must call time.perf_counter twice for each step, before and after it, and nowhere else.
+    """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     children = [subprocess.Popen([sys.executable, "-c", TURN, *command], **pipes) for command in commands]
     for _ in range(steps):
@@ -150,23 +155,23 @@ def in_turns(commands, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="sd15", choices=CONFIGS)
     parser.add_argument("--latent", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--mode", default="lora", choices=["infer", "lora", "ti", "full"])
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--devices", type=int, default=1, help="of ours: as of parallel.cpu_devices")
+    parser.add_argument("--devices", type=int, default=1, help="see parallel.cpu_devices; not for the peer")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--cache", help="folder of a persistent compilation cache")
-    parser.add_argument("--peer", help="the peer's script: both run in turn, and the ratios are printed")
+    parser.add_argument("--peer", help="script to compare with; prints both lines and their ratios")
     args = parser.parse_args()
     if args.peer:
         given = {n: v for n, v in vars(args).items() if n not in ("peer", "bf16", "cache", "devices") and v is not None}
         flags = [f"--{name}={value}" for name, value in given.items()] + ["--bf16"] * args.bf16
-        own = [f"--devices={args.devices}", *([f"--cache={args.cache}"] if args.cache else [])]
-        theirs, ours = in_turns([[args.peer, *flags], [__file__, *flags, *own]], args.runs + 1)
+        more = [f"--devices={args.devices}", *([f"--cache={args.cache}"] if args.cache else [])]
+        theirs, ours = in_turns([[args.peer, *flags], [__file__, *flags, *more]], args.runs + 1)
         for line in (theirs, ours):
             print(json.dumps(line))
         ratios = {f"speed, {n}": theirs[f"{n}_s"] / ours[f"{n}_s"] for n in ("median", "min")}
@@ -179,7 +184,7 @@ def main():
     divide_cpu(args.devices)
     host_memory.keep()  # as the commands do
     step, state, *arguments = build(args)
-    start = time.monotonic()  # perf_counter is for the steps alone, as of `in_turns`
+    start = time.monotonic()  # perf_counter is for the steps alone, see `in_turns`
     lowered = step.lower(state, *arguments)
     lower_s = time.monotonic() - start
     compiled = lowered.compile()

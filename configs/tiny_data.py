@@ -1,14 +1,14 @@
 """The command that makes what the embedded model is trained from: pictures with captions, and an untrained model.
 
     npm pack emoji-datasource-google@16.0.0
-    python -m sdjax.tiny.recipe data runs/tiny/data --noto emoji-datasource-google-16.0.0.tgz
-    python -m sdjax.tiny.recipe model runs/tiny/start --captions runs/tiny/data/pictures/metadata.jsonl
+    python configs/tiny_data.py data runs/tiny/data --noto emoji-datasource-google-16.0.0.tgz
+    python configs/tiny_data.py model runs/tiny/start --captions runs/tiny/data/pictures/metadata.jsonl
 
 The training then runs with configs/tiny_vae.toml and configs/tiny_model.toml. Each command always writes the same
 files.
 
-`subjects.tsv` lists the subjects: code points of an emoji, its name, other names. The names are CLDR's short names
-(Unicode License v3) where these say what the picture shows, and our own elsewhere. Chosen are emoji that show one
+`sdjax/tiny/subjects.tsv` lists the subjects: code points of an emoji, its name, other names. The names are CLDR's short
+names (Unicode License v3) where these say what the picture shows, and our own elsewhere. Chosen are emoji that show one
 thing: hearts, shapes, faces, animals, plants, food, vehicles, weather, sport, clothes, buildings, instruments, tools.
 Left out are flags of countries, keycaps, letters, clock faces, arrows, signs, and hands and people in many variants. Of
 emoji that look alike at 64 pixels one or two are chosen. The pictures are Google's Noto emoji (Apache License 2.0).
@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+import sdjax
 from sdjax.errors import DataError
 from sdjax.runtime import command
 
@@ -62,7 +63,7 @@ class Subject(NamedTuple):
 
 def subjects() -> tuple[Subject, ...]:
     """The subjects in subjects.tsv, which has the order of Unicode. The subjects of WITHHELD are among them."""
-    lines = Path(__file__).with_name("subjects.tsv").read_text("utf-8").splitlines()[1:]
+    lines = (Path(sdjax.__file__).parent / "tiny" / "subjects.tsv").read_text("utf-8").splitlines()[1:]
     rows = (line.split("\t") for line in lines)
     return tuple(Subject(code, name, tuple(others.split("; ")) if others else ()) for code, name, others in rows)
 
@@ -364,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> None:
     parser = command.Parser(
-        prog="python -m sdjax.tiny.recipe", description="Make what the embedded model is trained from."
+        prog="python configs/tiny_data.py", description="Make what the embedded model is trained from."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="write pictures with captions, from Noto emoji")
