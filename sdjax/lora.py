@@ -1,13 +1,18 @@
-"""LoRA as a function of parameter trees: make, merge, add up and extract adapters; no module is touched.
+"""LoRA and DoRA: their formula, and functions that make, merge, add and extract adapter trees.
 
-An adapter tree has the nesting of the parameters it adapts, down to the layer, which then holds
-`{"down", "up", "scale"}` (and `magnitude` for DoRA) instead of `kernel`:
+An adapter changes the kernel W of one layer to `W + scale * down up` (LoRA, Hu et al. 2021, eq. 3). Given a layer's
+input x and its output y, `adapted` computes what the changed kernel would give, without forming it. `merge` forms it.
+
+The adapter of one layer is a dict of arrays:
 
     linear       down [in, R]           up [R, out]   scale []
     convolution  down [kh, kw, in, R]   up [R, out]   scale []
 
-and stands for `W' = W + scale * down up` (Hu et al. 2021, eq. 3). A leading axis on every leaf gives each example of
-a batch its own adapter. The layers of `sdjax.models` apply it when it is passed as the `lora` collection.
+DoRA adds `magnitude` [out]: each output's weight vector is scaled to this norm (Liu et al. 2024, eq. 5). A leading axis
+on every array gives each example of a batch its adapter, see `stack`.
+
+An adapter tree has the nesting of the parameters that it adapts, with the adapter of a layer where the parameters have
+`kernel` and `bias`. The layers of `sdjax.models` find it in the Flax collection `lora`.
 """
 
 import itertools
@@ -24,12 +29,90 @@ from sdjax.errors import ConfigError
 from sdjax.settings import LoraTargets
 from sdjax.trees import Path, Tree, layers, nest, replaced
 
+# ------------------------------------------------------------------------------------------------ the formula
+
+
+def adapted(
+    adapter: Mapping[str, Any],
+    x: Float[Array, "B ..."],
+    y: Float[Array, "B ... D"],
+    kernel: Float[Array, "*S D"],
+    apply: Callable[[Array, Array], Array] = jnp.matmul,
+) -> Float[Array, "B ... D"]:
+    """Returns the output of a layer with its adapter: `y + scale * (x down) up`, or y if `adapter` is empty.
+
+    x, y: the input of the layer and its output before the bias. kernel: W. apply(x, kernel): the product or convolution
+    that the layer computes. With DoRA the result is `m / |W + scale * down up|` times as large, and the norm counts as
+    a constant in the gradient (Liu et al. 2024, eq. 11).
+    """
+    if not adapter:
+        return y
+    if "dropout_key" in adapter:
+        x = _dropout(x, adapter["dropout_key"], adapter["keep"])
+    weights = {name: adapter[name] for name in ("down", "up", "scale", "magnitude") if name in adapter}
+
+    def formula(weights, x, y):
+        down, up, scale = (weights[name].astype(y.dtype) for name in ("down", "up", "scale"))
+        y = y + apply(x, down) @ up * scale
+        if "magnitude" not in weights:
+            return y
+        norm = jax.lax.stop_gradient(dora_norm(kernel, weights))
+        return y * (weights["magnitude"] / norm).astype(y.dtype)
+
+    if weights["up"].ndim == 2:
+        return formula(weights, x, y)
+    return jax.vmap(lambda weights, x, y: formula(weights, x[None], y[None])[0])(weights, x, y)
+
+
+def _dropout(x: Float[Array, "B ..."], keys: Key[Array, " B"], keep: Float[Array, ""]) -> Float[Array, "B ..."]:
+    """Returns x with each number kept with probability `keep` and divided by it, else zero. keys: one an example."""
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))(keys)
+    return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+def dora_norm(kernel: Float[Array, "*S D"], adapter: Mapping[str, Any]) -> Float[Array, " D"]:
+    """Returns the norm of each output's adapted weight vector: `|W + scale * down up|` over all axes but the last."""
+    change = (adapter["down"] @ adapter["up"]).astype(jnp.float32) * adapter["scale"]
+    return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32) + change), axis=tuple(range(kernel.ndim - 1))))
+
+
+def delta(adapter: Mapping[str, Any]) -> Float[Array, "*S D"]:
+    """Returns `scale * down up`, in the shape of the kernel, float32."""
+    product = jnp.matmul(
+        adapter["down"].astype(jnp.float32), adapter["up"].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+    return product * jnp.asarray(adapter["scale"], jnp.float32)
+
+
+def merge(params: Mapping[str, Any], lora: Mapping[str, Any], weight: float = 1.0) -> Tree:
+    """Returns the parameters with an adapter tree merged: `W + weight * scale * down up`, computed in float32.
+
+    A DoRA layer becomes `W + weight * (m V / |V| - W)` with `V = W + scale * down up`: weight 0 gives the base model,
+    weight 1 the trained one. Raises ConfigError for a layer that the parameters lack.
+    """
+    kernels = {path: layer["kernel"] for path, layer in layers(params, "kernel")}
+    merged = {}
+    for path, adapter in layers(lora, "down"):
+        if path not in kernels:
+            raise ConfigError(f"the adapter has a layer the model lacks: {'/'.join(path)}")
+        merged[*path, "kernel"] = _merge_layer(kernels[path], adapter, weight)
+    return replaced(params, merged)
+
+
+@jax.jit  # one small program for each shape, where its operations one by one are four
+def _merge_layer(kernel: Array, adapter: Tree, weight: float) -> Array:
+    wide, change = kernel.astype(jnp.float32), delta(adapter)
+    if "magnitude" in adapter:
+        change = (wide + change) * (adapter["magnitude"] / dora_norm(kernel, adapter)) - wide
+    return (wide + jnp.asarray(weight, jnp.float32) * change).astype(kernel.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ new adapters
+
 _ATTENTION = r"(to_q|to_k|to_v|to_out_0|q_proj|k_proj|v_proj|out_proj)$"
 _FEED_FORWARD = r"(ff/net_0/proj|ff/net_2|mlp/fc1|mlp/fc2)$"
 _NOT_TEXT_PROJECTION = r"^(?!text_projection$)"
 
-# What each preset of `lora_targets` adapts: regular expressions over a layer's path, and whether convolutions count.
-# "transformer" is kohya's default set, "conv" its LoCon set.
 TARGETS: dict[LoraTargets, tuple[tuple[str, ...], bool]] = {
     "attention": ((_ATTENTION,), False),
     "attention+ff": ((_ATTENTION, _FEED_FORWARD), False),
@@ -37,17 +120,15 @@ TARGETS: dict[LoraTargets, tuple[tuple[str, ...], bool]] = {
     "linear": ((_NOT_TEXT_PROJECTION,), False),
     "conv": ((_NOT_TEXT_PROJECTION,), True),
 }
-
-
-def map_layers(function: Callable[[Tree], Tree], lora: Mapping[str, Any]) -> Tree:
-    """The adapter tree with `function` applied to every layer's adapter."""
-    return nest({path: function(layer) for path, layer in layers(lora, "down")})
+"""Preset of `lora_targets` -> the layers to adapt, as regular expressions that search the path of a layer, and whether
+convolutions are adapted too. "transformer" is kohya's default set, "conv" its LoCon set."""
 
 
 def targets(params: Mapping[str, Any], which: str | Sequence[str] = "attention") -> dict[Path, Any]:
-    """The kernels to adapt, by layer path: a preset's name, or regular expressions searched in `a/b/c` paths.
+    """Returns the kernels to adapt, by the path of their layer.
 
-    Raises ConfigError for a name that is no preset, and when nothing matches.
+    which: the name of a preset, or regular expressions that search paths written `a/b/c`. Raises ConfigError for a name
+    that is no preset, for a wrong regular expression, and if no layer matches.
     """
     if isinstance(which, str):
         if which not in TARGETS:
@@ -61,14 +142,14 @@ def targets(params: Mapping[str, Any], which: str | Sequence[str] = "attention")
         matchers = [re.compile(pattern) for pattern in patterns]
     except re.error as error:
         raise ConfigError(f"lora_targets: {error.pattern!r} is no regular expression: {error}") from error
-    found = {}
+    kernels = {}
     for path, layer in layers(params, "kernel"):
         linear = layer["kernel"].ndim == 2
         if (linear or convolutions) and any(matcher.search("/".join(path)) for matcher in matchers):
-            found[path] = layer["kernel"]
-    if not found:
+            kernels[path] = layer["kernel"]
+    if not kernels:
         raise ConfigError(f"lora_targets = {which!r} matches no layer")
-    return found
+    return kernels
 
 
 def init(
@@ -82,75 +163,76 @@ def init(
     rslora: bool = False,
     dora: bool = False,
 ) -> Tree:
-    """A new adapter for one model's parameters; with it the model computes exactly what it did.
+    """Returns a new adapter tree for the parameters of one model, which leaves the model's output as it is.
 
-    down ~ N(0, 1/R), up = 0. alpha: default the rank. ranks: regular expression over `a/b/c` paths -> rank of its own
-    (0 leaves the layer out; the first match counts). rslora: scale alpha / sqrt(R) (Kalajdzievski 2023) instead of
-    alpha / R. dora: adds the magnitude vector, the norms of the base (Liu et al. 2024). All leaves float32.
+    down ~ N(0, 1/R), up = 0, all arrays float32. which: see `targets`. ranks: regular expression that searches `a/b/c`
+    paths -> rank of the layers it matches, 0 to leave them out; the first match counts, and `rank` is for the rest.
+    alpha: by default the rank. The scale is alpha / R, or alpha / sqrt(R) with `rslora` (Kalajdzievski 2023).
+    dora: adds magnitudes, which start as the norms of the base (Liu et al. 2024).
+    Raises ConfigError for a negative rank, and the errors of `targets`.
     """
-    from sdjax.models.layers import dora_norm
-
     chosen = []
     for path, kernel in targets(params, which).items():
-        own = next((r for pattern, r in (ranks or {}).items() if re.search(pattern, "/".join(path))), rank)
-        if own < 0:
-            raise ConfigError(f"rank {own} for {'/'.join(path)}: a rank is 1 or more, or 0 to leave the layer out")
-        if own > 0:
-            chosen.append((path, kernel, own))
-    # One draw for all layers: with one each, they take XLA as long to compile as a training step.
-    sizes = [math.prod(kernel.shape[:-1]) * own for _, kernel, own in chosen]
+        r = next((r for pattern, r in (ranks or {}).items() if re.search(pattern, "/".join(path))), rank)
+        if r < 0:
+            raise ConfigError(f"rank {r} for {'/'.join(path)}: a rank is 1 or more, or 0 to leave the layer out")
+        if r > 0:
+            chosen.append((path, kernel, r))
+    # One draw for all layers. A draw for each layer would take XLA as long to compile as a training step.
+    sizes = [math.prod(kernel.shape[:-1]) * r for _, kernel, r in chosen]
     normal = jax.random.normal(key, (sum(sizes),), jnp.float32)
     adapters = {}
-    for (path, kernel, own), size, end in zip(chosen, sizes, itertools.accumulate(sizes), strict=True):
-        down = normal[end - size : end].reshape(*kernel.shape[:-1], own) / math.sqrt(own)
-        up = jnp.zeros((own, kernel.shape[-1]), jnp.float32)
-        scale = jnp.float32((own if alpha is None else alpha) / (math.sqrt(own) if rslora else own))
-        adapters[path] = {"down": down, "up": up, "scale": scale}
+    for (path, kernel, r), size, end in zip(chosen, sizes, itertools.accumulate(sizes), strict=True):
+        adapters[path] = {
+            "down": normal[end - size : end].reshape(*kernel.shape[:-1], r) / math.sqrt(r),
+            "up": jnp.zeros((r, kernel.shape[-1]), jnp.float32),
+            "scale": jnp.float32((r if alpha is None else alpha) / (math.sqrt(r) if rslora else r)),
+        }
         if dora:
-            adapters[path]["magnitude"] = dora_norm(kernel, down, up, scale)
+            adapters[path]["magnitude"] = dora_norm(kernel, adapters[path])
     return nest(adapters)
 
 
-def delta(adapter: Mapping[str, Array]) -> Float[Array, "*S D"]:
-    """`scale * down up`, in the kernel's shape, float32."""
-    product = jnp.matmul(
-        adapter["down"].astype(jnp.float32), adapter["up"].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
-    return product * jnp.asarray(adapter["scale"], jnp.float32)
+def extract(
+    tuned: Mapping[str, Any], base: Mapping[str, Any], *, rank: int, which: str | Sequence[str] = "attention"
+) -> Tree:
+    """Returns the adapter tree of this rank that is nearest to `tuned - base`, layer by layer.
 
-
-def merge(params: Mapping[str, Any], lora: Mapping[str, Any], weight: float = 1.0) -> Tree:
-    """The parameters with the adapter folded in: `W + weight * scale * down up`, computed in float32.
-
-    A DoRA layer becomes `W + weight * (m V / |V| - W)` with `V = W + scale * down up`, so that weight 0 is the base
-    model and weight 1 the trained one.
+    The nearest is the truncated singular value decomposition (Eckart and Young 1936). which: see `targets`.
     """
-    flat = dict(layers(params, "kernel"))
-    for path, adapter in layers(lora, "down"):
-        if path not in flat:
-            raise ConfigError(f"the adapter has a layer the model lacks: {'/'.join(path)}")
-        flat[path] = {**flat[path], "kernel": _merge_layer(flat[path]["kernel"], adapter, weight)}
-    return replaced(params, {(*path, "kernel"): layer["kernel"] for path, layer in flat.items()})
+    kernels = targets(base, which)
+    adapters = {}
+    for path, layer in layers(tuned, "kernel"):
+        if path in kernels:
+            kernel = kernels[path]
+            change = layer["kernel"].astype(jnp.float32) - kernel.astype(jnp.float32)
+            u, s, v = jnp.linalg.svd(change.reshape(-1, kernel.shape[-1]), full_matrices=False)
+            root = jnp.sqrt(s[:rank])
+            down = (u[:, :rank] * root).reshape(*kernel.shape[:-1], -1)
+            adapters[path] = {"down": down, "up": root[:, None] * v[:rank], "scale": jnp.float32(1.0)}
+    return nest(adapters)
 
 
-@jax.jit  # one small program for each shape, where its operations one by one are four
-def _merge_layer(kernel: Array, adapter: Tree, weight: float) -> Array:
-    from sdjax.models.layers import dora_norm
-
-    change = delta(adapter)
-    if "magnitude" in adapter:
-        adapted = kernel.astype(jnp.float32) + change
-        gain = adapter["magnitude"] / dora_norm(kernel, adapter["down"], adapter["up"], adapter["scale"])
-        change = adapted * gain - kernel.astype(jnp.float32)
-    merged = kernel.astype(jnp.float32) + jnp.asarray(weight, jnp.float32) * change
-    return merged.astype(kernel.dtype)
+# ------------------------------------------------------------------------------------------------ several adapters
 
 
 def add(weighted: Sequence[tuple[Mapping[str, Any], float]]) -> Tree:
-    """One adapter equal to the sum of several, each times its weight: concatenation along the rank axis.
+    """Returns one adapter tree equal to the sum of several, each times its weight.
 
-    Exact for LoRA. Raises ConfigError for DoRA layers present in more than one, or weighted other than 1: their sum
-    is no DoRA layer; `merge` those one after the other.
+    A layer that several trees adapt gets their downs and ups side by side along the rank, with the scales and weights
+    in `up`. For A of rank 4, B of rank 8 and C, which are adapters of layers 320 -> 320:
+
+        add([({"to_q": A}, 0.5), ({"to_q": B, "to_k": C}, 1.0)]) == {
+            "to_q": {
+                "down": concatenate([A["down"], B["down"]], axis=1),  # [320, 12]
+                "up": concatenate([0.5 * A["scale"] * A["up"], B["scale"] * B["up"]]),  # [12, 320]
+                "scale": 1.0,
+            },
+            "to_k": {"down": C["down"], "up": C["up"], "scale": 1.0 * C["scale"]},
+        }
+
+    Raises ConfigError for a DoRA layer that is in more than one tree, or has a weight other than 1. The sum would not
+    be a DoRA layer. `merge` such trees one after the other.
     """
     gathered: dict[Path, list[Tree]] = {}
     for lora, weight in weighted:
@@ -164,6 +246,7 @@ def add(weighted: Sequence[tuple[Mapping[str, Any], float]]) -> Tree:
 
 
 def _concatenate(path: Path, adapters: Sequence[Tree]) -> Tree:
+    """Returns the sum of the adapters of one layer."""
     if len(adapters) == 1:
         return adapters[0]
     if any("magnitude" in adapter for adapter in adapters):
@@ -177,9 +260,18 @@ def _concatenate(path: Path, adapters: Sequence[Tree]) -> Tree:
 
 
 def stack(loras: Sequence[Mapping[str, Any]]) -> Tree:
-    """One adapter a picture: a tree with a leading batch axis, for a batch of `len(loras)` examples.
+    """Returns one adapter tree for a batch of `len(loras)` examples: example i uses tree i.
 
-    Every layer adapted by any of them is in the result; ranks are padded with zeros to the largest.
+    The result has every layer that any of the trees adapts, and a new first axis on every array. Zeros pad each rank
+    to the largest, and stand for the layers that a tree leaves out. For adapters A, B and C of ranks 4, 8 and 2, of
+    layers 320 -> 320, these are the shapes:
+
+        stack([{"to_q": A}, {"to_q": B, "to_k": C}]) == {
+            "to_q": {"down": [2, 320, 8], "up": [2, 8, 320], "scale": [2]},
+            "to_k": {"down": [2, 320, 2], "up": [2, 2, 320], "scale": [2]},
+        }
+
+    Raises ConfigError for DoRA layers.
     """
     flat = [dict(layers(lora, "down")) for lora in loras]
     stacked = {}
@@ -200,42 +292,42 @@ def stack(loras: Sequence[Mapping[str, Any]]) -> Tree:
 
 
 def _pad_rank(adapter: Tree, rank: int) -> Tree:
+    """Returns the adapter of one layer with zeros up to this rank."""
     extra = rank - adapter["down"].shape[-1]
     down = jnp.pad(adapter["down"], [(0, 0)] * (adapter["down"].ndim - 1) + [(0, extra)])
     return {"down": down, "up": jnp.pad(adapter["up"], ((0, extra), (0, 0))), "scale": jnp.asarray(adapter["scale"])}
 
 
-def extract(
-    tuned: Mapping[str, Any], base: Mapping[str, Any], *, rank: int, which: str | Sequence[str] = "attention"
-) -> Tree:
-    """The best adapter of the given rank for `tuned - base`, layer by layer: truncated SVD (Eckart and Young 1936)."""
-    kernels = targets(base, which)
-    adapters = {}
-    for path, layer in layers(tuned, "kernel"):
-        if path in kernels:
-            kernel = kernels[path]
-            change = layer["kernel"].astype(jnp.float32) - kernel.astype(jnp.float32)
-            u, s, v = jnp.linalg.svd(change.reshape(-1, kernel.shape[-1]), full_matrices=False)
-            root = jnp.sqrt(s[:rank])
-            down = (u[:, :rank] * root).reshape(*kernel.shape[:-1], -1)
-            adapters[path] = {"down": down, "up": root[:, None] * v[:rank], "scale": jnp.float32(1.0)}
-    return nest(adapters)
+# ------------------------------------------------------------------------------------------------ training
 
 
 def split(lora: Mapping[str, Any]) -> tuple[Tree, Tree]:
-    """What an optimizer may move (down, up, magnitude) and what it may not (scale); `join` puts them together again."""
+    """Returns the arrays that an optimizer may change (down, up, magnitude), and those that it may not (scale).
+
+        split({"to_q": {"down": d, "up": u, "scale": s}}) == ({"to_q": {"down": d, "up": u}}, {"to_q": {"scale": s}})
+
+    `join` is the inverse.
+    """
     trained = map_layers(lambda a: {name: leaf for name, leaf in a.items() if name != "scale"}, lora)
     return trained, map_layers(lambda a: {"scale": a["scale"]}, lora)
 
 
 def join(trained: Mapping[str, Any], scales: Mapping[str, Any]) -> Tree:
-    """The inverse of `split`."""
+    """Returns one adapter tree from the two that `split` returns.
+
+    join({"to_q": {"down": d, "up": u}}, {"to_q": {"scale": s}}) == {"to_q": {"down": d, "up": u, "scale": s}}
+    """
     flat = dict(layers(scales, "scale"))
     return nest({path: {**layer, **flat[path]} for path, layer in layers(trained, "down")})
 
 
 def with_dropout(lora: Mapping[str, Any], rate: float, keys: Key[Array, " B"]) -> Tree:
-    """The adapter with dropout of its input (rate in [0, 1)), one key an example, for one training step."""
+    """Returns the adapter tree for one training step with dropout of the input of every adapter.
+
+    rate: in [0, 1). keys: one for each of the B examples. Each layer gets `keep` [] and `dropout_key` [B]:
+
+        {"to_q": {"down": d, "up": u, "scale": s, "keep": 1 - rate, "dropout_key": keys of this layer}}
+    """
     return nest(
         {
             path: {
@@ -246,3 +338,8 @@ def with_dropout(lora: Mapping[str, Any], rate: float, keys: Key[Array, " B"]) -
             for i, (path, adapter) in enumerate(layers(lora, "down"))
         }
     )
+
+
+def map_layers(function: Callable[[Tree], Tree], lora: Mapping[str, Any]) -> Tree:
+    """Returns the adapter tree with `function` applied to the adapter of every layer."""
+    return nest({path: function(layer) for path, layer in layers(lora, "down")})

@@ -1,4 +1,4 @@
-"""Adapters: what each operation promises, and forward passes and gradients against PyTorch + peft."""
+"""Adapters: the formulas of each operation, and forward passes and gradients against PyTorch with peft."""
 
 import functools
 import math
@@ -57,7 +57,7 @@ def inputs_of(config, batch=BATCH):
 
 @pytest.fixture(scope="module")
 def base():
-    """A small U-Net of ours with weights of a sensible size everywhere, norms and biases included."""
+    """A small U-Net with random weights, norms and biases too, of about the size of trained ones."""
     config = unet.UNetConfig.from_dict(SD1)
     shapes = unet.abstract_params(config)
     params = {}
@@ -71,7 +71,7 @@ def base():
     return config, trees.nest(params)
 
 
-# Compiled without optimisation: here compiling is the cost.
+# Compiled without optimisation, because compilation takes most of the time here.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -85,9 +85,9 @@ def apply(config, params, adapter=None, *, inputs=None):
     return _apply(unet.UNet(config), variables, inputs or inputs_of(SD1))
 
 
-def random_adapter(params, seed=0, **how):
-    """An adapter that changes something: `up` is drawn too, and a magnitude is moved off the base's norm."""
-    start = lora.init(jax.random.key(seed), params, **({"rank": 2, "which": "attention"} | how))
+def random_adapter(params, seed=0, **options):
+    """An adapter that changes the model: `up` is random too, and a magnitude differs from the norm of the base."""
+    start = lora.init(jax.random.key(seed), params, **({"rank": 2, "which": "attention"} | options))
 
     def filled(adapter):
         key = jax.random.fold_in(jax.random.key(seed + 1), adapter["up"].size)
@@ -103,20 +103,20 @@ def random_adapter(params, seed=0, **how):
 
 
 @pytest.mark.parametrize("options", [{}, {"rslora": True}, {"which": "conv"}, {"which": "transformer", "alpha": 8.0}])
-def test_a_new_adapter_changes_nothing_at_all(base, options):
+def test_a_new_adapter_changes_no_bit(base, options):
     config, params = base
     adapter = lora.init(jax.random.key(0), params, rank=4, **options)
     np.testing.assert_array_equal(apply(config, params, adapter), apply(config, params))
 
 
 def test_a_new_dora_changes_nothing(base):
-    """Dividing the norm by itself costs a rounding."""
+    """Up to rounding, since the norm is divided by itself."""
     config, params = base
     adapter = lora.init(jax.random.key(0), params, rank=4, which="conv", dora=True)
     assert oracle.error(apply(config, params, adapter), apply(config, params)) < 1e-6
 
 
-def test_the_start_is_normal_with_variance_one_over_rank(base):
+def test_down_is_normal_with_variance_one_over_rank(base):
     _, params = base
     adapter = lora.init(jax.random.key(0), params, rank=8, which="linear")
     downs = np.concatenate([np.ravel(layer["down"]) for _, layer in trees.layers(adapter, "down")])
@@ -159,14 +159,14 @@ def params_at(tree, path):
 
 
 def test_kohyas_default_set_on_the_published_model():
-    """192 modules of SD1.5's U-Net, 128 of them attention (formats: kohya, diffusers)."""
+    """kohya's set has 192 layers in the U-Net of SD1.5, 128 of them in attention."""
     config = unet.UNetConfig.from_dict({"cross_attention_dim": 768, "in_channels": 4})
     params = unet.abstract_params(config)
     assert len(lora.targets(params, "attention")) == 128
     assert len(lora.targets(params, "transformer")) == 192
 
 
-def test_ranks_of_their_own(base):
+def test_layers_of_other_ranks(base):
     _, params = base
     ranks = {"mid_block": 0, "up_blocks_1/.*attn2": 5, "up_blocks": 1}
     adapter = dict(trees.layers(lora.init(jax.random.key(0), params, rank=2, ranks=ranks), "down"))
@@ -186,7 +186,7 @@ def test_ranks_of_their_own(base):
         ({"ranks": {"mid": -1}}, "rank -1 for mid_block"),
     ],
 )
-def test_what_cannot_be_adapted_is_named(base, options, message):
+def test_wrong_targets_and_ranks_are_refused(base, options, message):
     with pytest.raises(ConfigError, match=message):
         lora.init(jax.random.key(0), base[1], rank=2, **options)
 
@@ -227,7 +227,7 @@ def test_merging_is_exact_and_weighted(base):
         np.testing.assert_array_equal(leaf, untouched[path])
 
 
-def test_merging_keeps_the_dtype_and_refuses_another_models_layers(base):
+def test_merging_keeps_the_dtype_and_refuses_layers_of_another_model(base):
     _, params = base
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     merged = lora.merge(half, random_adapter(params))
@@ -237,7 +237,7 @@ def test_merging_keeps_the_dtype_and_refuses_another_models_layers(base):
 
 
 def test_dora_against_numpy(base):
-    """Liu et al. 2024, equation 5: the columns of W + delta, each brought to its magnitude."""
+    """Liu et al. 2024, equation 5: each column of W + delta is scaled to its magnitude."""
     _, params = base
     adapter = random_adapter(params, which="conv", dora=True, alpha=3.0)
     merged = lora.merge(params, adapter)
@@ -257,7 +257,7 @@ def test_dora_against_numpy(base):
         )
 
 
-# Several at once.
+# Several adapters.
 
 
 def test_adding_equals_the_sum_of_merges(base):
@@ -272,7 +272,7 @@ def test_adding_equals_the_sum_of_merges(base):
     assert oracle.error(apply(config, params, both), apply(config, expected)) < 1e-5
 
 
-def test_dora_layers_add_only_beside_others(base):
+def test_dora_layers_add_only_to_trees_without_these_layers(base):
     _, params = base
     dora = random_adapter(params, which=["attn1/to_q$"], dora=True)
     other = random_adapter(params, which=["attn2/to_q$"])
@@ -286,8 +286,8 @@ def test_dora_layers_add_only_beside_others(base):
         lora.add([(dora, 0.5)])
 
 
-def test_an_adapter_an_example_equals_one_by_one(base):
-    """Ranks, targets and scales all differ: what one adapter leaves out is zero in the stack."""
+def test_a_stack_equals_its_adapters_one_by_one(base):
+    """The adapters differ in ranks, targets and scales."""
     config, params = base
     adapters = [
         random_adapter(params, 1, alpha=1.0),
@@ -304,7 +304,7 @@ def test_an_adapter_an_example_equals_one_by_one(base):
 
 
 def test_many_adapters_by_vmap(base):
-    """The other way to many adapters: one input, a batch of adapter trees."""
+    """One input with a batch of adapter trees, by `jax.vmap`."""
     config, params = base
     adapters = [random_adapter(params, seed) for seed in (1, 2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
@@ -319,17 +319,17 @@ def test_extracting_recovers_a_low_rank_change(base):
     _, params = base
     adapter = random_adapter(params, which="conv", rank=2)
     tuned = lora.merge(params, adapter)
-    found = lora.extract(tuned, params, rank=2, which="conv")
-    assert all(layer["down"].shape[-1] <= 2 for _, layer in trees.layers(found, "down"))
-    again = dict(leaves(lora.merge(params, found)))
+    extracted = lora.extract(tuned, params, rank=2, which="conv")
+    assert all(layer["down"].shape[-1] <= 2 for _, layer in trees.layers(extracted, "down"))
+    again = dict(leaves(lora.merge(params, extracted)))
     for path, leaf in leaves(tuned):
         np.testing.assert_allclose(again[path], leaf, atol=2e-5)
-    rest = {"/".join(path) for path, _ in trees.layers(found, "down")}
-    assert {"/".join(path) for path, _ in trees.layers(adapter, "down")} == rest
+    paths = lambda lora: {path for path, _ in trees.layers(lora, "down")}
+    assert paths(extracted) == paths(adapter)
 
 
-def test_extracting_less_rank_gives_the_nearest(base):
-    """Eckart and Young: what is left has the norm of the singular values left out."""
+def test_extracting_at_a_lower_rank_gives_the_nearest_adapter(base):
+    """By Eckart and Young, the remaining difference has the norm of the singular values that are left out."""
     _, params = base
     tuned = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.asarray(normal(leaf.size, *leaf.shape)), params)
     for path, layer in trees.layers(lora.extract(tuned, params, rank=3), "down"):
@@ -349,31 +349,43 @@ def test_split_and_join_are_inverse(base):
         np.testing.assert_array_equal(joined[path], leaf)
 
 
+def test_dora_adapters_of_each_example_equal_one_by_one():
+    """`stack` refuses DoRA, but a tree with a leading axis works in a layer."""
+    x, kernel = jnp.asarray(normal(0, 3, 5, 8)), jnp.asarray(normal(1, 8, 6))
+    shapes = {"down": (8, 2), "up": (2, 6), "scale": (), "magnitude": (6,)}
+    adapter = {name: jnp.asarray(normal(i, 3, *shape)) for i, (name, shape) in enumerate(shapes.items())}
+    together = lora.adapted(adapter, x, x @ kernel, kernel)
+    for i in range(3):
+        one = {name: leaf[i] for name, leaf in adapter.items()}
+        expected = x[i] @ (kernel + lora.delta(one)) * one["magnitude"] / lora.dora_norm(kernel, one)
+        assert oracle.error(lora.adapted(one, x[i : i + 1], x[i : i + 1] @ kernel, kernel)[0], expected) < 1e-5
+        assert oracle.error(together[i], expected) < 1e-5
+
+
 # Dropout.
 
 
-def test_dropout_drops_the_asked_share_and_keeps_the_mean():
-    """One linear layer whose adapter passes its input through, so that the output shows the mask."""
-    from sdjax.models.layers import Dense
-
+def test_dropout_drops_its_rate_and_keeps_the_mean():
+    """The adapter of one linear layer passes its input through, so that the output shows what is dropped."""
     width, rate = 64, 0.3
-    layer = Dense(width, Compute(), use_bias=False)
     adapter = {"down": jnp.eye(width), "up": jnp.eye(width), "scale": jnp.float32(1.0)}
     x = jnp.ones((4, 100, width), jnp.float32)
     keys = jax.random.split(jax.random.key(0), 4)
-    dropped = lora.with_dropout({"layer": adapter}, rate, keys)["layer"]
-    variables = {"params": {"kernel": jnp.zeros((width, width), jnp.float32)}, "lora": dropped}
-    y = np.asarray(layer.apply(variables, x))
+
+    def output(x, keys):
+        dropped = lora.with_dropout({"layer": adapter}, rate, keys)["layer"]
+        return np.asarray(lora.adapted(dropped, x, jnp.zeros_like(x), jnp.zeros((width, width))))
+
+    y = output(x, keys)
     assert set(np.unique(y.round(5))) == {0.0, np.float32(1 / 0.7).round(5)}
     assert abs((y == 0).mean() - rate) < 0.01
     assert abs(y.mean() - 1) < 0.02
-    # Each example has a mask of its own, from its own key, whatever batch it stands in.
+    # What is dropped from an example depends on its key only, not on the rest of the batch.
     assert not np.array_equal(y[0], y[1])
-    alone = lora.with_dropout({"layer": adapter}, rate, keys[2:3])["layer"]
-    np.testing.assert_array_equal(layer.apply(variables | {"lora": alone}, x[2:3])[0], y[2])
+    np.testing.assert_array_equal(output(x[2:3], keys[2:3])[0], y[2])
 
 
-def test_dropout_is_of_the_adapter_alone(base):
+def test_dropout_drops_from_the_adapters_only(base):
     config, params = base
     keys = jax.random.split(jax.random.key(0), BATCH)
     adapter = random_adapter(params)
@@ -381,7 +393,7 @@ def test_dropout_is_of_the_adapter_alone(base):
     assert oracle.error(none, whole) < 1e-6
     some = apply(config, params, lora.with_dropout(adapter, 0.5, keys))
     assert oracle.error(some, whole) > 0.01
-    # A new adapter is dropped from nothing: the base model is untouched by dropout.
+    # With a new adapter, which changes nothing, the output is that of the base model.
     fresh = lora.with_dropout(lora.init(jax.random.key(0), params, rank=2), 0.5, keys)
     np.testing.assert_array_equal(apply(config, params, fresh), apply(config, params))
 
@@ -390,7 +402,7 @@ def test_dropout_is_of_the_adapter_alone(base):
 
 
 def gradients(read, adapter, inputs, wanted, *, remat=False):
-    """Of mean((out - wanted)^2), with respect to the adapter's trained leaves and the context."""
+    """Returns mean((out - wanted)^2), out, and its gradients by the adapter's trained leaves and by the context."""
     model = unet.UNet(read.module.config, Compute(remat=remat))
     trained, scales = lora.split(adapter)
     latents, timesteps, context, added = inputs
@@ -424,7 +436,10 @@ KINDS = {
 
 
 def peft_unet(folder, config, kind):
-    """A diffusers U-Net with a random adapter of peft's, ours read from the files both wrote."""
+    """Returns a diffusers U-Net with a random peft adapter, our U-Net and adapter from their files, and `write`.
+
+    write(folder, tensors): our adapter, from a file that diffusers writes of the tensors.
+    """
     import torch
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from diffusers.utils import convert_state_dict_to_diffusers
@@ -480,19 +495,19 @@ def test_outputs_and_gradients_match_peft(tmp_path, family, kind):
     assert oracle.error(value, loss.detach()) <= 1e-4
     assert oracle.error(by_context, their_context.grad) <= 1e-3
 
-    # Their gradients are written as an adapter file, so that they come back in our tree.
+    # The gradients of peft are written to an adapter file, which we read as one of our trees.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(parameter.grad)
     expected = dict(leaves(lora.split(write(tmp_path / "grad", get_peft_model_state_dict(model)))[0]))
-    found = dict(leaves(by_adapter))
-    assert found.keys() == expected.keys()
-    assert len(found) >= 10
+    ours = dict(leaves(by_adapter))
+    assert ours.keys() == expected.keys()
+    assert len(ours) >= 10
     largest = max(float(np.linalg.norm(leaf)) for leaf in expected.values())
     for path, leaf in expected.items():
-        # Each layer's own gradient, unless it is so small that rounding of the others is all it holds.
-        difference = np.linalg.norm(np.asarray(found[path]) - leaf)
+        # Relative to the gradient of this layer, unless it is so small that it is rounding of the other gradients.
+        difference = np.linalg.norm(np.asarray(ours[path]) - leaf)
         assert difference <= 1e-3 * max(float(np.linalg.norm(leaf)), 1e-4 * largest), "/".join(path)
 
 
@@ -502,12 +517,12 @@ def test_outputs_and_gradients_match_peft(tmp_path, family, kind):
 @pytest.mark.parity
 @pytest.mark.parametrize("style", ["kohya", "peft"])
 @pytest.mark.parametrize("which", ["attention", "transformer", "conv"])
-def test_what_we_export_diffusers_loads(tmp_path, style, which):
+def test_diffusers_loads_our_files(tmp_path, style, which):
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     model = oracle.randomised(UNet2DConditionModel(**SD1))
     read = oracle.saved(model, tmp_path / "unet")
-    # time_emb_proj and the like are no modules of kohya's LoCon; what is exported are the transformers and resnets.
+    # kohya's LoCon has no modules for layers such as time_emb_proj. Those of transformers and resnets are exported.
     which = ["attentions", "resnets.*/conv", "samplers_0"] if which == "conv" else which
     adapter = random_adapter(read.params, which=which, alpha=1.0)
     save_lora(tmp_path / "lora.safetensors", {"unet": adapter}, {"unet": read.params}, style=style)
@@ -525,7 +540,7 @@ def test_what_we_export_diffusers_loads(tmp_path, style, which):
 
 
 def test_alpha_survives_both_styles(tmp_path, base):
-    """As a tensor, in metadata or folded in: the change it makes is the same."""
+    """The change is the same with alpha as a tensor, in the metadata, or folded into the weights."""
     _, params = base
     adapter = random_adapter(params, alpha=1.0)
     for style in ("kohya", "peft"):

@@ -1,7 +1,7 @@
-"""The layers every model here is made of: linear, convolution, norms, and the LoRA bypass they all share.
+"""The layers that the U-Net, the autoencoder and the text models are made of.
 
-A layer looks for its adapter in the Flax collection `lora`, at its own path beside `params`, and adds the bypass
-`scale * (x down) up` when one is there. Nothing else in the library knows that adapters exist in a forward pass.
+`Dense` and `Conv` look for their LoRA adapter in the Flax collection `lora`, at the path of their parameters in the
+collection `params`, and let `lora.adapted` add it. No other code of a forward pass knows of adapters.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from sdjax import lora
 from sdjax.models.kernels.attention import attention
 from sdjax.models.kernels.convolution import Padding, convolution
 from sdjax.models.kernels.norms import group_norm, layer_norm
@@ -22,11 +23,11 @@ from sdjax.models.kernels.upsampling import upsample_nearest
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How a model computes, as opposed to what: the one record handed down to every layer.
+    """How a model computes. Every layer gets this record.
 
-    dtype: of activations and matrix products (norm statistics and softmax stay float32).
-    platform: "cpu", "gpu" or "tpu", which decides the fast path of attention and convolution; None asks JAX.
-    remat: recompute each block in the backward pass instead of keeping its activations.
+    dtype: of activations and matrix products. Norm statistics and softmax stay in float32.
+    platform: "cpu", "gpu" or "tpu", for which `models.kernels` chooses the fastest way; None: JAX's default backend.
+    remat: whether the backward pass computes each block again, in place of keeping its activations.
     """
 
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
@@ -35,15 +36,15 @@ class Compute:
 
     @property
     def target(self) -> str:
-        """The platform computed for: the one asked for, else JAX's default backend."""
+        """The platform: "cpu", "gpu", "tpu", or the name of another backend of JAX."""
         backend = self.platform or jax.default_backend()
         return "gpu" if backend in ("cuda", "rocm") else backend
 
 
 def variables(params: Any, *, lora: Any = None, rows: Any = None) -> dict[str, Any]:
-    """The Flax variable collections that a model is applied to.
+    """Returns the Flax variable collections that a model is applied with.
 
-    params: its weights. lora: an adapter tree. rows: the vectors [K, D] of new words, for a text model.
+    params: the weights. lora: an adapter tree. rows: the vectors [K, D] of new words, for a text model.
     """
     collections = {"params": params}
     if lora is not None:
@@ -54,7 +55,7 @@ def variables(params: Any, *, lora: Any = None, rows: Any = None) -> dict[str, A
 
 
 class Dense(nn.Module):
-    """Linear layer, `[..., in] -> [..., features]`, with its LoRA bypass."""
+    """Linear layer, `[..., in] -> [..., features]`, with its LoRA adapter."""
 
     features: int
     compute: Compute
@@ -66,8 +67,7 @@ class Dense(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         x = x.astype(dtype)
         y = x @ kernel.astype(dtype)
-        if self.has_variable("lora", "down"):
-            y = _adapt(self, x, y, kernel)
+        y = lora.adapted(self.variables.get("lora", {}), x, y, kernel)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(dtype)
@@ -75,19 +75,19 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-    """2-D convolution, NHWC, with its LoRA bypass; `padding` is PyTorch's: ((top, bottom), (left, right))."""
+    """2-D convolution, NHWC, with its LoRA adapter."""
 
     features: int
     compute: Compute
     size: int = 3
     stride: int = 1
-    padding: Padding | None = None  # None: size // 2 on every side
+    padding: Padding | None = None  # ((top, bottom), (left, right)); None: size // 2 on every side
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B H W C"], half: Float[Array, "B H//2 W//2 C"] | None = None
     ) -> Float[Array, "B h w D"]:
-        """half: the map that `upsample_nearest` doubled to x, if it did."""
+        """half: x before `upsample_nearest` doubled its sides, if it did."""
         dtype = self.compute.dtype
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
@@ -100,53 +100,12 @@ class Conv(nn.Module):
             return convolution(x, kernel.astype(dtype), self.stride, padding, self.compute.target, half)
 
         y = convolve(x, kernel, half)
-        if self.has_variable("lora", "down"):
-            y = _adapt(self, x, y, kernel, convolve)
+        y = lora.adapted(self.variables.get("lora", {}), x, y, kernel, convolve)
         return y + bias.astype(dtype)
 
 
-def _adapt(layer: nn.Module, x, y, kernel, convolve=None):
-    """Adds the layer's adapter to its bias-free output y; `convolve` is given for convolutions.
-
-    Sources: LoRA, Hu et al. 2021, eq. 3; DoRA, Liu et al. 2024, eq. 5 and 11 (the norm is a constant in the gradient).
-    """
-    down, up, scale = (layer.get_variable("lora", name) for name in ("down", "up", "scale"))
-    dtype = y.dtype
-    per_example = up.ndim == 3
-    if layer.has_variable("lora", "dropout_key"):
-        keep = layer.get_variable("lora", "keep")
-        keys = layer.get_variable("lora", "dropout_key")
-        mask = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))(keys)
-        x = jnp.where(mask, x / keep.astype(dtype), jnp.zeros((), dtype))
-    down, up, scale = down.astype(dtype), up.astype(dtype), scale.astype(dtype)
-    if convolve is None:
-        hidden = jnp.einsum("b...i,bir->b...r", x, down) if per_example else x @ down
-    elif per_example:
-        hidden = jax.vmap(lambda x, down: convolve(x[None], down)[0])(x, down)
-    else:
-        hidden = convolve(x, down)
-    scale = scale.reshape(scale.shape + (1,) * (y.ndim - scale.ndim))
-    bypass = (jnp.einsum("b...r,bro->b...o", hidden, up) if per_example else hidden @ up) * scale
-    if not layer.has_variable("lora", "magnitude"):
-        return y + bypass
-    magnitude = layer.get_variable("lora", "magnitude")
-    norm = dora_norm(kernel, *(layer.get_variable("lora", name) for name in ("down", "up", "scale")))
-    gain = (magnitude / jax.lax.stop_gradient(norm)).astype(dtype)
-    gain = gain.reshape(gain.shape[:-1] + (1,) * (y.ndim - gain.ndim) + gain.shape[-1:]) if per_example else gain
-    return (y + bypass) * gain
-
-
-def dora_norm(kernel: Array, down: Array, up: Array, scale: Array) -> Float[Array, "*B D"]:
-    """Norm of each output's weight vector with its bypass: `|W + scale down up|` over all but the last axis."""
-    delta = jnp.einsum("...r,rd->...d", down, up) if up.ndim == 2 else jnp.einsum("b...r,brd->b...d", down, up)
-    scale = scale.reshape(scale.shape + (1,) * (delta.ndim - scale.ndim))
-    adapted = kernel.astype(jnp.float32) + delta.astype(jnp.float32) * scale
-    axes = tuple(range(adapted.ndim - kernel.ndim, adapted.ndim - 1))
-    return jnp.sqrt(jnp.sum(jnp.square(adapted), axis=axes))
-
-
 class GroupNorm(nn.Module):
-    """Group normalisation over `[B, H, W, C]` (Wu and He 2018), statistics in float32; optionally followed by SiLU."""
+    """Group normalisation over `[B, H, W, C]` (Wu and He 2018) with statistics in float32, then SiLU if `silu`."""
 
     groups: int
     epsilon: float
@@ -162,7 +121,7 @@ class GroupNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis (Ba et al. 2016), statistics in float32."""
+    """Layer normalisation over the last axis (Ba et al. 2016) with statistics in float32."""
 
     compute: Compute
     epsilon: float = 1e-5
@@ -176,10 +135,11 @@ class LayerNorm(nn.Module):
 
 
 class Embed(nn.Module):
-    """Rows of a table `[V, D]` by integer index.
+    """The rows of a table `[V, D]` at integer ids.
 
-    Indices from V on mean the rows of new words `[K, D]` (or `[B, K, D]`, each example its own), which lie beside the
-    table in the collection `placeholder`: what trains them neither touches the table nor forms its gradient.
+    Ids from V on stand for the rows of new words, `[K, D]`, or `[B, K, D]` with other rows for each example. These rows
+    are in the collection `placeholder`, not in the table. So training them does not change the table, and needs no
+    gradient by it.
     """
 
     rows: int
@@ -193,18 +153,18 @@ class Embed(nn.Module):
         if not self.has_variable("placeholder", "rows"):
             return vectors
         rows = self.get_variable("placeholder", "rows")
-        own = jnp.maximum(ids - self.rows, 0)
+        places = jnp.maximum(ids - self.rows, 0)
         if rows.ndim == 3:
-            new = jnp.take_along_axis(rows, own[..., None], axis=1, mode="clip")
+            new = jnp.take_along_axis(rows, places[..., None], axis=1, mode="clip")
         else:
-            new = jnp.take(rows, own, axis=0, mode="clip")
+            new = jnp.take(rows, places, axis=0, mode="clip")
         return jnp.where((ids >= self.rows)[..., None], new.astype(self.compute.dtype), vectors)
 
 
 def timestep_embedding(
     timesteps: Float[Array, " B"], width: int, *, flip_sin_to_cos: bool, freq_shift: float
 ) -> Float[Array, "B D"]:
-    """Sinusoidal embedding of (possibly fractional) timesteps (Ho et al. 2020, after Vaswani et al. 2017, 3.5)."""
+    """Returns sinusoidal embeddings of timesteps or numbers between them (Ho et al. 2020; Vaswani et al. 2017, 3.5)."""
     half = width // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None, :]
@@ -218,14 +178,14 @@ ACTIVATIONS = {
     "swish": nn.silu,
     "relu": nn.relu,
     "mish": lambda x: x * jnp.tanh(jax.nn.softplus(x)),
-    # By erf, as PyTorch: JAX's own goes by erfc, which takes the CPU twice as long.
+    # By erf, as in PyTorch. JAX's gelu computes erfc, which takes twice as long on the CPU.
     "gelu": lambda x: x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions with the time embedding between them and a residual connection."""
+    """Two convolutions with a residual connection; the time embedding is added between the two."""
 
     features: int
     groups: int
@@ -254,7 +214,7 @@ class ResnetBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """A convolution at another size: stride 2 on the way down, after nearest-neighbour enlargement on the way up."""
+    """A convolution that changes the size of a map: of stride 2 on the way down, of the enlarged map on the way up."""
 
     compute: Compute
     stride: int = 1
@@ -271,13 +231,13 @@ class Resample(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x `[B, S, C]` over a context `[B, T, D]` (itself when None), projections included."""
+    """Multi-head attention of x over a context, or over x itself, with projections of the inputs and the result."""
 
     heads: int
     compute: Compute
     bias: bool = False  # of to_q, to_k and to_v
-    upcast: bool = False  # scores in float32 even when computing in half precision
-    norm_groups: int | None = None  # normalise x by group first
+    upcast: bool = False  # whether q, k and v are turned to float32 first
+    norm_groups: int | None = None  # groups of a normalisation of x; None: no normalisation
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S C"], context: Float[Array, "B T D"] | None = None) -> Array:
