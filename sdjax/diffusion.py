@@ -1,6 +1,6 @@
-"""The diffusion process: how images are noised, what the model is asked for, and how far off its answer is.
+"""The diffusion process: noise schedules, noised latents, training targets, losses and their weights.
 
-Everywhere `x_t = alpha_t x_0 + sigma_t eps` with `alpha_t^2 = alphas_cumprod[t]` and `alpha_t^2 + sigma_t^2 = 1`.
+In all functions `x_t = alpha_t x_0 + sigma_t eps` with `alpha_t^2 = alphas_cumprod[t]` and `alpha_t^2 + sigma_t^2 = 1`.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,6 @@ from sdjax.errors import ConfigError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
-# What a scheduler config without a `_class_name` is completed with: the one Stable Diffusion 1 was published with.
 STABLE_DIFFUSION = {
     "_class_name": "PNDMScheduler",
     "beta_start": 0.00085,
@@ -27,11 +26,11 @@ STABLE_DIFFUSION = {
     "skip_prk_steps": True,
     "steps_offset": 1,
 }
+"""The values that complete a scheduler config without `_class_name`: those of Stable Diffusion 1."""
 
-# What diffusers' classes take for what their config leaves out.
 _WIDE = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 _NARROW = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear"}
-_BETA_DEFAULTS = {
+BETA_DEFAULTS = {
     "DDIMScheduler": _WIDE,
     "DDPMScheduler": _WIDE,
     "DEISMultistepScheduler": _WIDE,
@@ -48,9 +47,9 @@ _BETA_DEFAULTS = {
     "TCDScheduler": _NARROW | {"beta_schedule": "scaled_linear"},
     "UniPCMultistepScheduler": _WIDE,
 }
+"""Scheduler class of diffusers -> its defaults for the betas."""
 
-# diffusers' classes that heed `rescale_betas_zero_snr`; the others draw with the betas as they are.
-_RESCALING = (
+RESCALING = (
     "DDIMScheduler",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
@@ -60,14 +59,16 @@ _RESCALING = (
     "TCDScheduler",
     "UniPCMultistepScheduler",
 )
+"""The scheduler classes of diffusers that have `rescale_betas_zero_snr`. The others draw with the betas as they are."""
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """A model's noise schedule over T training timesteps.
 
-    Both arrays are float32 [T]. `alphas_cumprod` is after the zero-terminal-SNR rescale where the config asks for it
-    (its last entry is then exactly 0), `betas` before it. `config` is the scheduler config: samplers read it too.
+    alphas_cumprod: float32 [T]. If the config has the rescale to zero terminal SNR, they are the rescaled ones, and the
+    last is exactly 0. betas: float32 [T], before the rescale. prediction_type: what the model predicts, see `target`.
+    config: the scheduler config, which samplers also read.
     """
 
     alphas_cumprod: np.ndarray
@@ -77,9 +78,9 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
-        """Read a diffusers scheduler_config.json; a dict without `_class_name` is completed with Stable Diffusion 1's.
+        """Reads a `scheduler_config.json` of diffusers; `STABLE_DIFFUSION` completes one without `_class_name`.
 
-        Raises ConfigError for a beta schedule, prediction type or scheduler class that is not known.
+        Raises ConfigError for an unknown beta schedule, prediction type or scheduler class.
         """
         if "_class_name" not in config:
             config = STABLE_DIFFUSION | dict(config)
@@ -92,12 +93,12 @@ class NoiseSchedule:
 
 
 def altered(schedule: NoiseSchedule, *, prediction_type: str = "", zero_terminal_snr: bool = False) -> NoiseSchedule:
-    """The schedule with another prediction type (empty: as it is), rescaled to zero terminal SNR, or both.
+    """Returns the schedule with another prediction type (empty: unchanged), rescaled to zero terminal SNR, or both.
 
-    The scheduler config says so too, for sampling and export. With zero terminal SNR it also spaces timesteps
-    "trailing", so that sampling starts at pure noise (Lin et al. 2023, section 3.3), and a class that would not heed
-    the rescale becomes DDIMScheduler. Raises ConfigError for an unknown prediction type, and for epsilon with zero
-    terminal SNR: at pure noise the noise says nothing about the image.
+    The scheduler config changes too, for sampling and export. With zero terminal SNR its timestep spacing becomes
+    "trailing", so that sampling starts at pure noise (Lin et al. 2023, section 3.3), and a class that is not in
+    `RESCALING` becomes DDIMScheduler. Raises ConfigError for an unknown prediction type, and for epsilon with zero
+    terminal SNR: in pure noise, the noise tells nothing about the image.
     """
     prediction_type = prediction_type or schedule.prediction_type
     rescaled = zero_terminal_snr or bool(schedule.config.get("rescale_betas_zero_snr"))
@@ -109,17 +110,17 @@ def altered(schedule: NoiseSchedule, *, prediction_type: str = "", zero_terminal
     if zero_terminal_snr:
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         name = config["_class_name"].removeprefix("Flax")
-        if name not in _RESCALING:
-            implied = {**_BETA_DEFAULTS.get(name, {}), "clip_sample": False, "set_alpha_to_one": False}
+        if name not in RESCALING:
+            implied = {**BETA_DEFAULTS.get(name, {}), "clip_sample": False, "set_alpha_to_one": False}
             config = implied | config | {"_class_name": "DDIMScheduler"}
     return NoiseSchedule.from_config(config)
 
 
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """Shift and scale sqrt(alphas_cumprod) so that the last timestep is pure noise and the first stays (host side).
+    """Returns betas [T] with which the last timestep is pure noise and the first is unchanged; the last beta is 1.
 
-    betas [T] -> betas [T], the last exactly 1. Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are
-    Flawed", algorithm 1.
+    `sqrt(alphas_cumprod)` is shifted and scaled. Source: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample
+    Steps are Flawed", algorithm 1. Computed on the host.
     """
     root = np.sqrt(_cumprod(1 - betas))
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
@@ -128,7 +129,7 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 
 
 def snr(schedule: NoiseSchedule, timesteps: Int[Array, " B"]) -> Float[Array, " B"]:
-    """Signal-to-noise ratio alpha^2 / sigma^2 of each timestep; 0 at a zero-SNR end."""
+    """Returns the signal-to-noise ratio alpha^2 / sigma^2 of each timestep; 0 where alpha is 0."""
     alphas_cumprod = jnp.asarray(schedule.alphas_cumprod)[timesteps]
     return alphas_cumprod / (1 - alphas_cumprod)
 
@@ -141,14 +142,15 @@ def noise(
     multires_iterations: int = 0,
     multires_discount: float = 0.3,
 ) -> Float[Array, "h w C"]:
-    """One example's noise of `shape` [h, w, C], float32: unit normal, or made partly of larger patches.
+    """Returns the noise of one example, float32 [h, w, C]: normal numbers of unit variance, with options.
 
-    offset: adds offset times one normal number a channel (Guttenberg 2023, "Diffusion with Offset Noise"), which
-    leaves a standard deviation of sqrt(1 + offset^2). multires_iterations: adds so many octaves (Whitaker 2023,
-    "Multi-Resolution Noise for Diffusion Model Training"), octave i normal of h // 2^i x w // 2^i, enlarged linearly
-    and times multires_discount^i, until a side is 1; the sum is divided by its standard deviation. As kohya's
-    `pyramid_noise_like` of a batch of one, except that there each octave is smaller by a random factor of 2 to 4 and
-    not by 2: sizes drawn at random would need a compilation each.
+    offset: adds `offset` times one normal number for each channel (Guttenberg 2023, "Diffusion with Offset Noise"). The
+    standard deviation becomes sqrt(1 + offset^2).
+    multires_iterations: adds this number of octaves (Whitaker 2023, "Multi-Resolution Noise for Diffusion Model
+    Training"). Octave i is normal noise of h // 2^i x w // 2^i, enlarged linearly, times multires_discount^i; octaves
+    end when a side is 1. The sum is divided by its standard deviation. This is `pyramid_noise_like` of kohya's scripts
+    for a batch of one, with one difference: kohya makes each octave smaller by a random factor of 2 to 4, not by 2.
+    Random sizes would need a compilation each.
     """
     if not offset and not multires_iterations:
         return jax.random.normal(key, shape, jnp.float32)
@@ -176,11 +178,11 @@ def draw_timestep(
     multiplier: float = 1.0,
     portion: float = 0.25,
 ) -> Int[Array, ""]:
-    """One example's timestep in low..high-1, int32.
+    """Returns a random timestep for one example, from low to high - 1, int32.
 
-    bias "earlier" or "later": the first or last `portion` of these (rounded down) is `multiplier` times as likely as
-    the rest, as in diffusers' SDXL training script, which knows no range; "none": all alike. Earlier is nearer to the
-    image. Raises ConfigError for another bias.
+    bias: "none": all timesteps are equally likely. "earlier" (nearer to the image) or "later": the first or last
+    `portion` of the timesteps (rounded down) is `multiplier` times as likely as the rest. The SDXL training script of
+    diffusers does the same, without low and high. Raises ConfigError for another bias.
     """
     if bias == "none":
         return jax.random.randint(key, (), low, high)
@@ -201,7 +203,7 @@ def add_noise(
     noise: Float[Array, "B ..."],
     timesteps: Int[Array, " B"],
 ) -> Float[Array, "B ..."]:
-    """Noised latents `alpha latents + sigma noise`, in the latents' dtype (Ho et al. 2020, equation 4)."""
+    """Returns the noised latents `alpha latents + sigma noise`, in their dtype (Ho et al. 2020, equation 4)."""
     alpha, sigma = _levels(schedule, timesteps)
     return _combine(alpha, latents, sigma, noise)
 
@@ -212,7 +214,10 @@ def target(
     noise: Float[Array, "B ..."],
     timesteps: Int[Array, " B"],
 ) -> Float[Array, "B ..."]:
-    """What the model should answer: the noise, `alpha noise - sigma latents` (Salimans & Ho 2022) or the latents."""
+    """Returns what the model should predict: the noise (epsilon), the latents (sample), or the velocity (v_prediction).
+
+    The velocity is `alpha noise - sigma latents` (Salimans & Ho 2022).
+    """
     if schedule.prediction_type == "epsilon":
         return noise
     if schedule.prediction_type == "sample":
@@ -228,10 +233,10 @@ def to_denoised(
     sigma: Float[Array, "..."],
     prediction_type: str,
 ) -> Float[Array, "B ..."]:
-    """The clean latents that a model output for `x = alpha x0 + sigma eps` implies; in x's dtype.
+    """Returns the clean latents x0 implied by the output of a model for `x = alpha x0 + sigma eps`, in the dtype of x.
 
-    alpha, sigma: scalars or [B]. An epsilon model says nothing about x0 at alpha = 0: there alpha counts as 2^-12, as
-    in diffusers, so that the answer stays finite.
+    alpha, sigma: scalars or [B]. At alpha = 0 the output of an epsilon model implies nothing about x0. There 2^-12 is
+    used for alpha, as in diffusers, so that the result is finite. Raises ConfigError for an unknown prediction type.
     """
     if prediction_type == "sample":
         return output.astype(x.dtype)
@@ -246,11 +251,11 @@ def to_denoised(
 def distance(
     output: Float[Array, "B ..."], target: Float[Array, "B ..."], kind: str, c: Float[Array, " B"]
 ) -> Float[Array, "B ..."]:
-    """How far each number of the output is from the target, float32, by the difference d.
+    """Returns the distance of each number of the output from the target, float32; d is their difference.
 
-    kind "l2": d^2; "l1": |d|; "huber": the pseudo-Huber distance `2c (sqrt(d^2 + c^2) - c)` of kohya, d^2 for d far
-    below c and 2c |d| far above, with c > 0 from `huber_threshold` (the others ignore it). Raises ConfigError for
-    another kind.
+    kind: "l2": d^2. "l1": |d|. "huber": kohya's pseudo-Huber distance `2c (sqrt(d^2 + c^2) - c)`, which is about d^2
+    for d far below c, and about 2c |d| for d far above. c: positive, from `huber_threshold`; only "huber" uses it.
+    Raises ConfigError for another kind.
     """
     difference = output.astype(jnp.float32) - target.astype(jnp.float32)
     if kind == "l2":
@@ -260,17 +265,18 @@ def distance(
     if kind == "huber":
         c = jnp.reshape(c, (-1,) + (1,) * (difference.ndim - 1))
         square = jnp.square(difference)
-        return 2 * c * square / (jnp.sqrt(square + jnp.square(c)) + c)  # the same without a difference of near equals
+        # The same without the difference of two numbers that are nearly equal.
+        return 2 * c * square / (jnp.sqrt(square + jnp.square(c)) + c)
     raise ConfigError(f"loss {kind!r} is not one of l2, l1, huber")
 
 
 def huber_threshold(schedule: NoiseSchedule, timesteps: Int[Array, " B"], c: float, kind: str) -> Float[Array, " B"]:
-    """Where each example's pseudo-Huber distance turns from squared to absolute, float32; c in (0, 1].
+    """Returns the c of `distance` for each example, at which the distance turns from squared to absolute; float32.
 
-    kind "constant": c; "exponential": c^(t / T), from 1 at the image to c at the noise; "snr": `(1 - c) / (1 + s)^2
-    + c` with s = sqrt(1 / alphas_cumprod - 1), likewise (c where alphas_cumprod is 0). As in kohya's sd-scripts since
-    0.9 (`huber_scale` = 1), after Khrapov et al. 2024, "Improving Diffusion Models's Data-Corruption Resistance using
-    Scheduled Pseudo-Huber Loss". Raises ConfigError for another kind.
+    c: in (0, 1]. kind: "constant": c. "exponential": c^(t / T), which is 1 at the image and c at the noise. "snr":
+    `(1 - c) / (1 + s)^2 + c` with s = sqrt(1 / alphas_cumprod - 1), with the same ends; c where alphas_cumprod is 0.
+    Sources: kohya's sd-scripts since 0.9, with `huber_scale` = 1; Khrapov et al. 2024, "Improving Diffusion Models's
+    Data-Corruption Resistance using Scheduled Pseudo-Huber Loss". Raises ConfigError for another kind.
     """
     if kind == "constant":
         return jnp.full(timesteps.shape, c, jnp.float32)
@@ -289,13 +295,17 @@ def loss_weight(
     min_snr_gamma: float | None = None,
     debiased: bool = False,
 ) -> Float[Array, " B"]:
-    """Weight of each example's squared error, float32; ones when nothing is asked for.
+    """Returns the weight of each example's loss, float32; ones without options.
 
-    min_snr_gamma (Hang et al. 2023, section 3.4; 5 is usual): sample `min(snr, g)`, epsilon that over snr (1 at
-    snr = 0, its limit), v that over snr + 1. debiased (Yu et al. 2024): epsilon `1 / sqrt(min(snr, 1000))` (0 at
-    snr = 0, where the image cannot be seen), v `1 / (min(snr, 1000) + 1)` as kohya has it, sample
-    `sqrt(min(snr, 1000))`. With v and zero terminal SNR, min-SNR gives the last timestep no weight, as there.
-    Raises ConfigError for both at once or a gamma that is not positive.
+    min_snr_gamma: g of Hang et al. 2023, section 3.4; 5 is usual. The weights by prediction type:
+        sample: min(snr, g)
+        epsilon: min(snr, g) / snr, and 1 at snr = 0, which is the limit
+        v_prediction: min(snr, g) / (snr + 1), which is 0 at the last timestep with zero terminal SNR
+    debiased: as in Yu et al. 2024, for v_prediction as in kohya's scripts. The weights by prediction type:
+        sample: sqrt(min(snr, 1000))
+        epsilon: 1 / sqrt(min(snr, 1000)), and 0 at snr = 0, where nothing of the image is visible
+        v_prediction: 1 / (min(snr, 1000) + 1)
+    Raises ConfigError for both options at once, and for a gamma that is not positive.
     """
     if min_snr_gamma is not None and debiased:
         raise ConfigError("min_snr_gamma and debiased both weigh the timesteps: choose one")
@@ -325,10 +335,11 @@ def loss_weight(
 def rescale_guidance(
     cond: Float[Array, "B ..."], guided: Float[Array, "B ..."], phi: float | Float[Array, ""]
 ) -> Float[Array, "B ..."]:
-    """Bring the guided prediction's spread back towards the conditional one's, by phi in [0, 1] (0: not at all).
+    """Returns the guided prediction with its standard deviation moved towards that of the conditional prediction.
 
-    Lin et al. 2023, section 3.4, equations 15 and 16; the standard deviations are each image's own. A prediction
-    without spread, such as that of a model whose last layer begins as zeros, stays finite.
+    phi: in [0, 1]; 0 changes nothing. The standard deviations are those of each image. For a guided
+    prediction of standard deviation 0, as of a model whose last layer starts as zeros, the result is finite.
+    Source: Lin et al. 2023, section 3.4, equations 15 and 16.
     """
     axes = tuple(range(1, cond.ndim))
     spread = jnp.std(guided, axis=axes, keepdims=True)
@@ -338,15 +349,18 @@ def rescale_guidance(
 
 
 def _betas(config: Mapping[str, Any]) -> np.ndarray:
-    """float32 [T]; rounded where diffusers rounds, since an error in 1 - beta grows over a thousand products."""
+    """Returns the betas of a scheduler config, float32 [T].
+
+    They are rounded in the same places as in diffusers, because an error in 1 - beta grows over a thousand products.
+    """
     if (trained := config.get("trained_betas")) is not None:
         return np.asarray(trained, np.float32)
-    given = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule") if key in config}
-    if len(given) < 3:
-        if config["_class_name"] not in _BETA_DEFAULTS:
-            raise ConfigError(f"scheduler {config['_class_name']!r} is not one of {', '.join(_BETA_DEFAULTS)}")
-        given = _BETA_DEFAULTS[config["_class_name"]] | given
-    start, end, kind = given["beta_start"], given["beta_end"], given["beta_schedule"]
+    options = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule") if key in config}
+    if len(options) < 3:
+        if config["_class_name"] not in BETA_DEFAULTS:
+            raise ConfigError(f"scheduler {config['_class_name']!r} is not one of {', '.join(BETA_DEFAULTS)}")
+        options = BETA_DEFAULTS[config["_class_name"]] | options
+    start, end, kind = options["beta_start"], options["beta_end"], options["beta_schedule"]
     count = config.get("num_train_timesteps", 1000)
     if kind == "linear":
         return np.linspace(start, end, count, dtype=np.float32)
@@ -363,7 +377,7 @@ def _cumprod(alphas: np.ndarray) -> np.ndarray:
 
 
 def _levels(schedule: NoiseSchedule, timesteps: Int[Array, " B"]) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """alpha and sigma of each timestep, float32."""
+    """Returns alpha and sigma of each timestep, float32."""
     alphas_cumprod = jnp.asarray(schedule.alphas_cumprod)[timesteps]
     return jnp.sqrt(alphas_cumprod), jnp.sqrt(1 - alphas_cumprod)
 
@@ -371,6 +385,6 @@ def _levels(schedule: NoiseSchedule, timesteps: Int[Array, " B"]) -> tuple[Float
 def _combine(
     a: Float[Array, "..."], x: Float[Array, "B ..."], b: Float[Array, "..."], y: Float[Array, "B ..."]
 ) -> Float[Array, "B ..."]:
-    """a x + b y in float32, with scalars or one factor an example, returned in x's dtype."""
+    """Returns `a x + b y`, computed in float32, in the dtype of x. a, b: scalars, or one number for each example."""
     a, b = (jnp.reshape(factor, (-1,) + (1,) * (x.ndim - 1)) for factor in (a, b))
     return (a * x.astype(jnp.float32) + b * y.astype(jnp.float32)).astype(x.dtype)

@@ -1,7 +1,7 @@
-"""Parameter trees: nested dictionaries whose leaves are arrays, walked, flattened and put together again.
+"""Parameter trees: nested dictionaries with arrays as leaves. Functions that flatten, nest and change them.
 
 A layer is an inner dictionary that holds arrays, such as `{"kernel": ..., "bias": ...}`. A path is the tuple of names
-that leads to a leaf or a layer:
+that leads from the root to a leaf or a layer:
 
     >>> tree = {"mid": {"to_q": {"kernel": 1, "bias": 2}}}
     >>> list(leaves(tree))
@@ -20,7 +20,7 @@ Path = tuple[str, ...]
 
 
 def leaves(tree: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The leaves of a tree of nested dicts with their paths, in the tree's own order."""
+    """Yields (path, leaf) for every leaf, in the order of the tree."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from leaves(value, (*path, name))
@@ -39,7 +39,7 @@ def layers(tree: Mapping[str, Any], leaf: str, path: Path = ()) -> Iterator[tupl
 
 
 def nest(flat: Mapping[Path, Any]) -> Tree:
-    """The nested tree of a flat one."""
+    """Returns the nested tree of a flat one, which has paths as keys."""
     tree: Tree = {}
     for path, value in flat.items():
         node = tree
@@ -50,6 +50,11 @@ def nest(flat: Mapping[Path, Any]) -> Tree:
 
 
 def replaced(tree: Mapping[str, Any], leaves: Mapping[Path, Any], path: Path = ()) -> Tree:
+    """Returns the tree with the leaves at the given paths replaced, and no path added.
+
+    >>> replaced({"mid": {"kernel": 1, "bias": 2}}, {("mid", "kernel"): 3})
+    {"mid": {"kernel": 3, "bias": 2}}
+    """
     return {
         name: replaced(child, leaves, (*path, name)) if isinstance(child, Mapping) else leaves.get((*path, name), child)
         for name, child in tree.items()

@@ -1,4 +1,4 @@
-"""CLIP's text transformer (Radford et al. 2021): SD1's, SD2's OpenCLIP and both of SDXL's."""
+"""CLIP's text transformer (Radford et al. 2021), for SD1, for SD2 (OpenCLIP) and for both text models of SDXL."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from sdjax.models.layers import ACTIVATIONS, Compute, Dense, Embed, LayerNorm
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """What a text model's `config.json` says."""
+    """The options of a text model's `config.json`."""
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -27,11 +27,14 @@ class TextConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 2
-    projection_dim: int | None = None  # of the pooled output; None for a model without projection
+    projection_dim: int | None = None  # width of the projected pooled vector; None: no projection
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "TextConfig":
-        """Reads a transformers `config.json`; only `CLIPTextModelWithProjection` has a projection."""
+        """Reads a transformers `config.json`. Raises ConfigError for an option that sdjax does not compute.
+
+        Only the architecture `CLIPTextModelWithProjection` has a projection.
+        """
         if config.get("model_type", "clip_text_model") != "clip_text_model":
             raise ConfigError(
                 f"text model config: model_type = {config['model_type']!r}; only clip_text_model is supported"
@@ -47,7 +50,7 @@ class TextConfig:
 
 
 class Embeddings(nn.Module):
-    """Token plus position embedding."""
+    """The sum of token and position embeddings."""
 
     config: TextConfig
     compute: Compute
@@ -78,7 +81,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with the config's activation between."""
+    """Two linear layers with the activation of the config between them."""
 
     config: TextConfig
     compute: Compute
@@ -90,7 +93,7 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and MLP, each behind a norm, each residual."""
+    """Self-attention and MLP, each after a norm and with a residual connection."""
 
     config: TextConfig
     compute: Compute
@@ -103,7 +106,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of layers; returns every hidden state, the input's embedding first."""
+    """All layers of the transformer. Returns every hidden state, beginning with the embeddings x."""
 
     config: TextConfig
     compute: Compute
@@ -118,7 +121,7 @@ class Encoder(nn.Module):
 
 
 class TextModel(nn.Module):
-    """Token ids to the context a U-Net attends to, and the pooled vector SDXL wants beside it."""
+    """Turns token ids into the context that a U-Net attends to, and the pooled vector that SDXL takes besides."""
 
     config: TextConfig
     compute: Compute = Compute()
@@ -127,12 +130,13 @@ class TextModel(nn.Module):
     def __call__(
         self, ids: Int[Array, "B T"], *, clip_skip: int = 1, final_norm: bool = True
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B P"]]:
-        """ids: begin and end tokens included, T at most the model's window.
+        """Returns the context and the pooled vector.
 
-        clip_skip: which hidden state is the context, counted from the end: 1 = last layer, 2 = penultimate.
-        final_norm: whether the context passes the final layer norm (SD1 and SD2 do, SDXL does not).
-        Returns the context and the pooled vector: the last layer's normed state at the end token, projected
-        when the model has a projection.
+        ids: with begin and end tokens; T at most the window. clip_skip: the hidden state that is the context, counted
+        from the end: 1 is the last layer, 2 the one before it. final_norm: whether the context passes the final layer
+        norm (in SD1 and SD2 it does, in SDXL not).
+        The pooled vector is the last layer's state at the end token after the final norm, projected if the model has a
+        projection.
         """
         config, compute = self.config, self.compute
         states = Encoder(config, compute, name="encoder")(Embeddings(config, compute, name="embeddings")(ids))
@@ -141,8 +145,8 @@ class TextModel(nn.Module):
         context = last if clip_skip == 1 and final_norm else states[-clip_skip]
         if final_norm and clip_skip != 1:
             context = norm(context)
-        # Files written before 2023 say eos_token_id 2 and mean the largest id, which is the end token's; those of new
-        # words lie beyond the table.
+        # Configs written before 2023 have eos_token_id = 2, which is wrong: their end token has the largest id of the
+        # table. The ids of new words are beyond the table, so they do not count.
         known = jnp.where(ids < config.vocab_size, ids, 0)
         ends = ids == (jnp.max(known, axis=1, keepdims=True) if config.eos_token_id == 2 else config.eos_token_id)
         pooled = jnp.take_along_axis(last, jnp.argmax(ends, axis=1)[:, None, None], axis=1)[:, 0]
@@ -152,6 +156,6 @@ class TextModel(nn.Module):
 
 
 def abstract_params(config: TextConfig) -> dict:
-    """The parameter tree a text model of this config has, as shapes: what a file must hold."""
+    """Returns the shapes of the parameters of a text model, in their tree."""
     ids = jax.ShapeDtypeStruct((1, config.max_position_embeddings), jnp.int32)
     return jax.eval_shape(TextModel(config).init, jax.random.key(0), ids)["params"]

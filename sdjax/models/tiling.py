@@ -1,4 +1,4 @@
-"""The autoencoder in tiles that overlap and fade into each other: pictures of any size in the memory of one tile."""
+"""The autoencoder on overlapping tiles of a picture, which needs the memory of one tile for a picture of any size."""
 
 import dataclasses
 import math
@@ -12,14 +12,19 @@ from sdjax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """tile: side of the square tiles; overlap: what neighbours share at least. Pixels. ConfigError for a bad value."""
+    """The sizes of the tiles in pixels. Raises ConfigError for values that do not fit.
+
+    tile: side of the square tiles. overlap: the least width that neighbours share.
+    """
 
     tile: int = 512
     overlap: int = 64
 
     def __post_init__(self) -> None:
         if not 0 <= 2 * self.overlap <= self.tile or self.tile < 16:
-            raise ConfigError(f"tile = {self.tile} with overlap = {self.overlap}: 16 or more, and at most half of it")
+            raise ConfigError(
+                f"tile = {self.tile} with overlap = {self.overlap}: tile must be 16 or more, overlap 0 to half of tile"
+            )
 
 
 def tiled(
@@ -31,13 +36,15 @@ def tiled(
     encode: bool,
     channels: int,
 ) -> Float[np.ndarray, "1 h w D"]:
-    """`compute` tile by tile, where tiles overlap their mean weighted by the distance from their edges.
+    """Returns the results of `compute` for each tile, put together.
 
-    channels: of the results. factor: pixels a latent spans. encode: values are pixels and the results latents, else
-    the other way round. All tiles have one shape, so `compute` is compiled once.
+    Where tiles overlap, the result is their mean, weighted by the distance from their edges. All tiles have one shape,
+    so `compute` is compiled once.
+    factor: side of the square of pixels that one latent stands for. encode: whether `values` are pixels and the results
+    latents, else it is the other way round. channels: of the results.
     """
     into, out = (factor, 1) if encode else (1, factor)
-    rows, columns = (windows(size // into, tiling, factor) for size in values.shape[1:3])
+    rows, columns = (tiles(size // into, tiling, factor) for size in values.shape[1:3])
     height, width = (size // into * out for size in values.shape[1:3])
     total, weights = np.zeros((1, height, width, channels), np.float32), np.zeros((height, width, 1), np.float32)
     for top, tall in rows:
@@ -52,14 +59,14 @@ def tiled(
     return total / weights
 
 
-def windows(length: int, tiling: Tiling, factor: int) -> list[tuple[int, int]]:
-    """(start, length) of each tile along one side of a picture of `length` latents, evenly spread."""
+def tiles(length: int, tiling: Tiling, factor: int) -> list[tuple[int, int]]:
+    """Returns (start, length) of each tile along one side of `length` latents, evenly spread."""
     tile, overlap = min(tiling.tile // factor, length), tiling.overlap // factor
     count = 1 if tile == length else math.ceil((length - overlap) / (tile - overlap))
     return [(round(start), tile) for start in np.linspace(0, length - tile, count)]
 
 
 def _ramp(length: int, overlap: int) -> Float[np.ndarray, " N"]:
-    """1 in the middle, falling towards 0 over `overlap` at both ends."""
+    """Returns weights of 1 in the middle, which fall towards 0 over `overlap` places at both ends."""
     distance = np.minimum(np.arange(length), np.arange(length)[::-1]) + 0.5
     return np.minimum(distance / max(overlap, 0.5), 1).astype(np.float32)

@@ -27,9 +27,6 @@ DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # type -> ha
 UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 MID_BLOCKS = {"UNetMidBlock2DCrossAttn": True, "UNetMidBlock2D": False, None: None}
 
-# Options of a U-Net's config.json that change the computation in ways no Stable Diffusion uses: each with the only
-# value understood here. Anything else is refused, never ignored. (resnet_out_scale_factor belongs to block types not
-# built here; with ours, diffusers itself computes the same whatever it says.)
 FIXED = {
     "class_embed_type": None,
     "class_embeddings_concat": False,
@@ -48,11 +45,14 @@ FIXED = {
     "attention_type": "default",
     "dropout": 0.0,
 }
+"""Option of a U-Net's config.json -> the only value that sdjax computes. No Stable Diffusion has another value.
+
+`resnet_out_scale_factor` is not among them: for the blocks of Stable Diffusion, diffusers ignores it too."""
 
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """What a U-Net's `config.json` says, one value a block where it may differ by block."""
+    """The options of a U-Net's `config.json`. Those that may differ between blocks have one value for each block."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -62,7 +62,7 @@ class UNetConfig:
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     layers_per_block: tuple[int, ...] = (2, 2, 2, 2)
     transformer_layers: tuple[int, ...] = (1, 1, 1, 1)  # of the down blocks
-    up_transformer_layers: tuple[int, ...] = (1, 1, 1, 1)  # of the up blocks, in their own order
+    up_transformer_layers: tuple[int, ...] = (1, 1, 1, 1)  # of the up blocks, in the order of the up blocks
     heads: tuple[int, ...] = (8, 8, 8, 8)
     cross_attention_dim: tuple[int, ...] = (768, 768, 768, 768)
     only_cross_attention: tuple[bool, ...] = (False, False, False, False)
@@ -87,10 +87,9 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "UNetConfig":
-        """Reads a diffusers `config.json`; ConfigError names an option no model here computes.
+        """Reads a diffusers `config.json`. Raises ConfigError for an option that sdjax does not compute.
 
-        `attention_head_dim` is the number of heads unless `num_attention_heads` is given: a slip in the format's
-        history that every file lives with.
+        `attention_head_dim` is the number of heads, despite its name, unless `num_attention_heads` is given.
         """
         for name, only in FIXED.items():
             if config.get(name, only) != only:
@@ -123,9 +122,9 @@ class UNetConfig:
         nested = [d for d in (depth if isinstance(depth, (list, tuple)) else [depth]) if isinstance(d, (list, tuple))]
         if nested:
             raise ConfigError("U-Net config: transformer_layers_per_block with a list inside the list is not supported")
-        given = {field.name for field in dataclasses.fields(cls)} & set(config)
-        given -= {"block_out_channels", "down_block_types", "up_block_types", "layers_per_block"}
-        given -= {"cross_attention_dim", "only_cross_attention"}
+        others = {field.name for field in dataclasses.fields(cls)} & set(config)
+        others -= {"block_out_channels", "down_block_types", "up_block_types", "layers_per_block"}
+        others -= {"cross_attention_dim", "only_cross_attention"}
         return cls(
             block_out_channels=channels,
             down_block_types=per_block(config.get("down_block_types", cls.down_block_types)),
@@ -136,19 +135,19 @@ class UNetConfig:
             heads=per_block(heads),
             cross_attention_dim=per_block(config.get("cross_attention_dim", 1280)),
             only_cross_attention=per_block(config.get("only_cross_attention", False)),
-            **{name: config[name] for name in given},
+            **{name: config[name] for name in others},
         )
 
 
 class GEGLU(nn.Module):
-    """`a * gelu(b)` with a and b the halves of one projection (Shazeer 2020)."""
+    """`a * gelu(b)`, where a and b are the halves of one projection (Shazeer 2020)."""
 
     features: int
     compute: Compute
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        @jax.checkpoint  # cheap to compute again, and four times as wide as the rest to keep
+        @jax.checkpoint  # quick to compute again, and four times as wide as the other activations to keep
         def gated(projected):
             value, gate = jnp.split(projected, 2, axis=-1)
             return value * ACTIVATIONS["gelu"](gate)
@@ -157,7 +156,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Position-wise feed-forward layer, four times as wide inside."""
+    """Two linear layers with GEGLU between them; the hidden layer is four times as wide as x."""
 
     compute: Compute
 
@@ -168,7 +167,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention over the context, feed-forward; each behind a norm, each residual."""
+    """Self-attention, cross-attention over the context and feed-forward layer, each after a norm and with a residual.
+
+    only_cross_attention: the first attention is over the context too.
+    """
 
     heads: int
     only_cross_attention: bool
@@ -185,7 +187,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map, between two 1x1 projections."""
+    """Transformer blocks over the pixels of a feature map, between two projections."""
 
     config: UNetConfig
     heads: int
@@ -215,10 +217,11 @@ class SpatialTransformer(nn.Module):
 
 
 class Stack(nn.Module):
-    """One level of the U-Net: residual blocks, each followed by a transformer when the level attends.
+    """One level of the U-Net: residual blocks, each followed by a transformer if `attends`.
 
-    On the way up, each residual block first takes one feature map of the way down from the end of `skips`.
-    Returns the last feature map and the ones the way up will want.
+    On the way up, each residual block also takes one feature map of the way down, from the end of `skips`.
+    size: height and width of the result of a level that enlarges.
+    Returns the last feature map, and all that the level on the way up takes.
     """
 
     config: UNetConfig
@@ -263,7 +266,7 @@ class Stack(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, transformer, residual block at the smallest size."""
+    """Residual block, transformer, residual block at the smallest size; without `attends` only the first."""
 
     config: UNetConfig
     attends: bool
@@ -291,7 +294,7 @@ class MidBlock(nn.Module):
 
 
 class TimestepMLP(nn.Module):
-    """Two linear layers with SiLU between, for time and added embeddings."""
+    """Two linear layers with an activation between them, for the embeddings of time and of added conditions."""
 
     features: int
     compute: Compute
@@ -307,7 +310,7 @@ class TimestepMLP(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts noise, velocity or sample from noisy latents, as its scheduler's `prediction_type` says."""
+    """Predicts the noise, the velocity or the latents from noised latents, see `diffusion.NoiseSchedule`."""
 
     config: UNetConfig
     compute: Compute = Compute()
@@ -320,10 +323,11 @@ class UNet(nn.Module):
         context: Float[Array, "B T D"],
         added: Mapping[str, Array] | None = None,
     ) -> Float[Array, "B h w D"]:
-        """latents: unit variance; timesteps: in training steps, fractions allowed; context: from the text models.
+        """Returns the prediction.
 
-        added: `text_embeds` [B, D] and `time_ids` [B, 6] (original, crop, target size in pixels) for SDXL;
-        `timestep_cond` [B, D] for models distilled with guidance embedded (LCM).
+        latents: of unit variance, noised. timesteps: those of the noise schedule, or numbers between them. context: of
+        the prompts. added: for SDXL `text_embeds` [B, D] and `time_ids` [B, 6] (original size, crop and target size in
+        pixels); `timestep_cond` [B, D] for models that are distilled with the guidance as an input (LCM).
         """
         config, compute = self.config, self.compute
         added = added or {}
@@ -372,7 +376,7 @@ class UNet(nn.Module):
             j = last - i  # the level on the way down at the same size
             layers = config.layers_per_block[j] + 1
             taken, skips = skips[-layers:], skips[:-layers]
-            size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None  # an odd size is not doubled exactly
+            size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None  # twice the size, or one less if odd
             x, _ = Stack(
                 config,
                 channels[j],
@@ -396,7 +400,7 @@ class UNet(nn.Module):
 
 
 def abstract_inputs(config: UNetConfig, batch: int = 1, size: int | None = None, tokens: int = 77) -> tuple:
-    """Shapes and dtypes of a U-Net's inputs: latents, timesteps, context, added."""
+    """Returns the shapes and dtypes of a U-Net's inputs: latents, timesteps, context, added."""
     size = size or config.sample_size
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     added = {}
@@ -412,6 +416,6 @@ def abstract_inputs(config: UNetConfig, batch: int = 1, size: int | None = None,
 
 
 def abstract_params(config: UNetConfig) -> dict:
-    """The parameter tree a U-Net of this config has, as shapes: what a file must hold."""
+    """Returns the shapes of the parameters of a U-Net, in their tree."""
     inputs = abstract_inputs(config, size=2 ** len(config.block_out_channels), tokens=2)
     return jax.eval_shape(UNet(config).init, jax.random.key(0), *inputs)["params"]

@@ -1,4 +1,7 @@
-"""The autoencoder between pictures and latents (Kingma and Welling 2014; Rombach et al. 2022), NHWC."""
+"""The variational autoencoder (VAE) that turns pictures into latents and back, NHWC.
+
+Sources: Kingma and Welling 2014; Rombach et al. 2022.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,12 +15,12 @@ from jaxtyping import Array, Float
 from sdjax.errors import ConfigError
 from sdjax.models.layers import ACTIVATIONS, Attention, Compute, Conv, GroupNorm, Resample, ResnetBlock
 
-EPSILON = 1e-6  # of every norm in this model
+EPSILON = 1e-6  # of all norms
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """What an autoencoder's `config.json` says."""
+    """The options of an autoencoder's `config.json`."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -35,7 +38,7 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "VAEConfig":
-        """Reads a diffusers `config.json`; ConfigError names an option not computed here."""
+        """Reads a diffusers `config.json`. Raises ConfigError for an option that sdjax does not compute."""
         for name, only in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             for block in config.get(name, ()):
                 if block != only:
@@ -51,12 +54,12 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels a latent spans, each way."""
+        """The side of the square of pixels that one latent stands for."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
 class Level(nn.Module):
-    """Residual blocks at one size, then a step to the next size where there is one."""
+    """Residual blocks at one size, then a step to the next size if `downsample` or `upsample`."""
 
     config: VAEConfig
     features: int
@@ -74,7 +77,7 @@ class Level(nn.Module):
                 self.features, config.norm_num_groups, EPSILON, self.compute, config.act_fn, name=f"resnets_{i}"
             )(x)
         if self.downsample:
-            # The encoder pads below and to the right only, as its weights were trained.
+            # The weights were trained with padding below and to the right only.
             x = Resample(self.compute, 2, ((0, 1), (0, 1)), name="downsamplers_0")(x)
         if self.upsample:
             x = Resample(self.compute, name="upsamplers_0")(x, (2 * x.shape[1], 2 * x.shape[2]))
@@ -82,7 +85,7 @@ class Level(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, single-head attention over all pixels, residual block."""
+    """Residual block, attention of one head over all pixels, residual block."""
 
     config: VAEConfig
     compute: Compute
@@ -102,7 +105,7 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures to the moments of the posterior, before the 1x1 convolution that ends the encoder."""
+    """Turns pictures into the moments of the posterior, before the last 1x1 convolution (`quant_conv`)."""
 
     config: VAEConfig
     compute: Compute
@@ -117,13 +120,13 @@ class Encoder(nn.Module):
             level = Level(config, features, config.layers_per_block, compute, downsample=down, name=f"down_blocks_{i}")
             x = level(x)
         x = MidBlock(config, compute, name="mid_block")(x)
-        # SiLU whatever act_fn says, as in diffusers, where that is the blocks' alone.
+        # SiLU for any act_fn: as in diffusers, act_fn is for the residual blocks only.
         x = GroupNorm(config.norm_num_groups, EPSILON, compute, silu=True, name="conv_norm_out")(x)
         return Conv(2 * config.latent_channels, compute, name="conv_out")(x)
 
 
 class Decoder(nn.Module):
-    """Latents to pictures."""
+    """Turns latents into pictures, after the first 1x1 convolution (`post_quant_conv`)."""
 
     config: VAEConfig
     compute: Compute
@@ -143,7 +146,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder to a Gaussian over latents, and decoder. Latents here are the model's own; scaling is the caller's."""
+    """The encoder from pictures to a Gaussian over latents, and the decoder; the latents are not scaled yet."""
 
     config: VAEConfig
     compute: Compute = Compute()
@@ -158,46 +161,46 @@ class AutoencoderKL(nn.Module):
             self.post_quant_conv = Conv(config.latent_channels, compute, size=1)
 
     def encode(self, images: Float[Array, "B H W C"]) -> Float[Array, "B h w 2*c"]:
-        """images in [-1, 1] -> mean and log variance of the posterior, side by side on the last axis."""
+        """Returns mean and log variance of the posterior, side by side on the last axis. images: in [-1, 1]."""
         moments = self.encoder(images)
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
         return moments.astype(jnp.float32)
 
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
-        """The model's own (unscaled) latents -> images, about [-1, 1]."""
+        """Returns images, about in [-1, 1], of latents that are not scaled."""
         if self.config.use_post_quant_conv:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents).astype(jnp.float32)
 
     def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Reconstruction through the posterior's mean."""
+        """Returns the images decoded from the mean of their posterior."""
         return self.decode(posterior_mean(self.encode(images)))
 
 
 def posterior_mean(moments: Float[Array, "B h w 2*c"]) -> Float[Array, "B h w c"]:
-    """The mean of the posterior."""
+    """Returns the mean of the posterior."""
     return jnp.split(moments, 2, axis=-1)[0]
 
 
 def posterior_sample(moments: Float[Array, "B h w 2*c"], noise: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
-    """`mean + std * noise`, the log variance clipped to [-30, 20]."""
+    """Returns `mean + std * noise`, with the log variance clipped to [-30, 20]."""
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean + jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0)) * noise
 
 
 def scale_latents(config: VAEConfig, latents: Array) -> Array:
-    """The model's own latents -> unit variance, what the U-Net sees."""
+    """Returns latents of the autoencoder scaled to about unit variance, as the U-Net takes them."""
     return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
 
 def unscale_latents(config: VAEConfig, latents: Array) -> Array:
-    """The inverse of `scale_latents`."""
+    """Returns the latents before `scale_latents`."""
     return latents / config.scaling_factor + (config.shift_factor or 0.0)
 
 
 def abstract_params(config: VAEConfig) -> dict:
-    """The parameter tree an autoencoder of this config has, as shapes: what a file must hold."""
+    """Returns the shapes of the parameters of an autoencoder, in their tree."""
     size = 2 * config.factor
     images = jax.ShapeDtypeStruct((1, size, size, config.in_channels), jnp.float32)
     return jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), images)["params"]

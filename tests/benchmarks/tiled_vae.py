@@ -108,9 +108,7 @@ def main():
     parser.add_argument("--overlap", type=int, default=Tiling().overlap)
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--model", choices=["tiny", "sd15"], default="tiny")
-    parser.add_argument(
-        "--what", choices=["apart", "cost"], help="print one line, in this process; --tile 0: decode the whole"
-    )
+    parser.add_argument("--what", choices=["apart", "cost"], help="print one line, in this process; --tile 0: no tiles")
     args = parser.parse_args()
     if args.what:
         {"apart": apart, "cost": cost}[args.what](args)

@@ -17,7 +17,7 @@ def convolution(
 ) -> Float[Array, "B h w D"]:
     """Returns `y[n, i, j] = sum over u, v of x[n, stride i + u - top, stride j + v - left] @ kernel[u, v]`.
 
-    target: "cpu", "gpu" or "tpu". half: the map that `upsample_nearest` doubled to x, if it did.
+    target: "cpu", "gpu" or "tpu". half: x before `upsample_nearest` doubled its sides, if it did.
     """
     if kernel.shape[:2] == (1, 1) and stride == 1 and padding == ((0, 0), (0, 0)):
         return x @ kernel[0, 0]
