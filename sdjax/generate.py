@@ -70,7 +70,7 @@ def _run(argv: Sequence[str]) -> None:
     from sdjax.formats.lora_file import load_lora
     from sdjax.model import Model
     from sdjax.runtime import compilation_cache, host_memory, out_of_memory
-    from sdjax.textual_inversion import vector_counts
+    from sdjax.text.textual_inversion import vector_counts
 
     wanted = _jobs(args, settings, prompts, axes)
     jobs.check_alone(wanted)

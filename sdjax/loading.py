@@ -11,7 +11,8 @@ from sdjax import diffusion
 from sdjax.errors import ConfigError
 from sdjax.formats.diffusers_folder import ModelFolder, read_folder
 from sdjax.formats.parameter_names import load_params
-from sdjax.formats.single_file import SUFFIXES, read_single_file
+from sdjax.formats.single_file import read_single_file
+from sdjax.formats.weights_file import SUFFIXES
 from sdjax.model import Model, Outline
 from sdjax.models import clip, unet, vae
 from sdjax.models.layers import Compute

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
-from sdjax import diffusion, lora, textual_inversion
+from sdjax import diffusion, lora
 from sdjax.data.images import Size, pixels
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.diffusers_folder import ModelFolder, save_folder
@@ -28,6 +28,7 @@ from sdjax.formats.single_file import save_single_file
 from sdjax.models import clip, unet, vae
 from sdjax.models.layers import variables
 from sdjax.models.tiling import Tiling, tiled
+from sdjax.text import textual_inversion
 from sdjax.text.encoding import TEXT_ENCODERS, HiddenState, encode_ids
 from sdjax.text.syntax import Sections
 from sdjax.text.tokenizer import Tokenizer
@@ -139,7 +140,8 @@ class Outline:
         words = dict(source) if isinstance(source, Mapping) else load_embedding(source, widths)
         if token is not None:
             if len(words) != 1:
-                raise ConfigError(f"token = {token!r} names one word; {source} holds {', '.join(words)}")
+                where = "the mapping" if isinstance(source, Mapping) else source
+                raise ConfigError(f"token = {token!r} names one word; {where} holds {', '.join(words)}")
             words = dict(zip([token], words.values(), strict=True))
         for word, rows in words.items():
             shapes = {name: np.shape(vectors) for name, vectors in rows.items()}

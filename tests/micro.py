@@ -1,7 +1,9 @@
-"""A model too small to draw anything, with random weights, and a handful of pictures: what training tests run on."""
+"""For tests of training: a very small model with random weights, a few images, short runs, and what runs leave."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from PIL import Image, ImageDraw
 from sdjax import loading
 from sdjax.formats.diffusers_folder import save_folder
 from sdjax.models import clip, unet, vae
+from sdjax.train import checkpoint
 from sdjax.train.config import RunConfig
 from sdjax.train.config_file import from_table
 
@@ -45,13 +48,32 @@ VAE = {
     "scaling_factor": 1.0,
 }
 TOKENIZER = Path(__file__).parent / "tokenizer"
-"""A BPE tokenizer of 2263 words, the first two of which begin and end a text; its window has 16 places."""
+"""A BPE tokenizer of 2263 words, of which the first two begin and end a text. Its window has 16 positions."""
 IDS = {"vocab_size": 2263, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **IDS}
 
+WORDS = {"train": ["textual_inversion"], "placeholder_tokens": ["<plana>", "<sky>"], "vectors_per_token": [2, 1]}
+"""A stage that trains two new words."""
+EVERYTHING = [
+    {"name": "words", **WORDS, "init_tokens": ["red circle", "<rand-0.1>"], "weight_decay": 0.1, "clip_ti_decay": True},
+    {"name": "style", "train": ["lora"], "lora_targets": "attention+ff", "ema_decay": 0.9},
+    {
+        "name": "both",
+        "train": ["lora", "textual_inversion"],
+        "lora_continue": True,
+        "lora_parts": ["unet", "text_encoder"],
+        "placeholder_tokens": ["<sky>", "<new>"],
+        "template": "object",
+        "learning_rate": {"unet": 1e-3, "text_encoder": 1e-3, "textual_inversion": 1e-2},
+    },
+    {"name": "autoencoder", "train": ["vae"], "vae_normalise": True, "vae_augment": True, "data": {"flip": True}},
+    {"name": "whole", "train": ["unet", "text_encoder"], "ema_decay": 0.9, "noise_offset": 0.1, "loss": "huber"},
+]
+"""Stages that train every kind of part, each on top of the results before it."""
+
 
 def make_model(folder: Path, *, sdxl: bool = False, inpainting: bool = False) -> Path:
-    """A model folder for 16 x 16 pictures: tiny's schedule, random weights."""
+    """Writes a model for pictures of 16 x 16 pixels, with random weights and the noise schedule of tiny."""
     tiny = loading.outline("tiny")
     text = {**tiny.folder.configs["text_encoder"], **TEXT}
     configs = {"unet": dict(UNET), "vae": dict(VAE), "text_encoder": text}
@@ -94,7 +116,7 @@ def make_model(folder: Path, *, sdxl: bool = False, inpainting: bool = False) ->
 
 
 def make_images(folder: Path, count: int = 12) -> Path:
-    """Discs of several colours with their captions in metadata.jsonl."""
+    """Writes images of discs in several colours, with captions in metadata.jsonl."""
     folder.mkdir(parents=True)
     colours = ["red", "green", "blue", "orange"]
     with (folder / "metadata.jsonl").open("w") as lines:
@@ -108,7 +130,7 @@ def make_images(folder: Path, count: int = 12) -> Path:
 
 
 def settings(model: Path, images: Path, output: Path, *, stages: list[dict] | None = None, **changes) -> RunConfig:
-    """A short run on one device: 6 steps, a checkpoint every 2; `changes` replace whole tables."""
+    """Returns a short run on one device: 6 steps, a checkpoint every 2 steps. `changes` replace whole tables."""
     stage = {"name": "style", "train": ["lora"], "steps": 6, "learning_rate": 5e-3, "lora_rank": 2}
     table = {
         "model": str(model),
@@ -122,8 +144,30 @@ def settings(model: Path, images: Path, output: Path, *, stages: list[dict] | No
     return from_table({**table, **changes})
 
 
+def metric_lines(output: Path, key: str = "loss") -> list[dict[str, Any]]:
+    """Returns the lines of a run's metrics.jsonl that have a key."""
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if key in line]
+
+
+def exported(output: Path, stage: str = "style") -> dict[str, bytes]:
+    """Returns the content of every weight file that a stage of a run exported, by its path in the export."""
+    folder = output / "export" / stage
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+    assert files
+    return files
+
+
+def remove_checkpoints_after(output: Path, step: int) -> None:
+    """Removes the checkpoints of a run after a step, counted over all stages, as if it had been killed there."""
+    for later in checkpoint.steps(output / "checkpoints"):
+        if later > step:
+            shutil.rmtree(output / "checkpoints" / f"step_{later:08d}")
+
+
 def quick_compilation():
-    """For a fixture: XLA optimises little, since tests spend their time compiling."""
+    """Yields while XLA optimises little, for a fixture: tests of training mostly compile."""
+    former = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", former)

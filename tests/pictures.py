@@ -1,4 +1,4 @@
-"""Pictures beside diffusers': small random models of each family, their pipelines, and what both made.
+"""For tests of drawing: small random models of each family, in diffusers and in sdjax, and comparisons of pictures.
 
 Imports torch and diffusers inside its functions, so that tests without the `parity` mark run without them.
 """
@@ -32,11 +32,12 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
     "lcm": "LCMScheduler",
 }
-STOCHASTIC = ("euler_a", "dpmpp_2m_sde", "lcm")  # given the same noise at every step, these too must agree
+STOCHASTIC = ("euler_a", "dpmpp_2m_sde", "lcm")
+"""The samplers that draw noise at every step. Given the same noise, ours and theirs must agree too."""
 
 
 def parity(test):
-    """diffusers' schedulers hand torch tensors to `np.array`, which NumPy 2 warns about."""
+    """Marks a test that needs diffusers, whose schedulers hand torch tensors to `np.array` (NumPy 2 warns of it)."""
     return pytest.mark.parity(pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")(test))
 
 
@@ -75,10 +76,7 @@ KINDS = {
 
 
 def build(kind, **changes):
-    """A diffusers pipeline of random weights, on the small tokenizer of 16 positions that comes with the library.
-
-    changes: to the U-Net's config.
-    """
+    """A diffusers pipeline with random weights and the tokenizer `micro.TOKENIZER`. changes: of the U-Net's config."""
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -113,11 +111,11 @@ def build(kind, **changes):
         "vae": oracle.randomised(diffusers.AutoencoderKL(**vae), 2),
         "text_encoder": oracle.randomised(CLIPTextModel(CLIPTextConfig(**text)), 3),
         "tokenizer": CLIPTokenizer.from_pretrained(micro.TOKENIZER, model_max_length=16),
-        # Published configs hold other classes' options too, which the other samplers then read.
+        # Published configs hold options of other classes too, which the other samplers read.
         "scheduler": getattr(diffusers, spec["class"]).from_config(SCHEDULER | spec["scheduler"]),
     }
     if kind == "sd2v":
-        parts["tokenizer"].pad_token = "!"  # SD2 and SDXL's second encoder pad with it, SD1 with the end token
+        parts["tokenizer"].pad_token = "!"  # for SD2 and SDXL's second encoder; SD1 pads with the end token
     if kind != "sdxl":
         return diffusers.StableDiffusionPipeline(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
@@ -142,14 +140,14 @@ def pair(kind, folder, **changes):
         folder = TINY
     else:
         build(kind, **changes).save_pretrained(folder)
-    # Read back by them too: in memory, their schedulers still know which options nobody had given.
+    # diffusers reads the folder too: in memory, its schedulers still know which options were left out.
     theirs = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     theirs.set_progress_bar_config(disable=True)
     return theirs, sdjax.load("tiny" if kind == "tiny" else folder)
 
 
 def with_scheduler(pipeline, sampler, monkeypatch, seed=0):
-    """Sets the pipeline's scheduler; a stochastic one is given our noise."""
+    """The pipeline with another scheduler. A stochastic scheduler draws our noise."""
     import diffusers
     import torch
 
@@ -167,18 +165,19 @@ def with_scheduler(pipeline, sampler, monkeypatch, seed=0):
 
     if sampler in STOCHASTIC:
         monkeypatch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", randn_tensor)
-    # A pipeline of its own: the fixture's keeps its scheduler.
+    # A new pipeline, so that the pipeline of the fixture keeps its scheduler.
     return type(pipeline)(**(pipeline.components | {"scheduler": scheduler}), **settings_of(pipeline))
 
 
 def settings_of(pipeline):
+    """The settings of a pipeline beside its components."""
     names = ("requires_safety_checker", "force_zeros_for_empty_prompt")
     settings = {name: pipeline.config[name] for name in names if name in pipeline.config}
     return settings | ({"add_watermarker": False} if "force_zeros_for_empty_prompt" in settings else {})
 
 
 def their_picture(pipeline, *prompts, latents, steps=STEPS, guidance=7.5, **how):
-    """-> final latents and pixels, NHWC, of diffusers."""
+    """Draws with diffusers and returns (final latents, pixels), both NHWC. prompts: the prompts, the negative ones."""
     import torch
 
     if prompts:
@@ -200,15 +199,17 @@ def their_picture(pipeline, *prompts, latents, steps=STEPS, guidance=7.5, **how)
 
 
 def pixels_of(pictures):
+    """The pixels of pictures, [B, H, W, 3], as integers that can be subtracted."""
     return np.stack([np.asarray(picture, np.int32) for picture in pictures])
 
 
 def start(batch=2, size=8):
+    """Unit noise, [batch, size, size, 4]."""
     return np.random.default_rng(3).normal(size=(batch, size, size, 4)).astype(np.float32)
 
 
 def assert_same(ours, theirs, final_latents):
-    """Within 1e-3 of the latents' largest (at least 1), and two steps of 255."""
+    """The latents differ by at most 1e-3 of the largest latent (or of 1), and the pixels by at most 2 of 255."""
     latents, pixels = theirs
     assert np.isfinite(latents).all()
     error = np.abs(final_latents() - latents).max() / max(1.0, np.abs(latents).max())
@@ -226,25 +227,21 @@ jax.monitoring.register_event_duration_secs_listener(
 
 
 def compilations(action):
+    """The number of programs that are compiled while `action()` runs."""
     before = len(COMPILED)
     action()
     return len(COMPILED) - before
 
 
 def text_and_unet_lora(sd, seed=0, alpha=2.0):
-    """A LoRA that visibly changes both."""
+    """Part -> adapter tree of a LoRA that visibly changes the pictures, through the text model and the U-Net."""
 
-    def filled(part, which):
-        start = lora.init(jax.random.key(seed), sd.params[part], rank=4, alpha=alpha, which=which)
-        return lora.map_layers(
-            lambda layer: (
-                layer
-                | {
-                    "up": 0.3
-                    * jax.random.normal(jax.random.key(seed + layer["up"].size), layer["up"].shape, jnp.float32)
-                }
-            ),
-            start,
-        )
+    def filled(layer):
+        key = jax.random.key(seed + layer["up"].size)
+        return layer | {"up": 0.3 * jax.random.normal(key, layer["up"].shape, jnp.float32)}
 
-    return {"unet": filled("unet", "transformer"), "text_encoder": filled("text_encoder", "attention+ff")}
+    def adapter(part, which):
+        new = lora.init(jax.random.key(seed), sd.params[part], rank=4, alpha=alpha, which=which)
+        return lora.map_layers(filled, new)
+
+    return {"unet": adapter("unet", "transformer"), "text_encoder": adapter("text_encoder", "attention+ff")}

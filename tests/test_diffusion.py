@@ -1,4 +1,4 @@
-"""The noise schedule against the formulas, written again in NumPy, and against diffusers."""
+"""Noise schedules, noise, targets and losses against their formulas in NumPy, and against diffusers."""
 
 import inspect
 
@@ -37,7 +37,7 @@ def test_schedules_match_diffusers(kind, zero_snr):
     config = SD | {"beta_schedule": kind, "rescale_betas_zero_snr": zero_snr, "num_train_timesteps": 900}
     ours, theirs = NoiseSchedule.from_config(config), diffusers.DDIMScheduler.from_config(config)
     np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=2e-6, atol=1e-9)
-    # From the same values: 1 - alpha of the first step cancels all but three digits of them.
+    # Both start from the same values here, because 1 - alpha of the first step cancels all but three digits of them.
     theirs.alphas_cumprod = torch.tensor(np.asarray(ours.alphas_cumprod))
     latents, noise, timesteps = normal(0), normal(1), np.array([0, 1, 250, 700, 898, 899])
     tensors = torch.tensor(np.asarray(latents)), torch.tensor(np.asarray(noise)), torch.tensor(timesteps)
@@ -50,7 +50,7 @@ def test_schedules_match_diffusers(kind, zero_snr):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", sorted(diffusion._BETA_DEFAULTS))
+@pytest.mark.parametrize("name", sorted(diffusion.BETA_DEFAULTS))
 def test_missing_betas_are_those_of_the_named_class(name):
     import diffusers
 
@@ -111,7 +111,7 @@ def test_zero_terminal_snr_keeps_the_start_and_empties_the_end():
     assert rescaled.alphas_cumprod[0] == pytest.approx(plain.alphas_cumprod[0], rel=1e-6)
     assert (np.diff(rescaled.alphas_cumprod) < 0).all()
     np.testing.assert_array_equal(rescaled.betas, plain.betas)
-    # algorithm 1 is affine in sqrt(alphas_cumprod)
+    # Algorithm 1 is affine in sqrt(alphas_cumprod).
     before, after = np.sqrt(plain.alphas_cumprod.astype(np.float64)), np.sqrt(rescaled.alphas_cumprod)
     np.testing.assert_allclose(after, (before - before[-1]) * before[0] / (before[0] - before[-1]), atol=2e-5)
 
@@ -134,7 +134,7 @@ def test_the_target_denoises_the_noised_latents(kind, zero_snr, timestep, seed, 
     sigma = jnp.sqrt(1 - alpha**2)
     denoised = diffusion.to_denoised(output, x, alpha, sigma, kind)
     if kind == "epsilon" and alpha[0] == 0:
-        assert np.isfinite(denoised).all()  # nothing of the image is left to find
+        assert np.isfinite(denoised).all()  # nothing of the image is left
     else:
         np.testing.assert_allclose(denoised, latents, atol=2e-6 * (1 + size) / (alpha[0] if kind == "epsilon" else 1))
     one_level = diffusion.to_denoised(output, x, alpha[0], sigma[0], kind)
@@ -189,10 +189,10 @@ def test_weights_are_defined_at_zero_snr(kind, at_zero):
     assert diffusion.loss_weight(schedule, last) == 1
 
 
-@pytest.mark.parametrize("how", [{"min_snr_gamma": 0.0}, {"min_snr_gamma": 5.0, "debiased": True}])
-def test_weights_that_make_no_sense_are_refused(how):
+@pytest.mark.parametrize("options", [{"min_snr_gamma": 0.0}, {"min_snr_gamma": 5.0, "debiased": True}])
+def test_wrong_options_of_weights_are_refused(options):
     with pytest.raises(ConfigError, match="min_snr_gamma"):
-        diffusion.loss_weight(schedule_of(), TIMESTEPS, **how)
+        diffusion.loss_weight(schedule_of(), TIMESTEPS, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -214,14 +214,14 @@ def test_everything_traces_with_traced_timesteps_and_keeps_half_precision(kind):
         np.testing.assert_allclose(low.astype(jnp.float32), high, atol=0.05)
 
 
-def test_nothing_asked_weighs_every_timestep_alike():
+def test_without_options_all_timesteps_have_weight_one():
     np.testing.assert_array_equal(diffusion.loss_weight(schedule_of(), TIMESTEPS), np.ones(6, np.float32))
 
 
-# What is drawn for an example.
+# Random numbers of an example.
 
 
-def test_plain_noise_is_the_plain_draw():
+def test_noise_without_options_is_normal_noise():
     key = jax.random.key(3)
     drawn = diffusion.noise(key, (5, 4, 3), offset=0.0, multires_iterations=0)
     np.testing.assert_array_equal(drawn, jax.random.normal(key, (5, 4, 3), jnp.float32))
@@ -234,7 +234,7 @@ def draw_many(count, function):
 def test_offset_noise_moves_whole_channels():
     drawn = np.asarray(draw_many(2000, lambda key: diffusion.noise(key, (4, 5, 3), offset=0.5)))
     assert drawn.dtype == np.float32
-    # a channel's mean has the variance of the shift and of 20 independent numbers
+    # The mean of a channel has the variance of the shift and that of 20 independent numbers.
     assert drawn.mean((1, 2)).var() == pytest.approx(0.5**2 + 1 / 20, rel=0.06)
     inside = drawn - drawn.mean((1, 2), keepdims=True)
     assert inside.var() * 20 / 19 == pytest.approx(1, rel=0.03)
@@ -267,7 +267,7 @@ def test_octaves_end_with_a_side_of_one():
     assert jnp.std(few, ddof=1) == pytest.approx(1, rel=1e-5)
 
 
-def test_unbiased_timesteps_are_the_plain_draw():
+def test_unbiased_timesteps_are_uniform_integers():
     key = jax.random.key(7)
     assert diffusion.draw_timestep(key, 100, 900) == jax.random.randint(key, (), 100, 900)
 
@@ -287,7 +287,7 @@ def test_biased_timesteps_have_the_weights_of_diffusers_script(bias, low, high, 
     np.testing.assert_allclose(counts / len(drawn), expected, atol=5 * np.sqrt(expected.max() / len(drawn)))
 
 
-def test_a_bias_towards_nothing_changes_nothing():
+def test_a_bias_towards_an_empty_portion_changes_nothing():
     drawn = np.asarray(
         draw_many(5000, lambda key: diffusion.draw_timestep(key, 0, 3, bias="later", multiplier=9.0, portion=0.2))
     )
@@ -316,7 +316,7 @@ def test_distances(seed, size, c):
 
 
 @pytest.mark.parametrize("kind", ["l2", "huber"])
-def test_distances_at_a_perfect_answer_and_in_half_precision(kind):
+def test_distances_at_a_perfect_prediction_and_in_half_precision(kind):
     c = jnp.asarray([0.1], jnp.float32)
     target = normal(0, (1, 2, 2, 4)).astype(jnp.bfloat16)
     value, gradient = jax.value_and_grad(lambda x: diffusion.distance(x, target, kind, c).sum())(target)
@@ -352,23 +352,23 @@ def test_huber_thresholds_are_kohyas(zero_snr, c):
         ),
     ],
 )
-def test_settings_that_do_not_exist_or_fit_are_named(call, names):
+def test_errors_name_the_value_and_the_choices(call, names):
     with pytest.raises(ConfigError) as raised:
         call()
     for name in names:
         assert name in str(raised.value)
 
 
-# Another schedule than the model's own.
+# Schedules other than the one in the model's config.
 
 
-def test_nothing_asked_leaves_the_schedule():
+def test_without_options_the_schedule_stays():
     schedule = schedule_of()
     assert diffusion.altered(schedule) is schedule
     assert diffusion.altered(schedule, prediction_type="epsilon") is schedule
 
 
-def test_another_prediction_type_leaves_the_noise():
+def test_another_prediction_type_keeps_the_noise_levels():
     schedule = NoiseSchedule.from_config({})
     other = diffusion.altered(schedule, prediction_type="v_prediction")
     assert other.prediction_type == "v_prediction"
@@ -378,15 +378,15 @@ def test_another_prediction_type_leaves_the_noise():
 
 
 @pytest.mark.parity
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # torch tensors in `np.array`
-@pytest.mark.parametrize("name", sorted(diffusion._BETA_DEFAULTS))
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # from torch tensors in `np.array`
+@pytest.mark.parametrize("name", sorted(diffusion.BETA_DEFAULTS))
 def test_a_rescaled_schedule_is_one_that_diffusers_draws_with(name):
     import diffusers
 
     plain = NoiseSchedule.from_config({"_class_name": name, "prediction_type": "v_prediction"})
     ours = diffusion.altered(plain, zero_terminal_snr=True)
     theirs = getattr(diffusers, ours.config["_class_name"])
-    assert (name in diffusion._RESCALING) == (
+    assert (name in diffusion.RESCALING) == (
         "rescale_betas_zero_snr" in inspect.signature(vars(diffusers)[name]).parameters
     )
     scheduler = theirs.from_config(dict(ours.config))
@@ -400,8 +400,8 @@ def test_a_rescaled_schedule_is_one_that_diffusers_draws_with(name):
 
 @pytest.mark.parametrize("sampler", sorted(sampling.SAMPLERS))
 @pytest.mark.parametrize("steps", [1, 20])
-def test_every_sampler_plans_a_rescaled_schedule(sampler, steps):
+def test_every_sampler_has_a_table_for_a_rescaled_schedule(sampler, steps):
     schedule = diffusion.altered(NoiseSchedule.from_config({}), prediction_type="v_prediction", zero_terminal_snr=True)
-    plan = sampling.tabulate(schedule, sampler, steps, max_steps=20)
-    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves((plan.levels, plan.mix)))
-    assert plan.levels.timestep[0] == 999
+    table = sampling.tabulate(schedule, sampler, steps, max_steps=20)
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves((table.levels, table.mix)))
+    assert table.levels.timestep[0] == 999

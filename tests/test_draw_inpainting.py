@@ -1,4 +1,4 @@
-"""Inpainting: beside diffusers, exactly kept pixels, seams, crops, and what cannot be painted."""
+"""Inpainting: beside diffusers, pixels that are kept exactly, fills, seams, crops, and errors."""
 
 import functools
 import sys
@@ -22,7 +22,7 @@ quickly = {"steps": 3, "progress": False}
 
 @pytest.fixture(scope="module")
 def nine(tmp_path_factory):
-    """(diffusers' pipeline, ours) of a model made for inpainting."""
+    """(diffusers' pipeline, ours) of the same inpainting model."""
     return pair("sd1", tmp_path_factory.mktemp("nine"), in_channels=9)
 
 
@@ -42,7 +42,7 @@ def photo(width, height, seed=0):
 
 
 def assert_kept(drawn, image, mask):
-    """Where the mask is 0 nothing moved; elsewhere something did."""
+    """Where the mask is 0 every pixel is that of the image; elsewhere at least one is not."""
     kept = np.asarray(mask) == 0
     np.testing.assert_array_equal(np.asarray(drawn)[kept], np.asarray(image)[kept])
     assert np.abs(np.asarray(drawn, int) - np.asarray(image))[~kept].max() > 0
@@ -56,7 +56,7 @@ def assert_kept(drawn, image, mask):
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
 @pytest.mark.parametrize("channels", [4, 9])
 def test_latents_match_diffusers(models, nine, final_latents, monkeypatch, channels, sampler, strength):
-    """Ours encodes to the posterior's mean; so must theirs, and from the same noise."""
+    """Our encoder returns the mean of the posterior, so theirs must too; both start from the same noise."""
     import diffusers
 
     theirs, ours = nine if channels == 9 else models("sd1")
@@ -83,7 +83,7 @@ def test_latents_match_diffusers(models, nine, final_latents, monkeypatch, chann
 
 
 def test_a_model_of_nine_channels_draws_without_a_mask_too(nine):
-    """As if all were masked."""
+    """Then the whole picture counts as masked."""
     _, ours = nine
     drawn = ours.text2image("a red heart", height=32, width=32, **quickly)
     white = Image.new("L", (32, 32), 255)
@@ -97,7 +97,7 @@ def test_a_model_of_nine_channels_draws_without_a_mask_too(nine):
 
 @st.composite
 def problems(draw):
-    """An image's size, a mask of soft and hard strokes, options."""
+    """Draws (image, mask of soft and hard strokes, settings, a seed)."""
     width, height = draw(st.integers(9, 90)), draw(st.integers(9, 90))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     mask = Image.new("L", (width, height))
@@ -105,7 +105,7 @@ def problems(draw):
     for _ in range(draw(st.integers(1, 4))):
         points = rng.integers(0, [width, height], (2, 2))
         pen.line([tuple(map(int, point)) for point in points], int(rng.integers(1, 256)), int(rng.integers(1, 30)))
-    options = complete(
+    masking = complete(
         {
             "mask_grow": draw(st.integers(0, 3)),
             "mask_blur": draw(st.integers(0, 8)),
@@ -113,14 +113,14 @@ def problems(draw):
             "padding": draw(st.integers(0, 40)),
         }
     )
-    return photo(width, height, int(rng.integers(1000))), mask, options, int(rng.integers(2**32))
+    return photo(width, height, int(rng.integers(1000))), mask, masking, int(rng.integers(2**32))
 
 
 @settings(max_examples=200, deadline=None)
 @given(problems())
-def test_pixels_outside_any_mask_are_the_images_own(problem):
-    image, mask, options, seed = problem
-    frame = make_frame(image, mask, options, size=None, native=32, multiple=8)
+def test_pixels_outside_any_mask_are_those_of_the_image(problem):
+    image, mask, masking, seed = problem
+    frame = make_frame(image, mask, masking, size=None, native=32, multiple=8)
     pixels, drawn_mask = frame.canvas()
     assert pixels.shape[:2] == drawn_mask.shape == frame.drawn
     assert not any(side % 8 for side in frame.drawn)
@@ -130,13 +130,13 @@ def test_pixels_outside_any_mask_are_the_images_own(problem):
     kept = frame.mask == 0
     np.testing.assert_array_equal(np.asarray(pasted)[kept], np.asarray(image)[kept])
     assert (np.asarray(mask)[kept] == 0).all()
-    if options["mask_grow"] == 0:
+    if masking["mask_grow"] == 0:
         assert (kept == (np.asarray(mask) == 0)).all()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (61, 50), (9, 13)])
 @pytest.mark.parametrize("how", [{}, {"only_masked": True}, {"strength": 0.6, "fill": "blurred"}, {"mask_blur": 0}])
-def test_whole_drawings_keep_the_rest(tiny, size, how):
+def test_a_drawing_keeps_the_rest_of_the_image(tiny, size, how):
     image = photo(*size)
     mask = Image.new("L", size)
     ImageDraw.Draw(mask).ellipse((size[0] // 3, size[1] // 3, size[0] - 2, size[1] - 2), fill=255)
@@ -177,8 +177,8 @@ def test_outpainting_keeps_the_picture_in_its_place(tiny):
         inpainting.outpainted(image)
 
 
-def test_only_masked_draws_the_region_larger(tiny, monkeypatch):
-    """The crop has the mask, its padding and the drawing's aspect, and lies inside the picture."""
+def test_only_masked_draws_the_region_larger(tiny):
+    """The crop holds the mask and its padding, has the aspect of the drawing, and lies inside the picture."""
     image, mask = photo(200, 120), rectangle((200, 120), (150, 10, 170, 20))
     frame = make_frame(image, mask, complete({"only_masked": True, "padding": 10}), size=None, native=64, multiple=8)
     assert frame.drawn == (64, 64)
@@ -190,14 +190,14 @@ def test_only_masked_draws_the_region_larger(tiny, monkeypatch):
     two = [image, photo(90, 70)]
     masks = [mask, rectangle((90, 70), (0, 0, 30, 30))]
     drawn = tiny.inpaint(["a red heart", "taco"], two, masks, only_masked=True, **quickly)
-    for picture, original, own in zip(drawn, two, masks, strict=True):
-        assert_kept(picture, original, own)
+    for each in zip(drawn, two, masks, strict=True):
+        assert_kept(*each)
 
 
 # What is painted.
 
 
-def test_fills_are_told_apart_below_full_strength_and_alike_at_it(tiny):
+def test_fills_differ_below_full_strength_and_not_at_it(tiny):
     image, mask = photo(64, 64), rectangle((64, 64), (16, 16, 56, 56))
     draw = functools.partial(tiny.inpaint, "a red heart", image, mask, **quickly)
     fills = choices(declarations()["fill"][0])
@@ -208,17 +208,17 @@ def test_fills_are_told_apart_below_full_strength_and_alike_at_it(tiny):
     assert all((one == whole[0]).all() for one in whole)
 
 
-def test_grey_is_free_for_its_part_of_the_steps(tiny, final_latents):
-    """The last part of them: grey all over is img2img of that strength, white text2image; black beside it stays."""
+def test_grey_is_painted_for_its_share_of_the_steps(tiny, final_latents):
+    """The last share of them: a grey mask gives img2img of that strength, a white one text2image; black stays."""
     image, how = photo(64, 64), {"steps": 4, "sampler": "ddim", "guidance": 3.0, "progress": False}
     for value, strength in ((63, 0.25), (127, 0.5), (191, 0.75), (255, 1.0)):
         tiny.inpaint("a red heart", image, Image.new("L", (64, 64), value), **how)
-        found = final_latents()
+        latents = final_latents()
         if strength < 1:
             tiny.img2img("a red heart", image, strength=strength, **how)
         else:
             tiny.text2image("a red heart", **how)
-        np.testing.assert_allclose(found, final_latents(), atol=1e-4, err_msg=str(value))
+        np.testing.assert_allclose(latents, final_latents(), atol=1e-4, err_msg=str(value))
     tiny.inpaint("a red heart", image, rectangle((64, 64), (0, 0, 64, 32), 127), **how)
     true = np.asarray(tiny.encode_image([image]))
     np.testing.assert_allclose(final_latents()[:, 8:], true[:, 8:], atol=1e-5)
@@ -243,13 +243,19 @@ def test_spread_carries_known_values_on():
     values = np.stack([x, y, 0 * x + 7], axis=-1)
     known = np.ones((32, 48), bool)
     known[8:24, 16:32] = False
-    found = inpainting.spread(values, known)
-    assert np.abs(found - values)[~known].mean() < 3
-    np.testing.assert_allclose(found[..., 2], 7, rtol=1e-5)
+    filled = inpainting.spread(values, known)
+    assert np.abs(filled - values)[~known].mean() < 3
+    np.testing.assert_allclose(filled[..., 2], 7, rtol=1e-5)
+
+
+def test_a_cell_has_the_largest_value_of_its_pixels():
+    masks = np.zeros((1, 4, 6), np.float32)
+    masks[0, 1, 2], masks[0, 3, 5], masks[0, 2, 4] = 0.5, 0.25, 1
+    np.testing.assert_array_equal(inpainting.cells(masks, 2)[0, ..., 0], [[0, 0.5, 0], [0, 0, 1]])
 
 
 def seam(picture, mask):
-    """Mean step between neighbours of which one is painted."""
+    """The mean step between two neighbouring pixels of which one is painted."""
     inside = np.asarray(mask) > 0
     steps = []
     for axis in (0, 1):
@@ -260,7 +266,7 @@ def seam(picture, mask):
 
 
 def test_the_seam_is_softer_than_a_plain_pastes():
-    """A repaint that is right but for the shift in colour and the loss of detail that autoencoders have."""
+    """The painted picture is the image but for the shift in colour that autoencoders cause."""
     plain, soft = [], []
     for i in range(8):
         image = photo(96, 80, i)
@@ -268,9 +274,9 @@ def test_the_seam_is_softer_than_a_plain_pastes():
         ImageDraw.Draw(mask).ellipse((20, 15, 70, 65), fill=255)
         rng = np.random.default_rng(i)
         painted = np.clip(np.asarray(image, np.float32) / 255 + rng.normal(0, 0.06, 3), 0, 1).astype(np.float32)
-        for found, blur in ((plain, 0), (soft, complete({})["mask_blur"])):
+        for seams, blur in ((plain, 0), (soft, complete({})["mask_blur"])):
             frame = make_frame(image, mask, complete({"mask_blur": blur}), size=None, native=64, multiple=8)
-            found.append(seam(frame.paste(painted), mask))
+            seams.append(seam(frame.paste(painted), mask))
     plain, soft = map(np.mean, (plain, soft))
     print(f"step at the seam: plain {plain:.1f}, soft edge {soft:.1f}")
     assert soft < 0.6 * plain
@@ -311,12 +317,12 @@ def test_nothing_is_compiled_for_another_mask_or_setting(tiny):
         (Image.new("L", (64, 64), 255), {"height": 60}, "height = 60: expected at least 8, a multiple of 8"),
     ],
 )
-def test_what_cannot_be_painted_is_told(tiny, mask, how, message):
+def test_what_cannot_be_painted_is_refused(tiny, mask, how, message):
     with pytest.raises(ConfigError, match=message):
         tiny.inpaint("a red heart", photo(64, 64), mask, **how)
 
 
-def test_images_of_several_sizes_are_told(tiny):
+def test_images_of_several_sizes_are_refused(tiny):
     images, mask = [photo(64, 64), photo(40, 64)], rectangle((64, 64), (0, 0, 20, 20))
     with pytest.raises(ConfigError, match="images of several sizes"):
         tiny.inpaint("a red heart", images, mask, num_images=2)

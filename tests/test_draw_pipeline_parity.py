@@ -1,5 +1,6 @@
 """Whole pictures against diffusers' pipelines of the same weights."""
 
+import functools
 import sys
 
 import numpy as np
@@ -85,53 +86,40 @@ def test_guidance_rescale(models, final_latents, monkeypatch, kind):
 
 @parity
 @pytest.mark.parametrize("clip_skip", [2, 3])
-def test_clip_skip_is_one_more_than_diffusers_sd1(models, final_latents, monkeypatch, clip_skip):
-    """Theirs skips in the prompt alone, ours (as A1111 and kohya) in the negative prompt too: theirs is given it."""
+@pytest.mark.parametrize(("kind", "offset"), [("sd1", 1), ("sdxl", 2)])
+def test_clip_skip_is_that_of_diffusers_and_an_offset(models, final_latents, monkeypatch, kind, offset, clip_skip):
+    """Theirs counts layers from the usual one: the last for SD1, the penultimate for SDXL. Ours counts from the last.
+
+    Theirs skips layers in the prompt alone, ours (like A1111 and kohya) in the negative prompt too, so theirs is given
+    an encoded negative prompt.
+    """
     import torch
 
-    theirs, ours = models("sd1")
+    theirs, ours = models(kind)
     pipeline = with_scheduler(theirs, "ddim", monkeypatch)
-    # diffusers 0.42 asks for text_encoder.text_model, which transformers 5.6 took away.
-    monkeypatch.setattr(type(pipeline.text_encoder), "text_model", property(lambda self: self), raising=False)
+    if kind == "sd1":
+        # diffusers 0.42 asks for text_encoder.text_model, which transformers 5.6 took away.
+        monkeypatch.setattr(type(pipeline.text_encoder), "text_model", property(lambda self: self), raising=False)
     with torch.no_grad():
-        negative = pipeline.encode_prompt(NEGATIVES, "cpu", 1, False, clip_skip=clip_skip - 1)[0]
-    expected = their_picture(
-        pipeline, PROMPTS, latents=start(), clip_skip=clip_skip - 1, negative_prompt_embeds=negative
-    )
-    assert oracle.error(their_picture(pipeline, PROMPTS, NEGATIVES, latents=start())[0], expected[0]) > 0.01
-    drawn = ours.text2image(
-        PROMPTS, NEGATIVES, latents=start(), steps=STEPS, sampler="ddim", clip_skip=clip_skip, progress=False
-    )
-    assert_same(drawn, expected, final_latents)
-
-
-@parity
-@pytest.mark.parametrize("clip_skip", [2, 3])
-def test_clip_skip_is_two_more_than_diffusers_sdxl(models, final_latents, monkeypatch, clip_skip):
-    """There diffusers' 0 is the penultimate layer, our 2, which is also what None means."""
-    import torch
-
-    theirs, ours = models("sdxl")
-    pipeline = with_scheduler(theirs, "ddim", monkeypatch)
-    with torch.no_grad():
-        negative, _, pooled, _ = pipeline.encode_prompt(
-            NEGATIVES, device="cpu", do_classifier_free_guidance=False, clip_skip=clip_skip - 2
+        encoded = pipeline.encode_prompt(
+            NEGATIVES,
+            device="cpu",
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            clip_skip=clip_skip - offset,
         )
-    expected = their_picture(
-        pipeline,
-        PROMPTS,
-        latents=start(),
-        clip_skip=clip_skip - 2,
-        negative_prompt_embeds=negative,
-        negative_pooled_prompt_embeds=pooled,
+    negative = {"negative_prompt_embeds": encoded[0]}
+    negative |= {"negative_pooled_prompt_embeds": encoded[2]} if kind == "sdxl" else {}
+    expected = their_picture(pipeline, PROMPTS, latents=start(), clip_skip=clip_skip - offset, **negative)
+    draw = functools.partial(
+        ours.text2image, PROMPTS, NEGATIVES, latents=start(), steps=STEPS, sampler="ddim", progress=False
     )
-    drawn = ours.text2image(
-        PROMPTS, NEGATIVES, latents=start(), steps=STEPS, sampler="ddim", clip_skip=clip_skip, progress=False
-    )
+    drawn = draw(clip_skip=clip_skip)
     assert_same(drawn, expected, final_latents)
-    if clip_skip == 2:
-        default = ours.text2image(PROMPTS, NEGATIVES, latents=start(), steps=STEPS, sampler="ddim", progress=False)
-        np.testing.assert_array_equal(pixels_of(default), pixels_of(drawn))
+    if clip_skip == offset:
+        np.testing.assert_array_equal(pixels_of(draw()), pixels_of(drawn))
+    else:
+        assert oracle.error(their_picture(pipeline, PROMPTS, NEGATIVES, latents=start())[0], expected[0]) > 0.01
 
 
 @parity
@@ -141,7 +129,7 @@ def test_an_empty_negative_prompt_is_zeros_for_sdxl_and_text_for_sd1(models, fin
         expected = their_picture(with_scheduler(theirs, "ddim", monkeypatch), PROMPTS, latents=start())
         drawn = ours.text2image(PROMPTS, latents=start(), steps=STEPS, sampler="ddim", progress=False)
         assert_same(drawn, expected, final_latents)
-    # In one batch with a written one, each picture has its own.
+    # In a batch, each picture has its negative prompt, empty or not.
     mixed = ours.text2image(PROMPTS, ["", "grey"], latents=start(), steps=STEPS, sampler="ddim", progress=False)
     difference = np.abs(pixels_of(mixed) - pixels_of(drawn)).max(axis=(1, 2, 3))
     assert difference[0] <= 1
@@ -149,7 +137,7 @@ def test_an_empty_negative_prompt_is_zeros_for_sdxl_and_text_for_sd1(models, fin
 
 
 @parity
-def test_other_sizes_reach_sdxls_conditions(models, final_latents, monkeypatch):
+def test_other_sizes_reach_the_conditions_of_sdxl(models, final_latents, monkeypatch):
     theirs, ours = models("sdxl")
     latents = np.random.default_rng(0).normal(size=(1, 10, 6, 4)).astype(np.float32)
     pipeline = with_scheduler(theirs, "euler", monkeypatch)
@@ -165,7 +153,7 @@ def test_other_sizes_reach_sdxls_conditions(models, final_latents, monkeypatch):
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m", "pndm"])
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_img2img_matches_diffusers(models, final_latents, monkeypatch, kind, sampler):
-    """Ours starts from the posterior's mean; so must theirs, and from the same noise."""
+    """Ours starts from the mean of the posterior, so theirs must too; both start from the same noise."""
     import diffusers
 
     theirs, ours = models(kind)

@@ -1,5 +1,8 @@
+"""`sdjax generate`: pictures, files, and mistakes told in one line before any weight is read."""
+
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +14,7 @@ from PIL import Image
 
 import sdjax
 from sdjax import generate, lora
-from sdjax.draw import grids, jobs
-from sdjax.draw.settings import complete_job
+from sdjax.draw.settings import declarations
 from sdjax.formats.embedding_file import save_embedding
 from sdjax.formats.lora_file import save_lora
 
@@ -24,14 +26,6 @@ ONE = ("--batch-size", "1")  # one compiled program for most of this file
 def no_cache(monkeypatch):
     # The command's own per-user cache is not the tests' to fill.
     monkeypatch.setattr("sdjax.runtime.compilation_cache.enable", lambda: None)
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    def fail(*args, **kwargs):
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr("sdjax.loading.load_weights", fail)
 
 
 def run(*flags, model="tiny"):
@@ -62,16 +56,6 @@ def test_pictures_are_those_of_the_library(tmp_path, tiny, capsys):
     sheet = pixels(tmp_path / "grid.png")
     assert sheet.shape == (128, 128, 3)
     np.testing.assert_array_equal(sheet[64:, 64:], pixels(tmp_path / names[3]))
-
-
-def test_batches_are_of_one_size_and_filled_up():
-    def found(letters, most):
-        drawn = jobs.batches([jobs.Job(complete_job({"prompt": letter})) for letter in letters], most)
-        return [(places, "".join(job.settings["prompt"] for job in batch)) for places, batch in drawn]
-
-    assert found("abcde", 4) == [([0, 1, 2], "abc"), ([3, 4], "dee")]
-    assert found("abc", 4) == [([0, 1, 2], "abc")]
-    assert found("ab", 1) == [([0], "a"), ([1], "b")]
 
 
 def test_nothing_is_overwritten_and_one_picture_makes_no_grid(tmp_path):
@@ -109,12 +93,6 @@ def test_lora_is_merged_with_its_weight_and_recorded(tmp_path, tiny):
         assert np.abs(pixels(file).astype(int) - np.asarray(picture).astype(int)).max() <= 1
     assert recorded(without).startswith("red heart\n")
     assert recorded(with_lora).startswith("red heart <lora:my style:1.5>\n")
-
-
-def test_files_on_an_axis_are_labelled_by_what_tells_them_apart():
-    files = "none,runs/rank1/export/style/lora.safetensors,runs/rank16/export/style/lora.safetensors"
-    assert grids.parse_axis(f"lora={files}").labels == ["lora: none", "lora: rank1", "lora: rank16"]
-    assert grids.parse_axis("lora=a/b.pt:0.5,a/b.pt:1").labels == ["lora: b.pt:0.5", "lora: b.pt:1"]
 
 
 def test_loras_that_prompts_name_are_found_in_their_folder(tmp_path, tiny):
@@ -244,9 +222,21 @@ def test_a_very_long_prompt_can_be_saved(tmp_path):
     assert recorded(tmp_path / name).startswith("größe 絵 / größe")
 
 
-@pytest.mark.parametrize(("count", "columns", "size"), [(1, None, (8, 8)), (5, None, (24, 16)), (4, 1, (8, 32))])
-def test_grid(count, columns, size):
-    assert grids.sheet([Image.new("RGB", (8, 8))] * count, columns).size == size
+def test_the_help_lists_every_setting_once_and_related_ones_together(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("--help")
+    assert stopped.value.code == 0
+    flags = re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE)
+    assert len(set(flags)) == len(flags)
+    settings = [f"--{name.replace('_', '-')}" for name in declarations()]
+    assert set(settings) <= set(flags)
+    assert flags[flags.index("--prompt") :][:6] == [
+        "--prompt", "--prompts-file", "--num-images", "--negative-prompt", "--seed", "--variation-seed",
+    ]  # fmt: skip
+    groups = [[flag for flag in flags if flag.startswith(start)] for start in ("--variation", "--hires", "--grid")]
+    for group in [*groups, ["--height", "--width"], ["--mask", "--outpaint", "--mask-blur", "--mask-grow"]]:
+        first = flags.index(group[0])
+        assert flags[first : first + len(group)] == group
 
 
 def test_help_and_mistakes_do_not_wait_for_jax():
@@ -362,41 +352,28 @@ def test_bad_paintings_grids_and_jobs_are_told(flags, code, expected, tmp_path, 
     ("table", "code", "expected"),
     [
         ("{", 3, "not JSON"),
-        ('["a"]', 3, "give a table with a prompt"),
-        ({"prompt": None}, 3, "give a table with a prompt"),
-        ({"stepz": 1}, 2, "unknown key stepz: did you mean steps?"),
-        ({"steps": 2.5}, 2, "steps = 2.5: expected a whole number"),
-        ({"karras": 1}, 2, "karras = 1: expected true or false"),
-        ({"outpaint": [1, 2, 3], "image": "IN"}, 2, "outpaint = [1, 2, 3]: expected a list of 4"),
         ({"steps": 0}, 2, "steps = 0: expected at least 1 and at most 1000"),
-        ({"seed": -1}, 2, "seed = -1: expected at least 0 and at most 4294967295"),
-        ({"guidance": float("nan")}, 2, "guidance = nan: expected a number"),
-        ({"width": 60}, 2, "width = 60: expected at least 8, a multiple of 8"),
-        ({"sampler": "magic"}, 2, "sampler = 'magic': expected one of ddim"),
-        ({"sampler": "ddim", "karras": True}, 2, "sampler 'ddim' has no Karras sigmas"),
         ({"clip_skip": 9}, 2, "clip_skip = 9: must lie in 1 (last layer)"),
-        ({"prompt_syntax": "comfy"}, 2, "prompt_syntax = 'comfy': expected one of a1111, plain"),
-        ({"hires_scale": 0.5}, 2, "hires_scale = 0.5: expected at least 1 and at most 8"),
-        ({"hires_scale": 2, "hires_steps": 1}, 2, "strength 0.5 of 1 steps leaves none to run"),
-        ({"prompt": "<lora:mine:x>"}, 2, "the weights of a LoRA must be numbers"),
         ({"prompt": "<lora:mine>"}, 2, "the prompt names the LoRA 'mine': give --lora-dir"),
-        ({"strength": 0.5}, 2, "--strength needs an --image to redraw"),
+        ({"lora": ["none.safetensors"]}, 3, "--lora none.safetensors: no such file"),
         ({"image": "none.png"}, 3, "--image none.png: no such file"),
-        ({"image": "IN", "mask": "BLACK"}, 2, "the mask is black all over"),
-        ({"image": "IN", "mask": "IN", "mask_blur": -1}, 2, "mask_blur = -1: expected at least 0 and at most 1024"),
     ],
 )
 def test_a_bad_line_of_jobs_is_told_before_weights(table, code, expected, tmp_path, capsys, no_weights):
     """By file and line, whatever is wrong with it."""
-    for name, colour in (("IN", "white"), ("BLACK", "black")):
-        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
-        if isinstance(table, dict):
-            table = {key: str(tmp_path / f"{name}.png") if value == name else value for key, value in table.items()}
-    if isinstance(table, dict):
-        table = json.dumps({"prompt": "a"} | table)
+    line = json.dumps({"prompt": "a"} | table) if isinstance(table, dict) else table
     file = tmp_path / "jobs.jsonl"
-    file.write_text('{"prompt": "a", "steps": 3}\n\n' + table + "\n")
+    file.write_text('{"prompt": "a", "steps": 3}\n\n' + line + "\n")
     assert run("--jobs", file, "--out", tmp_path / "out") == code
     error = capsys.readouterr().err
     assert error.startswith(f"error: --jobs {file}, line 3: ") and error.count("\n") == 1
     assert expected in error
+
+
+def test_a_file_of_jobs_must_be_readable_and_hold_one(tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "gr\xf6\xdfe"}')
+    for name, fault in (("none", "No such file"), ("empty", "holds no job"), ("latin", "not UTF-8 text")):
+        assert run("--jobs", tmp_path / f"{name}.jsonl", "--out", tmp_path / "out") == 3
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --jobs {tmp_path / name}.jsonl: ") and fault in error

@@ -1,8 +1,9 @@
-"""The sampler's and the trainer's step at SD1.5's full size lower for GPUs and TPUs, on a machine with neither.
+"""The steps of sampler and trainer at the full size of SD1.5 lower for GPUs and TPUs, on a machine without them.
 
-Nothing is computed: shapes go in, and the text of the program that would run there comes out.
+Nothing is computed. Shapes are traced, and the tests look at the text of the program that would run.
 """
 
+import dataclasses
 import functools
 import re
 import types
@@ -11,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import sdjax.model
 from sdjax import lora
 from sdjax.diffusion import NoiseSchedule
 from sdjax.draw import loop, sampling
@@ -19,20 +19,19 @@ from sdjax.draw.conditioning import Condition
 from sdjax.model import Model, Outline
 from sdjax.models import clip, unet, vae
 from sdjax.models.layers import Compute
-from sdjax.text import encoding
-from sdjax.text.encoding import HiddenState
+from sdjax.text.encoding import HiddenState, encode_ids
 from sdjax.train.config import Stage
 from sdjax.train.optimizers import make_optimizer
 from sdjax.train.step import Recipe, init_state, make_train_step
 
 SD15 = unet.UNetConfig.from_dict({"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64})
-PLATFORMS = {"cuda": "gpu", "tpu": "tpu"}  # JAX's name for lowering, ours for computing
+PLATFORMS = {"cuda": "gpu", "tpu": "tpu"}  # the platform to lower for -> the target of `Compute`
 CUDNN, CUDNN_BACKWARD, MOSAIC = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward", "tpu_custom_call"
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(monkeypatch):
-    """cuDNN's version is asked for at tracing, and JAX's own flash kernel mixes dtypes in half precision."""
+def without_devices(monkeypatch):
+    """Gives a version of cuDNN, which tracing asks for, and allows JAX's flash kernel to mix dtypes."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     library = types.SimpleNamespace(cudnn_get_version=lambda: 90800)
@@ -51,7 +50,7 @@ def of_dtype(tree, dtype):
 
 @functools.cache
 def model(platform, dtype):
-    """SD1.5 as `outline` gives it: modules and shapes, no weights."""
+    """SD1.5 with shapes in place of weights."""
     compute = Compute(dtype=jnp.dtype(dtype), platform=PLATFORMS[platform])
     text = clip.TextConfig(eos_token_id=49407)
     params = {"unet": unet.abstract_params(SD15), "text_encoder": clip.abstract_params(text)}
@@ -69,7 +68,7 @@ def model(platform, dtype):
 
 
 def kernels(traced, platform):
-    """Names of the custom kernels in the program lowered for a platform."""
+    """Returns the names of the custom kernels in the program lowered for a platform."""
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert len(text) > 100_000
     return set(re.findall(r"custom_call @([\w$]+)", text))
@@ -82,19 +81,23 @@ def test_the_sampler_step_lowers(platform, dtype):
     sd = model(platform, dtype)
     batch = 2
     latents = shape(batch, 64, 64, 4)
-    traced = loop._compiled_sampler_step(PLATFORMS[platform], large=True).trace(
-        sd.outline.unet,
-        "epsilon",
+
+    def step(variables, state, i, table, keys, guidance):
+        denoise = functools.partial(loop.guided_denoise, sd.outline.unet, "epsilon", variables, **guidance)
+        return sampling.step(denoise, state, i, table, keys)
+
+    traced = jax.jit(step).trace(
         sd.variables("unet"),
         sampling.State(latents, shape(sampling.HISTORY, *latents.shape)),
         shape(dtype=jnp.int32),
         sampling.tabulate(sd.outline.schedule, "dpmpp_2m", 20),
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)),
-        (Condition(shape(2 * batch, 77, 768, dtype=dtype), None),),
-        shape(batch, 1),
-        shape(),
-        shape(),
-        loop.Given(),
+        {
+            "conditions": (Condition(shape(2 * batch, 77, 768, dtype=dtype), None),),
+            "weights": shape(batch, 1),
+            "guidance": shape(),
+            "rescale": shape(),
+        },
     )
     found = kernels(traced, platform)
     if platform == "tpu":
@@ -106,7 +109,7 @@ def test_the_sampler_step_lowers(platform, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_the_train_step_lowers(platform, dtype):
-    """A LoRA on the U-Net and the text model, dropout and min-SNR weighting, two images of 512 x 512 pixels."""
+    """A LoRA of the U-Net and the text model with dropout and min-SNR weights; two images of 512 x 512 pixels."""
     sd = model(platform, dtype)
     parts = ("unet", "text_encoder")
     stage = Stage(
@@ -138,10 +141,14 @@ def test_the_train_step_lowers(platform, dtype):
 def test_the_other_parts_lower(platform):
     """Encoding prompts and pictures and decoding latents, in bfloat16."""
     sd = model(platform, "bfloat16")
-    models, hidden = tuple(sd.outline.text_models.items()), HiddenState(1, final_norm=True)
+    hidden = HiddenState(1, final_norm=True)
     ids = {"text_encoder": shape(2, 1, 77, dtype=jnp.int32)}
     variables = {name: sd.variables(name) for name in sd.outline.text_models}
-    kernels(encoding._encode_ids.trace(models, hidden, variables, ids), platform)
-    params = of_dtype(vae.abstract_params(sd.outline.vae.config), jnp.bfloat16)
-    kernels(sdjax.model._encode_image.trace(sd.outline.vae, params, shape(1, 512, 512, 3)), platform)
-    kernels(sdjax.model._decode_latents.trace(sd.outline.vae, params, shape(1, 64, 64, 4)), platform)
+    encode = jax.jit(lambda variables, ids: encode_ids(sd.outline.text_models, variables, ids, hidden))
+    kernels(encode.trace(variables, ids), platform)
+    params = {"vae": of_dtype(vae.abstract_params(sd.outline.vae.config), jnp.bfloat16)}
+    with_params = lambda params: dataclasses.replace(sd, params=params)
+    encode = jax.jit(lambda params, images: with_params(params).encode_image(images))
+    kernels(encode.trace(params, shape(1, 512, 512, 3)), platform)
+    decode = jax.jit(lambda params, latents: with_params(params).decode_latents(latents))
+    kernels(decode.trace(params, shape(1, 64, 64, 4)), platform)

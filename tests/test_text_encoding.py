@@ -40,3 +40,15 @@ def test_empty_prompts_become_zeros(shape, dtype):
     assert result.dtype == values.dtype and result.shape == shape
     np.testing.assert_array_equal(result[::2], values[::2])
     assert (result[1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_of_one_change_nothing(dtype):
+    context = jax.random.normal(jax.random.key(0), (3, 5, 7), jnp.float32).astype(dtype)
+    weights = jnp.ones((3, 5), jnp.float32).at[1, 2].set(1.5)
+    weighted = jax.jit(emphasised)(context, weights, np.bool_(True))
+    assert weighted.dtype == context.dtype
+    np.testing.assert_array_equal(weighted[::2], context[::2])
+    mean = lambda values: np.asarray(values, np.float32).mean()
+    assert mean(weighted[1]) == pytest.approx(mean(context[1]), rel=1e-2)
+    assert np.abs(np.asarray(weighted[1] - context[1], np.float32)).max() > 0.1

@@ -1,4 +1,4 @@
-"""Several trainings at once: each ends as it would have by itself, and stays a run of its own."""
+"""Several trainings at once: each ends as if it had been trained alone, and each is a run that can go on alone."""
 
 import dataclasses
 import shutil
@@ -10,9 +10,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from sdjax.errors import ConfigError
-from sdjax.train import checkpoint, config_file
+from sdjax.train import config_file
 from sdjax.train.loop import train
-from sdjax.train.stages import plan_runs
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 COPIES = [
     {"name": "plane", "placeholder_tokens": ["<plane>"], "init_tokens": ["red"]},
@@ -25,23 +26,13 @@ STAGES = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    yield from micro.quick_compilation()
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def settings(micro_models, micro_images, tmp_path_factory):
+    """`settings(output, copies=..., stages=..., ...)` -> a run with copies, of which the last has other images."""
     folder = tmp_path_factory.mktemp("copies")
-    micro.make_model(folder / "model")
-    micro.make_images(folder / "images")
     micro.make_images(folder / "others", count=9)
-    return folder
 
-
-@pytest.fixture(scope="module")
-def settings(folder):
-    def build(output="together", *, copies=COPIES, stages=STAGES, **more):
+    def make(output="together", *, copies=COPIES, stages=STAGES, **changes):
         common = {"steps": 3, "learning_rate": 1e-2, "placeholder_tokens": ["<thing>"]}
         copies = [*copies[:-1], {"path": str(folder / "others"), **copies[-1]}]
         options = {
@@ -50,9 +41,9 @@ def settings(folder):
             "validation": {"prompts": ["a <thing>"], "steps": 1},
             "checkpoint": {"every": 1, "keep": 100},
         }
-        return micro.settings(folder / "model", folder / "images", folder / output, **options | more)
+        return micro.settings(micro_models(), micro_images, folder / output, **options | changes)
 
-    return build
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +53,7 @@ def together(settings):
 
 
 def exports(folder):
+    """Returns "file tensor" -> array, for the exports of the last stage."""
     files = sorted(folder.glob("export/both/*.safetensors"))
     return {f"{path.name} {key}": np.asarray(array) for path in files for key, array in load_file(path).items()}
 
@@ -72,10 +64,10 @@ def test_a_copy_is_what_it_would_be_alone(together, settings):
     assert_near(exports(together / "again"), exports(Path(member.output)))
 
 
-def assert_near(own, alone):
-    assert own.keys() == alone.keys() and len(own) > 10
-    for name in own:
-        np.testing.assert_allclose(own[name], alone[name], rtol=2e-3, atol=2e-5, err_msg=name)
+def assert_near(copy, alone):
+    assert copy.keys() == alone.keys() and len(copy) > 10
+    for name in copy:
+        np.testing.assert_allclose(copy[name], alone[name], rtol=2e-3, atol=2e-5, err_msg=name)
 
 
 def test_copies_differ_and_are_named(together):
@@ -88,15 +80,12 @@ def test_copies_differ_and_are_named(together):
     assert (together / "sky" / "samples" / "both-before-after.png").exists()
 
 
-def test_resumed_at_different_steps_ends_with_the_same_bits(together, settings, folder):
+def test_resumed_at_different_steps_ends_with_the_same_bits(together, settings):
     config = settings("resumed")
     shutil.copytree(together, config.output)
-    for member, last in zip(config.members(), (4, 5, 4), strict=True):  # killed while it saved the three, in stage 2
+    for member, last in zip(config.members(), (4, 5, 4), strict=True):  # killed in stage 2, while it saved the copies
         shutil.rmtree(Path(member.output) / "export")
-        for step in checkpoint.steps(Path(member.output) / "checkpoints"):
-            if step > last:
-                shutil.rmtree(Path(member.output) / "checkpoints" / f"step_{step:08d}")
-    for member in config.members():
+        micro.remove_checkpoints_after(Path(member.output), last)
         path = Path(member.output) / "config.toml"
         path.write_text(path.read_text().replace("/together/", "/resumed/"))
     assert train(config, resume=True) == 0
@@ -106,7 +95,7 @@ def test_resumed_at_different_steps_ends_with_the_same_bits(together, settings, 
 
 
 def test_a_copy_goes_on_alone(together, settings, tmp_path):
-    """Its folder is that of an ordinary run."""
+    """The folder of a copy is that of an ordinary run."""
     member = config_file.load(together / "sky" / "config.toml")
     assert member == settings().members()[1]
     shutil.copytree(together / "sky", tmp_path / "sky")
@@ -129,9 +118,3 @@ def test_a_copy_goes_on_alone(together, settings, tmp_path):
 def test_what_cannot_be_copied_is_refused(settings, changes, message):
     with pytest.raises(ConfigError, match=message):
         settings("refused", **{"copies": COPIES, **changes})
-
-
-def test_a_lora_below_is_refused(settings):
-    stages = [{"name": "style", "train": ["lora"], "placeholder_tokens": []}, STAGES[0]]
-    with pytest.raises(ConfigError, match="share one base model"):
-        plan_runs(settings("refused", stages=stages))

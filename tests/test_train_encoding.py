@@ -1,4 +1,4 @@
-"""A stage's folder of images, through a real model, to the batches it trains on."""
+"""From the images of a stage, through a real model, to the batches of its steps."""
 
 import logging
 import os
@@ -14,28 +14,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax import textual_inversion
 from sdjax.data.dataset import make_batch
 from sdjax.data.images import Crop, Size, read_image, to_float
 from sdjax.errors import DataError
 from sdjax.loading import load_weights
+from sdjax.text import textual_inversion
 from sdjax.train import loop, stages
 from sdjax.train.encoding import class_images, encode
 from sdjax.train.results import NOTHING
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    yield from micro.quick_compilation()
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return micro.make_model(tmp_path_factory.mktemp("encoding") / "model")
+@pytest.fixture
+def model(micro_models):
+    return micro_models()
 
 
 @pytest.fixture
 def images(tmp_path):
+    """A folder of 6 images that a test may change."""
     return micro.make_images(tmp_path / "images", 6)
 
 
@@ -75,14 +73,13 @@ def test_the_autoencoder_gets_pixels_and_no_text(model, images):
 
 
 def test_what_is_cached_needs_no_weights(model, images, tmp_path):
-    own = shutil.copytree(model, tmp_path / "model")
-    run = plan_run(own, images, {"flip": True, "random_crops": 2, "validation_count": 1})
+    copy = shutil.copytree(model, tmp_path / "model")
+    run = plan_run(copy, images, {"flip": True, "random_crops": 2, "validation_count": 1})
     first = encoded(run)
-    for path in own.rglob("*.safetensors"):
+    for path in copy.rglob("*.safetensors"):
         path.unlink()
     again = encoded(run)
-    for ours, theirs in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
     (images / "00.png").write_bytes((images / "01.png").read_bytes())
     with pytest.raises((DataError, OSError)):
         encoded(run)
@@ -97,7 +94,7 @@ def test_another_autoencoder_makes_other_latents(model, images):
 
 @pytest.fixture
 def shapes(tmp_path):
-    """Two squares, three wide pictures, one tall one, each half of one colour, half of another."""
+    """Two square, three wide and one tall image, each half of one colour and half of another."""
     folder = tmp_path / "shapes"
     folder.mkdir()
     sizes = {"a": (16, 16), "b": (30, 34), "c": (64, 16), "d": (72, 16), "e": (80, 20), "f": (16, 64)}
@@ -256,20 +253,20 @@ def test_a_file_that_vanishes_after_planning(model, shapes, caplog):
         encoded(skipping)
 
 
-def test_class_images_of_ones_own(model, shapes):
-    own = shapes.parent / "class"
-    own.mkdir()
+def test_class_images_are_read_from_a_folder(model, shapes):
+    folder = shapes.parent / "class"
+    folder.mkdir()
     for i in range(3):
-        Image.new("RGB", (20, 20), (80 * i, 0, 0)).save(own / f"{i}.png")
-    (own / "0.txt").write_text("not this one")
-    prior = {"prior_prompt": "a circle", "prior_path": str(own), "prior_count": 2, "prior_weight": 0.25}
+        Image.new("RGB", (20, 20), (80 * i, 0, 0)).save(folder / f"{i}.png")
+    (folder / "0.txt").write_text("not this one")
+    prior = {"prior_prompt": "a circle", "prior_path": str(folder), "prior_count": 2, "prior_weight": 0.25}
     data = {**BUCKETS, "mask_path": "", "accumulation": 2, "caption_dropout": 1.0}
     run = plan_run(model, shapes, data, **prior)
     assert run.stages[0].examples == 8
     dataset, _ = encoded(run)
     assert dataset.prior is not None
     assert [bucket.repeats for bucket in dataset.prior.buckets] == [(1, 1, 1)] * 3
-    assert len(list(own.glob("*.png"))) == 3
+    assert len(list(folder.glob("*.png"))) == 3
     plain = dataset._replace(prior=None)
     order = run.stages[0].order(dataset.repeats, run.config.seed)
     for number in range(6):
@@ -288,8 +285,8 @@ def test_class_images_are_learned_everywhere(model, images):
     masks = images.parent / "masks"
     for path in images.glob("*.png"):
         mask(masks, path.name, 102)
-    own = micro.make_images(images.parent / "class", 2)
-    prior = {"prior_prompt": "a circle", "prior_path": str(own), "prior_count": 2}
+    folder = micro.make_images(images.parent / "class", 2)
+    prior = {"prior_prompt": "a circle", "prior_path": str(folder), "prior_count": 2}
     run = plan_run(model, images, {"mask_path": str(masks)}, masked_loss=True, **prior)
     (batch,) = batches(run, encoded(run)[0], 1)
     np.testing.assert_allclose(batch["mask"][:, 0, 0, 0], [0.4, 0.4, 1, 1])
@@ -309,7 +306,7 @@ class_images(run, run.stages[0], NOTHING)
 
 
 def test_drawing_class_images_goes_on_after_a_kill(model, images):
-    """kill -9 between or within files; what is drawn later is what would have been drawn then."""
+    """kill -9 between or within files. The images drawn later are those that would have been drawn then."""
     code = DRAW.format(tests=os.path.dirname(__file__), model=str(model), images=str(images))
     prior = images.parent / "run" / "prior" / "style"
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
@@ -325,10 +322,10 @@ def test_drawing_class_images_goes_on_after_a_kill(model, images):
     total = len(drawn) + 2
     Image.new("RGB", (16, 16)).save(prior / "own.png")  # counts too
     run = plan_run(model, images, prior_prompt="a circle", prior_count=total)
-    jax.clear_caches()  # a program that another file compiled with optimizations may round otherwise than the child's
-    found = class_images(run, run.stages[0], NOTHING)
-    assert [record.name for record in found] == [*(f"drawn-{n:05d}.png" for n in range(total - 1)), "own.png"]
-    assert {record.caption for record in found} == {"a circle"}
+    jax.clear_caches()  # a program that another file compiled with optimizations may round differently from the child's
+    records = class_images(run, run.stages[0], NOTHING)
+    assert [record.name for record in records] == [*(f"drawn-{n:05d}.png" for n in range(total - 1)), "own.png"]
+    assert {record.caption for record in records} == {"a circle"}
     for name, (mtime, content) in drawn.items():
         assert ((prior / name).stat().st_mtime_ns, (prior / name).read_bytes()) == (mtime, content)
     # A whole run from the start draws the same pictures.
@@ -339,7 +336,7 @@ def test_drawing_class_images_goes_on_after_a_kill(model, images):
 
 
 def test_everything_at_once_resumes_to_the_bit(model, shapes):
-    """Buckets, crops, flips, tags, masks and class images in one run; its last step once more from a checkpoint."""
+    """Buckets, crops, flips, tags, masks and class images in one run, whose last step is repeated from a checkpoint."""
     masks = shapes.parent / "masks"
     for i, name in enumerate("abcdef"):
         mask(masks, f"{name}.png", 100 + 30 * i)
@@ -347,18 +344,13 @@ def test_everything_at_once_resumes_to_the_bit(model, shapes):
         **{"path": str(shapes), "resolution": 16, "batch_size": 2, "flip": True, "random_crops": 2},
         **{**BUCKETS, "repeats": {"f.png": 0}, "mask_path": str(masks), "shuffle_tags": True, "tag_dropout": 0.3},
     }
-    own = micro.make_images(shapes.parent / "class", 2)
+    folder = micro.make_images(shapes.parent / "class", 2)
     stage = {"steps": 3, "masked_loss": True, "unmasked_weight": 0.1}
-    stage |= {"prior_prompt": "a picture", "prior_path": str(own), "prior_count": 2}
-    config = micro.settings(model, shapes, shapes.parent / "run", data=data, stages=[stage], validation={})
-    weights = shapes.parent / "run" / "export" / "style"
-
-    def exported():
-        return {path.name: path.read_bytes() for path in weights.glob("*.safetensors")}
-
+    stage |= {"prior_prompt": "a picture", "prior_path": str(folder), "prior_count": 2}
+    output = shapes.parent / "run"
+    config = micro.settings(model, shapes, output, data=data, stages=[stage], validation={})
     assert loop.train(config) == 0
-    first = exported()
-    assert first
-    shutil.rmtree(weights)
+    first = micro.exported(output)
+    shutil.rmtree(output / "export")
     assert loop.train(config, resume=True, resume_step=2) == 0
-    assert exported() == first
+    assert micro.exported(output) == first

@@ -1,7 +1,6 @@
-"""Training for inpainting, of models made for it and of standard ones: what the loss sees, and whole runs."""
+"""Training for inpainting, of models made for it and of standard models: what the loss sees, and whole runs."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -12,13 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import sdjax
-from sdjax import diffusion, trees
+from sdjax import diffusion, loading, trees
 from sdjax.data.dataset import make_batch
 from sdjax.data.holes import make_holes
 from sdjax.data.images import Crop, Size, read_image
 from sdjax.draw import loop
-from sdjax.errors import ConfigError, DataError
 from sdjax.formats.lora_file import load_lora
 from sdjax.train import stages
 from sdjax.train.encoding import encode
@@ -26,31 +23,27 @@ from sdjax.train.loop import train
 from sdjax.train.results import NOTHING
 from sdjax.train.step import Draws, distance
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DATA = {"resolution": 16, "batch_size": 4, "validation_count": 4, "inpaint_masks": 3, "inpaint_full": 0.2}
 MOVED = {"flip": True, "random_crops": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    yield from micro.quick_compilation()
-
-
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory):
-    """`settings(kind, output, data={...}, ...)`: a run of a model made for inpainting ("nine") or of a standard one."""
+def settings(micro_models, micro_images, tmp_path_factory):
+    """`settings(kind, output, data={...}, ...)` -> a run of a model made for inpainting ("nine") or a standard one."""
     folder = tmp_path_factory.mktemp("inpainting")
-    models = {kind: micro.make_model(folder / kind, inpainting=kind == "nine") for kind in ("nine", "four")}
-    images = micro.make_images(folder / "images")
     masks = folder / "masks"
     masks.mkdir()
-    for path in images.glob("*.png"):
+    for path in micro_images.glob("*.png"):
         mask = np.zeros((16, 16), np.uint8)
         mask[:, 8:] = 255
         Image.fromarray(mask).save(masks / path.name)
 
     def make(kind, output="run", data=None, **changes):
-        data = {"path": str(images), "cache": str(folder / "cache"), **DATA, **(data or {})}
-        return micro.settings(models[kind], images, folder / output, data=data, **changes)
+        data = {"path": str(micro_images), "cache": str(folder / "cache"), **DATA, **(data or {})}
+        model = micro_models(inpainting=kind == "nine")
+        return micro.settings(model, micro_images, folder / output, data=data, **changes)
 
     make.folder = folder
     return make
@@ -58,7 +51,7 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(settings):
-    """By kind: (run, its stage, data set of the training, that of held-out images)."""
+    """Kind -> (run, its stage, data set of the training images, data set of the held-out images)."""
 
     def prepare(kind):
         run = stages.plan_run(settings(kind, data=MOVED))
@@ -75,14 +68,14 @@ def batch_of(run, dataset):
 
 
 def test_training_sees_what_drawing_sees(prepared):
-    """Of a held-out image: the mask and the masked latents are those that `inpaint` would give the U-Net."""
+    """For a held-out image, the mask and the masked latents are those that `inpaint` gives the U-Net."""
     run, _, _, held_out = prepared["nine"]
     (images,) = held_out.buckets
     assert set(images.arrays) == {"moments", "hole", "kept"}
     size = Size(16, 16)
     pixels = np.stack([read_image(record.path, size)[0] for record in images.records]) / np.float32(255)
     holes = np.stack([make_holes(r, size, [Crop()], count=1, full=0, seed=0)[0, 0] for r in images.records])
-    seen = loop._mask_channels(sdjax.load(run.config.model), pixels, holes.astype(np.float32))
+    seen = loop.mask_channels(loading.load(run.config.model), pixels, holes.astype(np.float32))
     np.testing.assert_array_equal(seen[..., :1], images.arrays["hole"][:, 0])
     # The scaling factor is 1.
     np.testing.assert_allclose(seen[..., 1:], images.arrays["kept"][:, 0], atol=1e-5)
@@ -102,7 +95,7 @@ def test_there_is_a_view_for_each_crop_mask_and_side(prepared):
 
 
 class Answering:
-    """In place of a U-Net: gives a fixed answer and remembers what it was asked."""
+    """Stands for a U-Net: returns a fixed answer, and keeps its last input."""
 
     def __init__(self, answer):
         self.answer = answer
@@ -114,8 +107,10 @@ class Answering:
 
 @pytest.fixture
 def asked(prepared):
-    """`asked(kind)`: errors of an answer by `distance`; an answer, the noisy latents and the U-Net's whole input; the
-    batch; squared errors of the answer."""
+    """`asked(kind)` -> (errors, (answer, noisy latents, input of the U-Net), batch, squared errors of the answer).
+
+    `errors(answer)` is the result of `distance` if the U-Net answers this.
+    """
 
     def ask(kind, **changes):
         run, plan, dataset, _ = prepared[kind]
@@ -155,8 +150,8 @@ def test_a_standard_model_learns_the_hole_alone(asked):
     outside = np.broadcast_to(batch["hole"] == 0, answer.shape)
     assert 0 < outside.mean() < 1
     for plain in (False, True):
-        found = errors(answer, plain=plain)
-        np.testing.assert_allclose(found, np.where(outside, 0, squared).mean((1, 2, 3)), rtol=1e-5)
+        expected = np.where(outside, 0, squared).mean((1, 2, 3))
+        np.testing.assert_allclose(errors(answer, plain=plain), expected, rtol=1e-5)
         gradient = np.asarray(jax.grad(lambda answer, plain=plain: jnp.sum(errors(answer, plain=plain)))(answer))
         assert not gradient[outside].any() and gradient[~outside].all()
     masked = {**batch, "mask": 1 - batch["hole"]}  # of masked_loss: both must be white
@@ -184,11 +179,9 @@ def test_lora_and_words_are_trained_exported_and_resumed_to_the_same_bits(settin
     config = settings(kind, kind, stages=[BOTH], validation=prompts, checkpoint={"every": 1, "keep": 9}, data=MOVED)
     assert train(config) == 0
     output = Path(config.output)
-    exported = output / "export" / "style"
-    adapter = load_lora(exported / "lora.safetensors", sdjax.load(config.model).params)
+    adapter = load_lora(output / "export" / "style" / "lora.safetensors", loading.outline(config.model).shapes)
     assert all(np.abs(layer["up"]).max() > 0 for _, layer in trees.layers(adapter["unet"], "up"))
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+    losses = [line["held_out_loss"] for line in micro.metric_lines(output, "held_out_loss")]
     assert len(losses) == 2 and losses[0] != losses[1]
     # One row for the prompt and one for each of four held-out images, whose kept part stays as it is.
     sheet = Image.open(output / "samples" / "style-before-after.png")
@@ -201,21 +194,19 @@ def test_lora_and_words_are_trained_exported_and_resumed_to_the_same_bits(settin
         np.testing.assert_array_equal(picture[~hidden], given[~hidden])
         assert (picture[hidden] != given[hidden]).any()
 
-    for path in (output / "checkpoints").iterdir():
-        if int(path.name.split("_")[1]) > 1:
-            shutil.rmtree(path)
-    before = {path.name: path.read_bytes() for path in exported.glob("*.safetensors")}
-    shutil.rmtree(exported)
+    before = micro.exported(output)
+    micro.remove_checkpoints_after(output, 1)
+    shutil.rmtree(output / "export")
     assert train(config, resume=True) == 0
-    assert {path.name: path.read_bytes() for path in exported.glob("*.safetensors")} == before
+    assert micro.exported(output) == before
 
 
-def test_own_masks_and_class_images(settings):
-    """Held-out images have their own masks as well; class images, which have none, get random ones."""
-    own = {"inpaint_masks": 0, "inpaint_mask_path": str(settings.folder / "masks"), "flip": True}
+def test_given_masks_and_class_images(settings):
+    """Held-out images have given masks as well. Class images, which have none, get random ones."""
+    given = {"inpaint_masks": 0, "inpaint_mask_path": str(settings.folder / "masks"), "flip": True}
     classes = micro.make_images(settings.folder / "classes", 6)
     stage = {"prior_prompt": "circle", "prior_path": str(classes), "prior_count": 6, "masked_loss": True}
-    run = stages.plan_run(settings("nine", data={**own, "mask_path": own["inpaint_mask_path"]}, stages=[stage]))
+    run = stages.plan_run(settings("nine", data={**given, "mask_path": given["inpaint_mask_path"]}, stages=[stage]))
     dataset, held_out = encode(run, run.stages[0], NOTHING)
     right = np.zeros((8, 8, 1), np.float32)
     right[:, 4:] = 1
@@ -227,26 +218,6 @@ def test_own_masks_and_class_images(settings):
         assert (hole == right).all() or (hole == right[:, ::-1]).all()
         np.testing.assert_array_equal(hole, mask)
     assert len({hole.tobytes() for hole in batch["hole"][4:]}) > 1
-
-
-@pytest.mark.parametrize(
-    ("kind", "data", "error", "message"),
-    [
-        (
-            "nine",
-            {"inpaint_masks": 0},
-            ConfigError,
-            r"give data.inpaint_masks .*inpaint_mask_path",
-        ),
-        ("four", {"inpaint_mask_path": "masks"}, ConfigError, "choose one"),
-        ("four", {"inpaint_masks": 0, "inpaint_mask_path": "nowhere"}, DataError, "inpaint_mask_path = 'nowhere'"),
-        ("four", {"inpaint_full": 1.5}, ConfigError, "inpaint_full"),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_weights_are_read(settings, monkeypatch, kind, data, error, message):
-    monkeypatch.setattr("sdjax.loading.load_params", None)
-    with pytest.raises(error, match=message):
-        stages.plan_run(settings(kind, data=data))
 
 
 def test_without_masks_nothing_is_hidden(settings):

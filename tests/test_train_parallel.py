@@ -1,4 +1,4 @@
-"""One pure step gives the same numbers under jit, pmap and on one device, and reduces only what it trains."""
+"""A pure step gives the same numbers under jit, under pmap and on one device, and sums only its gradients."""
 
 import functools
 import os
@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled import reduced_bytes
 
 from sdjax.errors import ConfigError
-from sdjax.train.parallel import parallelize, reduced_bytes
+from sdjax.train.parallel import parallelize
 
 IN, OUT, BATCH = 16, 8, 8
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
 def train_step(state, frozen, batch, key, *, reduce):
-    """Least squares of a rank-2 adapter over a frozen matrix, with noise of its own for each example."""
+    """Least squares for an adapter of rank 2 on a frozen matrix, with noise that depends on the example."""
     noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (IN,)))(batch["index"])
 
     def loss_of(adapter):

@@ -1,4 +1,4 @@
-"""One step is pure: independent of the partition over devices and of accumulation, exact where it claims to be."""
+"""A step does not depend on the partition over devices or on accumulation, and never learns what is not finite."""
 
 import dataclasses
 import functools
@@ -8,30 +8,27 @@ import jax.numpy as jnp
 import micro
 import numpy as np
 import pytest
+from compiled import reduced_bytes
 
 from sdjax.data.dataset import make_batch
 from sdjax.train import stages
 from sdjax.train.encoding import encode
-from sdjax.train.parallel import parallelize, reduced_bytes
+from sdjax.train.parallel import parallelize
 from sdjax.train.results import NOTHING
 from sdjax.train.step import Draws, distance, draw, make_train_step, variables
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STEPS = 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    yield from micro.quick_compilation()
-
-
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """(run, its stage, ready with the state on the host, data set) of a batch of 8."""
-    folder = tmp_path_factory.mktemp("step")
-    model, images = micro.make_model(folder / "model"), micro.make_images(folder / "images")
-    data = {"path": str(images), "resolution": 16, "batch_size": 8}
+def prepared(micro_models, micro_images, tmp_path_factory):
+    """(run, its stage, (state on the host, frozen), data set) with a batch of 8."""
+    data = {"path": str(micro_images), "resolution": 16, "batch_size": 8}
     stage = {"min_snr_gamma": 5.0, "lora_dropout": 0.1}
-    run = stages.plan_run(micro.settings(model, images, folder / "run", data=data, stages=[stage]))
+    output = tmp_path_factory.mktemp("step") / "run"
+    run = stages.plan_run(micro.settings(micro_models(), micro_images, output, data=data, stages=[stage]))
     dataset, _ = encode(run, run.stages[0], NOTHING)
     state, frozen = stages.prepare(run, run.stages[0], NOTHING)
     return run, run.stages[0], (jax.tree.map(np.asarray, state), frozen), dataset
@@ -43,7 +40,7 @@ def batch_of(prepared, number):
 
 
 def train(prepared, *, accumulation=1, **settings):
-    """(compiled step, losses, trainable) after STEPS steps."""
+    """Returns (compiled step, losses, trainable) after STEPS steps."""
     run, plan, ready, _ = prepared
     recipe = plan.recipe._replace(accumulation=accumulation)
     parallel = parallelize(make_train_step(recipe), batch_size=8 // accumulation, **settings)
@@ -64,7 +61,7 @@ def alone(prepared):
 
 
 def largest_difference(ours, theirs):
-    """Largest difference of any leaf, relative to the leaf's largest value."""
+    """Returns the largest difference of any leaf, relative to the largest value of the leaf."""
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
 
@@ -131,6 +128,6 @@ def test_time_steps_stay_in_their_range(prepared):
     batch = {"moments": np.zeros((4000, 1, 1, 8), np.float32), "index": np.arange(4000, dtype=np.int32)}
     for bounds, expected in (((0.0, 1.0), (0, 999)), ((0.2, 0.21), (200, 209)), ((0.9999, 1.0), (999, 999))):
         recipe = plan.recipe._replace(stage=dataclasses.replace(plan.stage, timestep_range=bounds))
-        found = jax.jit(functools.partial(draw, recipe))(batch, jax.random.key(0)).timesteps
-        assert expected[0] <= int(found.min()) <= expected[0] + 2
-        assert expected[1] - 2 <= int(found.max()) <= expected[1]
+        timesteps = jax.jit(functools.partial(draw, recipe))(batch, jax.random.key(0)).timesteps
+        assert expected[0] <= int(timesteps.min()) <= expected[0] + 2
+        assert expected[1] - 2 <= int(timesteps.max()) <= expected[1]

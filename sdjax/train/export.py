@@ -18,7 +18,7 @@ from sdjax.loading import load_weights
 from sdjax.model import Model
 from sdjax.runtime.whole_file import replacing
 from sdjax.train.config import RunConfig
-from sdjax.train.results import Results
+from sdjax.train.results import Results, places
 from sdjax.train.stages import StagePlan
 
 PEFT_FILE = "pytorch_lora_weights.safetensors"
@@ -36,8 +36,9 @@ def export(folder: Path, config: RunConfig, plan: StagePlan, results: Results, g
     outline, metadata = plan.recipe.outline, _metadata(config, plan)
     if results.adapters:
         save_lora(folder / PEFT_FILE, results.adapters, outline.shapes, style="peft")
-    for word, rows in _words(plan, results).items():
-        save_embedding(folder / file_name(word), word, rows)
+    for word, place in places(plan.words).items():
+        vectors = {name: np.asarray(rows[place.start : place.stop]) for name, rows in results.rows.items()}
+        save_embedding(folder / file_name(word), word, vectors)
     if results.weights:
         _save_model(folder / "model", config, plan, results)
     if grid is not None:
@@ -47,15 +48,6 @@ def export(folder: Path, config: RunConfig, plan: StagePlan, results: Results, g
         file.write(_card(config, plan, results, has_grid=grid is not None).encode())
     if results.adapters:
         save_lora(folder / KOHYA_FILE, results.adapters, outline.shapes, style="kohya", metadata=metadata)
-
-
-def _words(plan: StagePlan, results: Results) -> dict[str, dict[str, Any]]:
-    """Returns word -> text model -> vectors [n, D], for all new words."""
-    vectors, first = {}, 0
-    for word, count in plan.words.items():
-        vectors[word] = {name: np.asarray(rows[first : first + count]) for name, rows in results.rows.items()}
-        first += count
-    return vectors
 
 
 def _save_model(folder: Path, config: RunConfig, plan: StagePlan, results: Results) -> None:

@@ -7,9 +7,7 @@ must depend on `batch["index"]`, the place of an example in the whole batch, so 
 """
 
 import functools
-import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -227,17 +225,3 @@ def _fetch(state: PyTree) -> PyTree:
         return np.asarray(leaf)
 
     return jax.tree.map(fetch, state)
-
-
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-
-
-def reduced_bytes(program: str) -> int:
-    """Bytes summed across devices in one run of a compiled program, from its text (`compiled.as_text()`)."""
-    total = 0
-    for line in program.splitlines():
-        result = re.search(r"= (.*?) (all-reduce|all-reduce-start|reduce-scatter)\(", line)
-        if result:
-            for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", result[1]):
-                total += _BYTES[kind] * math.prod(int(n) for n in shape.split(",") if n)
-    return total

@@ -1,6 +1,7 @@
 """The results of stages: what a stage starts from, and what there is when it is done."""
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from sdjax import lora, textual_inversion
+from sdjax import lora
 from sdjax.errors import ConfigError
 from sdjax.loading import load_weights
 from sdjax.model import Outline
+from sdjax.text import textual_inversion
 from sdjax.text.encoding import TEXT_ENCODERS
 from sdjax.train.config import Stage
 from sdjax.train.step import Frozen, Recipe, State, evaluated, init_state, variables
@@ -84,6 +86,12 @@ def first_rows(
                 "clip_ti_norm" if stage.clip_ti_norm else "the table's median: clip_ti_norm sets another",
             )
     return rows, norms
+
+
+def places(words: Mapping[str, int]) -> dict[str, range]:
+    """Returns the places of the rows of each word among the rows of all words. words: word -> number of its vectors."""
+    ends = itertools.accumulate(words.values())
+    return {word: range(end - count, end) for (word, count), end in zip(words.items(), ends, strict=True)}
 
 
 def begin(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
-from sdjax import diffusion, loading, textual_inversion
+from sdjax import diffusion, loading
 from sdjax.data import buckets, captions, records
 from sdjax.data.buckets import Buckets
 from sdjax.data.images import Size
@@ -30,11 +30,12 @@ from sdjax.errors import ConfigError, DataError
 from sdjax.formats.embedding_file import load_embedding
 from sdjax.model import Outline
 from sdjax.runtime.compiler_options import is_large
+from sdjax.text import textual_inversion
 from sdjax.train.config import Data, RunConfig, Stage
 from sdjax.train.config_file import flatten
 from sdjax.train.optimizers import make_optimizer
 from sdjax.train.parallel import Parallel, TrainStep, parallelize
-from sdjax.train.results import NOTHING, Results, Rows, after, base_weights, begin, beneath, first_rows
+from sdjax.train.results import NOTHING, Results, Rows, after, base_weights, begin, beneath, first_rows, places
 from sdjax.train.step import Frozen, Recipe, State, make_train_step
 
 log = logging.getLogger(__name__)
@@ -295,17 +296,14 @@ def _plan_stage(
     earlier_words = before.words if before else {}
     new_words = _new_words(stage, key, earlier_words, outline)
     words = earlier_words | {word: _vectors(given) for word, given in new_words.items()}
-    places, first = {}, 0
-    for word, vectors in words.items():
-        places[word] = range(first, first + vectors)
-        first += vectors
+    rows = places(words)
     recipe = Recipe(
         outline=_knowing(outline, words, key),
         stage=stage,
         optimizer=make_optimizer(stage, stage.parts),
         hidden=outline.hidden_state(config.clip_skip),
         accumulation=data.accumulation,
-        rows=tuple(row for word in stage.placeholder_tokens for row in places[word]),
+        rows=tuple(row for word in stage.placeholder_tokens for row in rows[word]),
     )
     parallel = parallelize_stage(config, data, make_train_step(recipe), recipe)
     earlier = before.result if before else NOTHING

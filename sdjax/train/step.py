@@ -24,9 +24,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
-from sdjax import diffusion, lora, textual_inversion
+from sdjax import diffusion, lora
 from sdjax.model import Outline
 from sdjax.models import layers, vae
+from sdjax.text import textual_inversion
 from sdjax.text.encoding import HiddenState, encode_ids, zeroed
 from sdjax.train import autoencoder
 from sdjax.train.config import Stage

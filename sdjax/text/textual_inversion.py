@@ -1,4 +1,4 @@
-"""Textual Inversion (Gal et al. 2022): what new words start as, the captions that teach them, and their norm's pull."""
+"""Textual Inversion (Gal et al. 2022): captions for new words, their first rows, and the decay of their norms."""
 
 import math
 import re
@@ -69,17 +69,18 @@ _RANDOM = re.compile(r"<rand-([^<>]+)>")
 
 
 def templates(template: str | Sequence[str]) -> tuple[str, ...]:
-    """Captions with `{}` where the new words go: "object", "style" (after the paper's code, 3.), or own ones.
+    """Returns captions with `{}` in the place of the new words.
 
-    Raises ConfigError for another name, an empty list, or a text without `{}`.
+    template: "object" or "style", which are like those of the paper's code, or a list of captions. Raises ConfigError
+    for another name, an empty list, or a caption without `{}`.
     """
     if isinstance(template, str):
         known = {"object": OBJECT, "style": STYLE}
         if template not in known:
-            raise ConfigError(f"template = {template!r}: choices are {', '.join(known)}, or a list of own texts")
+            raise ConfigError(f"template = {template!r}: choices are {', '.join(known)}, or a list of captions")
         return known[template]
     if not template or not all("{}" in text for text in template):
-        raise ConfigError(f"template = {list(template)}: must be texts with {{}} where the new words go")
+        raise ConfigError(f"template = {list(template)}: each caption must have {{}} where the new words go")
     return tuple(template)
 
 
@@ -90,18 +91,22 @@ def initial_rows(
     init: str | Float[np.ndarray, "n D"] | None,
     vectors: int | None,
 ) -> Float[np.ndarray, "n D"]:
-    """What the vectors of a new word start as, float32.
+    """Returns the rows that a new word starts with, float32.
 
-    init: a word or phrase of the vocabulary (the rows of its tokens, over and over until there are `vectors` of them),
-    "<rand-SIGMA>" (normal numbers), "<zero>", or the rows of an embedding file, which `vectors` must agree with.
-    None: random directions of the table's typical norm, which `<rand-0.017>` is about for SD1.
-    vectors: how many; None: as many as the file has, else 1. Raises ConfigError.
+    init: one of
+        a word or phrase of the vocabulary: the rows of its tokens, repeated until there are `vectors` of them,
+        "<rand-SIGMA>": normal numbers of this standard deviation,
+        "<zero>": zeros,
+        an array: the rows of an embedding file,
+        None: random directions of the typical norm of the table (for SD1 about as large as with "<rand-0.017>").
+    vectors: the number of rows. None: as many as the array has, else 1.
+    Raises ConfigError for an unusable init, and for an array of another shape.
     """
     width = table.shape[1]
     if isinstance(init, np.ndarray):
         if init.ndim != 2 or init.shape[1] != width or (vectors or len(init)) != len(init):
-            wanted = f"{vectors or 'any number of'} vectors of width {width}"
-            raise ConfigError(f"an initial embedding of shape {list(init.shape)} where {wanted} are wanted")
+            expected = f"{vectors or 'any number of'} vectors of width {width}"
+            raise ConfigError(f"an initial embedding of shape {list(init.shape)}: expected {expected}")
         return np.asarray(init, np.float32)
     vectors = vectors or 1
     if init is None:
@@ -120,14 +125,15 @@ def initial_rows(
 
 
 def vector_counts(words: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Word -> number of its vectors, from word -> text model -> vectors [n, D]."""
+    """Returns word -> number of its vectors. words: word -> text model -> vectors [n, D]."""
     return {word: len(next(iter(rows.values()))) for word, rows in words.items()}
 
 
 def with_rows(params: Mapping[str, Any], rows: Float[Array, "K D"], first: int, *, what: str) -> dict[str, Any]:
-    """A text model's parameters with new words' rows in its table, from row `first` on (what lay there is unused).
+    """Returns the parameters of a text model with the rows of new words in its table, from row `first` on.
 
-    Raises DataError, which names `what`, for a table of fewer rows.
+    They replace rows from there on, which no word uses. Raises DataError, which names `what`, if the table has fewer
+    than `first` rows.
     """
     table = params["embeddings"]["token_embedding"]["embedding"]
     if first > len(table):
@@ -140,9 +146,9 @@ def with_rows(params: Mapping[str, Any], rows: Float[Array, "K D"], first: int, 
 def decay_norm(
     rows: Float[Array, "*B K D"], learning_rate: Float[Array, ""] | float, target: float
 ) -> Float[Array, "*B K D"]:
-    """Draws every row's norm towards `target`, its direction kept: `|e| += min(1, 100 lr) (target - |e|)`.
+    """Returns the rows with their norms moved towards `target`: `|e| += min(1, 100 lr) (target - |e|)`.
 
-    cloneofsimo's `clip_ti_decay`, run after each optimizer step. A row of zeros has no direction and stays.
+    This is `clip_ti_decay` of cloneofsimo's lora, for use after each optimizer step. Rows of zeros stay as they are.
     """
     norm = jnp.linalg.norm(rows, axis=-1, keepdims=True)
     share = jnp.minimum(1.0, 100.0 * jnp.asarray(learning_rate, rows.dtype))
@@ -151,12 +157,13 @@ def decay_norm(
 
 
 def typical_norm(table: Float[Array | np.ndarray, "V D"]) -> float:
-    """Median norm of the table's rows, those of zeros left out (0 for a table of nothing else): 0.4 for SD1."""
+    """Returns the median norm of the rows that are not all zeros, 0 if there are none. For SD1 it is 0.4."""
     norms = np.linalg.norm(np.asarray(table, np.float32), axis=-1)
     return float(np.median(norms[norms > 0])) if (norms > 0).any() else 0.0
 
 
 def _sigma(init: str, text: str) -> float:
+    """Returns the number of `<rand-SIGMA>`."""
     try:
         sigma = float(text)
     except ValueError:

@@ -1,0 +1,81 @@
+"""Settings that do not fit the model, the images or each other are refused before any weight is read."""
+
+import dataclasses
+import os
+import shutil
+
+import pytest
+from micro import WORDS
+
+from sdjax.errors import ConfigError, DataError
+from sdjax.train.loop import train
+from sdjax.train.stages import plan_run, plan_runs
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+BAD = [
+    ({"data": {"path": "/nowhere"}}, DataError, "/nowhere"),
+    ({"data": {"validation_count": 12}}, DataError, "nothing left to train on"),
+    ({"data": {"validation_count": 0, "validation_path": "/nowhere"}}, DataError, "validation_path.*nowhere"),
+    ({"data": {"resolution": 1024}}, ConfigError, "1024.*16 pixels"),
+    ({"data": {"batch_size": 3}, "parallel": {"mesh": {"data": 8}}}, ConfigError, "3 images.*8 devices"),
+    ({"clip_skip": 3}, ConfigError, r"clip_skip = 3.*1 .*2"),
+    ({"dtype": "float16"}, ConfigError, "bfloat16"),
+    ({"stages": [{"lora_targets": ["no_such_layer"]}]}, ConfigError, r"stages\.0: unet: .*matches no layer"),
+    ({"stages": [{"lora_ranks": {".": 0}}]}, ConfigError, "no layer with an adapter"),
+    ({"stages": [{"lora_parts": ["text_encoder_2"]}]}, ConfigError, "no text_encoder_2; it has unet, text_encoder"),
+    ({"stages": [{"name": n, "use_dora": True} for n in "ab"]}, ConfigError, r"stages\.1: .*DoRA"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"), BAD, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_bad_settings_are_refused(settings, no_weights, changes, error, message):
+    with pytest.raises(error, match=message):
+        train(settings(**changes))
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({**WORDS, "placeholder_tokens": ["heart"], "vectors_per_token": 1}, "'heart' is a word of the vocabulary"),
+        ({**WORDS, "init_tokens": ["nothing.safetensors", "red"]}, "nothing.safetensors"),
+        ({"train": ["text_encoder_2"]}, "no text_encoder_2"),
+        ({"train": ["lora"], "lora_parts": ["text_encoder_2"]}, "no text_encoder_2"),
+    ],
+)
+def test_a_stage_that_does_not_fit_the_model_is_refused(settings, no_weights, stage, message):
+    with pytest.raises(Exception, match=message) as error:
+        plan_run(settings(stages=[stage]))
+    assert isinstance(error.value, ConfigError) or error.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("inpainting", "data", "error", "message"),
+    [
+        (True, {"inpaint_masks": 0}, ConfigError, r"give data.inpaint_masks .*inpaint_mask_path"),
+        (False, {"inpaint_mask_path": "masks"}, ConfigError, "choose one"),
+        (False, {"inpaint_masks": 0, "inpaint_mask_path": "nowhere"}, DataError, "inpaint_mask_path = 'nowhere'"),
+        (False, {"inpaint_full": 1.5}, ConfigError, "inpaint_full"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(settings, micro_models, no_weights, inpainting, data, error, message):
+    with pytest.raises(error, match=message):
+        config = settings(data={"inpaint_masks": 3, **data})
+        plan_run(dataclasses.replace(config, model=str(micro_models(inpainting=inpainting))))
+
+
+def test_copies_that_stand_on_a_lora_are_refused(settings):
+    words = {"name": "words", "train": ["textual_inversion"], "placeholder_tokens": ["<thing>"]}
+    config = settings(stages=[{"name": "style"}, words], copies=[{"name": "first"}, {"name": "second"}])
+    with pytest.raises(ConfigError, match="share one base model"):
+        plan_runs(config)
+
+
+def test_truncated_weights_are_refused(settings, micro_models, no_weights, tmp_path):
+    model = shutil.copytree(micro_models(), tmp_path / "cut")
+    weights = next((model / "unet").glob("*.safetensors"))
+    os.truncate(weights, weights.stat().st_size - 100)
+    with pytest.raises(DataError, match="truncated"):
+        train(dataclasses.replace(settings(), model=str(model)))
