@@ -119,7 +119,8 @@ def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], opt
         return jax.tree.map(lambda leaf: _put(leaf, split(leaf)), tree)
 
     def train_step(state: PyTree, frozen: PyTree, batch: PyTree, key: jax.Array) -> tuple[PyTree, PyTree]:
-        state, metrics = step_of(state, frozen, batch, key, reduce=lambda tree: tree)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for kernels that must be divided by hand
+            state, metrics = step_of(state, frozen, batch, key, reduce=lambda tree: tree)
         return jax.lax.with_sharding_constraint((state, metrics), (jax.tree.map(split, state), everywhere))
 
     def fetch(state: PyTree) -> PyTree:
