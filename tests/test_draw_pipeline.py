@@ -64,7 +64,7 @@ def test_there_is_one_program_for_each_shape(tiny):
         {"negative_prompt": "grey and blurry"},
         {"negative_prompt": ""},
         {"steps": 7},
-        {"height": tiny.model.outline.unet.config.sample_size * tiny.model.outline.vae.config.factor},
+        {"height": tiny.model.outline.native_size},
         {"latents": start(1, tiny.model.outline.unet.config.sample_size)},
         {"karras": True},
         *({"sampler": sampler} for sampler in SCHEDULERS),

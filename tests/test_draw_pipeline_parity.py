@@ -184,7 +184,7 @@ def test_the_parts_match_diffusers(models, kind):
     import torch
 
     theirs, ours = models(kind)
-    size = ours.model.outline.unet.config.sample_size * ours.model.outline.vae.config.factor
+    size = ours.model.outline.native_size
     images = np.random.default_rng(0).uniform(size=(2, size, size, 3)).astype(np.float32)
     with torch.no_grad():
         mean = theirs.vae.encode(2 * oracle.channels_first(images) - 1).latent_dist.mode()

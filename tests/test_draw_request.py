@@ -1,15 +1,66 @@
-"""Second passes over enlarged pictures, and variations of the noise of a seed."""
+"""Calls to draw: a prompt and a seed for each picture, sizes, noise, second passes and variations."""
 
 import functools
 
 import numpy as np
 import pytest
 from pictures import compilations, pixels_of
+from PIL import Image
 
-from sdjax.draw.request import slerp
+from sdjax.draw.request import img2img_request, inpaint_request, slerp, text2image_request
 from sdjax.errors import ConfigError
 
 QUICKLY = {"steps": 3, "progress": False}
+
+
+def test_a_request_has_a_prompt_and_a_seed_for_each_picture(outline):
+    request = text2image_request(outline, ["a", "b"], ["x", "y"], {"num_images": 2, "seed": 5, "variation_seed": 9})
+    assert (request.prompts, request.negatives) == (("a", "a", "b", "b"), ("x", "x", "y", "y"))
+    assert (request.seeds, request.variation_seeds) == ((5, 6, 7, 8), (9, 10, 11, 12))
+    varied = text2image_request(outline, "a", "", {"num_images": 3, "seed": 5, "variation_strength": 0.1})
+    assert (varied.seeds, varied.variation_seeds) == ((5, 5, 5), (0, 1, 2))
+    listed = text2image_request(outline, ["a", "b"], "", {"seed": [7, 3]})
+    assert (listed.negatives, listed.seeds) == (("", ""), (7, 3))
+    with pytest.raises(ConfigError, match="seed = 4294967296: expected at least 0 and at most 4294967295"):
+        text2image_request(outline, ["a", "b"], "", {"seed": 2**32 - 1})
+
+
+def test_the_size_is_that_of_the_model_the_latents_or_the_image(outline):
+    assert text2image_request(outline, "a", "", {}).size == (64, 64)
+    assert text2image_request(outline, "a", "", {"height": 96, "width": 32}).size == (96, 32)
+    latents = np.zeros((1, 10, 12, 4), np.float32)
+    assert text2image_request(outline, "a", "", {"latents": latents}).size == (40, 48)
+    image = Image.new("RGB", (70, 45))
+    request, images = img2img_request(outline, ["a", "b"], "", image, {"width": 80}, strength=0.5)
+    assert request.size == (40, 80) and request.strength == 0.5 and images == [image]
+    request, (frame,) = inpaint_request(outline, "a", "", image, Image.new("L", (7, 4), 255), {}, strength=1)
+    assert request.size == frame.drawn == (48, 72) and frame.original.shape == (45, 70, 3)  # padded, then cut
+
+
+def test_noise_depends_on_the_seed_alone(outline):
+    noise = lambda **settings: np.asarray(text2image_request(outline, "a", "", settings).noise(outline))
+    three = noise(seed=5, num_images=3)
+    assert three.shape == (3, 16, 16, 4) and 0.9 < three.std() < 1.1
+    np.testing.assert_array_equal(three[1:2], noise(seed=6, steps=3))
+    np.testing.assert_allclose(noise(seed=5, variation_seed=6, variation_strength=1.0), three[1:2], atol=1e-5)
+    request = text2image_request(outline, "a", "", {"seed": 5})
+    assert np.abs(np.corrcoef(request.second_noise(outline).ravel(), three[0].ravel())[0, 1]) < 0.1
+    given = text2image_request(outline, "a", "", {"latents": three[:1]})
+    np.testing.assert_array_equal(given.noise(outline), three[:1])
+    with pytest.raises(ConfigError, match=r"latents have shape \(3, 16, 16, 4\); this call needs \(1, 16, 16, 4\)"):
+        text2image_request(outline, "a", "", {"latents": three}).noise(outline)
+
+
+def test_the_second_pass_has_a_larger_size_and_its_own_steps(outline):
+    settings = {"hires_scale": 1.3, "hires_strength": 0.4, "steps": 8, "seed": 5}
+    assert text2image_request(outline, "a", "", {"steps": 8}).second_pass(outline) is None
+    first = text2image_request(outline, "a", "", settings)
+    second = first.second_pass(outline)
+    assert (first.size, first.strength, first.earlier_steps) == ((64, 64), 1.0, 0)
+    assert (second.size, second.strength, second.earlier_steps) == ((80, 80), 0.4, 8)
+    assert (second.settings["steps"], second.seeds) == (8, (5,)) and second.second_pass(outline) is None
+    other = text2image_request(outline, "a", "", settings | {"hires_steps": 5}).second_pass(outline)
+    assert (other.settings["steps"], other.earlier_steps) == (5, 8)
 
 
 @pytest.mark.parametrize("upscaler", ["latent", "lanczos"])

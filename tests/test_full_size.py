@@ -1,7 +1,7 @@
-"""The published sizes, with random weights: SD1.5, SD2.1 and SDXL, each part against PyTorch.
+"""The published sizes, with random weights: the parts of SD1.5, SD2.1 and SDXL, beside PyTorch.
 
-Left out unless asked for: python -m pytest -m slow -s tests/test_full_size.py (SDXL's U-Net takes 13 GB of memory and
-as much disk). PyTorch and we run one after the other, each in a process of its own, so that one model is in memory.
+These tests run only with `python -m pytest -m slow -s tests/test_full_size.py`. SDXL's U-Net takes 13 GB of memory and
+13 GB of disk. PyTorch and sdjax run one after the other, each in a new process, so that memory holds one model.
 """
 
 import multiprocessing
@@ -80,7 +80,7 @@ def token_ids():
     return ids
 
 
-# In a process with PyTorch: a random model is saved, and what it gives is returned.
+# In a process with PyTorch: each function saves a random model and returns its outputs.
 
 
 def run_unet(config, folder):
@@ -120,7 +120,7 @@ def run_text(config, folder):
     return [array.numpy() for array in (out.last_hidden_state, pooled, out.hidden_states[-2])]
 
 
-# In a process with JAX: the same through our reader and modules; the errors are returned.
+# In a process with JAX: the model is read and computed by sdjax, and the errors are returned.
 
 
 def our_errors(kind, config, folder, expected, dtype):
@@ -146,7 +146,7 @@ def our_errors(kind, config, folder, expected, dtype):
 
 
 def alone(function, *args):
-    """The function's result, from a process that ends with it."""
+    """The result of a function, computed in a process that ends with it."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 

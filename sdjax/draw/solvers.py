@@ -4,11 +4,12 @@ A solver below runs once, on the host in float64. It computes with rows instead 
 of a linear combination of the arrays that an evaluation has at hand, so `_X / 2` means "half the latents".
 
 Each docstring gives the update as a formula. In it `x` are the latents, `denoised` is the denoiser's estimate of the
-latents without noise, `noise` is fresh unit noise, and `_next` marks a value at the next noise level. Latents are kept
-in the variance-preserving scaling `x = alpha * x0 + sigma * eps`. k-diffusion keeps them in the variance-exploding
-scaling `x / alpha = x0 + ve * eps`: k-diffusion's `x` is `x / alpha` here, its `sigma` is `ve = sigma / alpha`, and its
-`d = (x - denoised) / sigma` is `eps`. The coefficients convert between the scalings, so float32 is exact enough even
-where the last training timestep is pure noise (zero terminal SNR, alpha = 0).
+latents without noise (clipped or thresholded if the scheduler config asks for it), `noise` is fresh unit noise, and
+`_next` marks a value at the next noise level. Latents are kept in the variance-preserving scaling
+`x = alpha * x0 + sigma * eps`. k-diffusion keeps them in the variance-exploding scaling `x / alpha = x0 + ve * eps`:
+k-diffusion's `x` is `x / alpha` here, its `sigma` is `ve = sigma / alpha`, and its `d = (x - denoised) / sigma` is
+`eps`. The coefficients convert between the scalings, so float32 is exact enough even where the last training timestep
+is pure noise (zero terminal SNR, alpha = 0).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -130,7 +131,7 @@ def _ddim(task: Task) -> Iterator[Entry]:
         eps = (x - alpha * denoised) / sigma
         x = alpha_next * denoised + sigma_next * eps
 
-    The first line uses the denoised latents as they are; the second line uses them after clipping or thresholding.
+    The first line uses `denoised` before clipping or thresholding, the second line after it.
     """
     for t in _spaced(task, task.steps, len(task.alphas_cumprod)).round()[task.first :]:
         alpha, sigma = task.at(t)
@@ -142,7 +143,7 @@ def _ddim(task: Task) -> Iterator[Entry]:
 def _pndm(task: Task) -> Iterator[Entry]:
     """PNDM: Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models on Manifolds", algorithm 2.
 
-    With e the raw model output (eps or v) at timestep t, e1 that one step before, and so on:
+    Let e be the model output (eps or v) at timestep t, e1 the output one step before, and so on:
 
         slope = (55 * e - 59 * e1 + 37 * e2 - 9 * e3) / 24
         x = transfer(x, slope, t, t_next)
@@ -370,7 +371,7 @@ def _dpmpp(task: Task, *, stochastic: bool) -> Iterator[Entry]:
             if order == 3:
                 r1 = (lam[i - 1] - lam[i - 2]) / h
                 bend = (slope - (_H[0] - _H[1]) / r1) / (r0 + r1)
-                half = -0.5 if stochastic else 0.5  # diffusers' sign, for either form
+                half = -0.5 if stochastic else 0.5  # the signs of diffusers
                 square = alpha[i + 1] * (half - (np.expm1(-reach) + reach) / reach**2)
                 moved = moved + linear * (slope + r0 * bend) + square * bend
             elif options["solver_type"] == "heun":
