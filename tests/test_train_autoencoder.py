@@ -1,4 +1,4 @@
-"""The autoencoder's loss against PyTorch, and the normalisation of its latents."""
+"""The loss of the autoencoder against PyTorch, the normalisation of its latents, and its augmentation."""
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,10 @@ def test_measures_against_torch():
         "chroma": functional.l1_loss(pool(chroma(a)), pool(chroma(b))),
         "gradient": functional.l1_loss(a.diff(dim=2), b.diff(dim=2)) + functional.l1_loss(a.diff(dim=3), b.diff(dim=3)),
     }
-    found = measures(jnp.asarray(ours), jnp.asarray(theirs))
-    assert found.keys() == expected.keys()
+    measured = measures(jnp.asarray(ours), jnp.asarray(theirs))
+    assert measured.keys() == expected.keys()
     for name, value in expected.items():
-        assert float(found[name]) == pytest.approx(float(value), rel=1e-5), name
+        assert float(measured[name]) == pytest.approx(float(value), rel=1e-5), name
 
     moments = torch.tensor(pictures(2, 4, 4, 8))
     normal = torch.distributions.Normal
@@ -57,7 +57,7 @@ def test_normalised_latents_are_centred_and_the_pictures_stay():
     np.testing.assert_allclose(jnp.std(latents, axis=(0, 1, 2)), 1, rtol=1e-4)
     decoded = [MODULE.apply({"params": p}, images) for p in (params, changed)]
     np.testing.assert_allclose(decoded[1], decoded[0], atol=1e-4)
-    # A sample of the posterior is the same sample, normalised.
+    # With the same noise, the sample of the posterior is the same sample, normalised.
     noise = jnp.asarray(pictures(*moments.shape[:-1], 4))
     samples = [
         MODULE.apply({"params": p}, vae.posterior_sample(m, noise), method="decode")
@@ -68,10 +68,10 @@ def test_normalised_latents_are_centred_and_the_pictures_stay():
 
 def test_augmentation_moves_and_swaps_channels_only():
     image = jnp.asarray(pictures(16, 16, 3))
-    found = jax.vmap(augment, in_axes=(0, None))(jax.random.split(jax.random.key(0), 64), image)
-    for picture in found:
-        # Whatever the shift, the middle pixel comes from at most 4 pixels off, its channels in some order.
+    augmented = jax.vmap(augment, in_axes=(0, None))(jax.random.split(jax.random.key(0), 64), image)
+    for picture in augmented:
+        # The middle pixel comes from at most 4 pixels away, with its channels in some order.
         around = np.sort(np.asarray(image[4:13, 4:13]).reshape(-1, 3), axis=1)
         middle = np.sort(np.asarray(picture[8, 8]))
         assert np.abs(around - middle).max(axis=1).min() == 0
-    assert len({tuple(np.asarray(picture[8, 8])) for picture in found}) > 30
+    assert len({tuple(np.asarray(picture[8, 8])) for picture in augmented}) > 30

@@ -1,4 +1,4 @@
-"""Checkpoints under real faults: killed writers, cut and bent files, a full disk; locks and signals."""
+"""Checkpoints under real faults: killed processes, cut and changed files, a full disk. Locks and signals."""
 
 import os
 import random
@@ -21,7 +21,7 @@ from sdjax.train.checkpoint import StopSignal, locked, restore, save, steps
 
 
 def state_of(step):
-    """An adapter, its optimizer's state after one update, a key and a half-precision leaf."""
+    """A state with an adapter, the state of an optimizer, a key and an array in half precision."""
     down = jax.random.normal(jax.random.key(step), (64, 16), jnp.float32)
     adapter = {"unet": {"down_blocks_0": {"to_q": {"down": down}}}}
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -109,7 +109,7 @@ def empty_folder(checkpoint):
 
 
 def flip_array_bit(checkpoint):
-    """Random numbers do not compress, so the middle of the largest file is one of them as it is."""
+    """Flips a bit in the middle of the largest file: a random number, which orbax has not compressed."""
     content = bytearray(largest(checkpoint).read_bytes())
     content[len(content) // 2] ^= 16
     largest(checkpoint).write_bytes(content)
@@ -131,7 +131,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, damage, caplog):
+def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, damage, caplog):
     write(tmp_path, 1, 2)
     damage(tmp_path / "step_00000002")
     assert restored_step(tmp_path) == 1
@@ -181,7 +181,7 @@ def test_another_tree_is_refused_with_the_differences(tmp_path):
         assert part in str(error.value)
 
 
-def test_what_expect_raises_comes_through(tmp_path):
+def test_errors_of_expect_are_raised(tmp_path):
     write(tmp_path, 1, 2)
 
     def refuse(metadata):
@@ -210,7 +210,7 @@ def child(code, folder, **settings):
 @pytest.mark.parametrize("first", [1, 2], ids=["after another", "over the same"])
 @pytest.mark.parametrize("event", [0, 8, "last os.rename", "shutil.rmtree"])
 def test_killed_at_a_file_boundary_of_a_save(tmp_path, event, first):
-    """kill -9 by itself at one of the file operations of the second save, the only other checkpoint being the first."""
+    """kill -9 at one of the file operations of the second save, when there is only one other checkpoint."""
     code = f"""
         write(folder, {first}, keep=1)
         wanted, seen = {event!r}, 0
@@ -230,7 +230,7 @@ def test_killed_at_a_file_boundary_of_a_save(tmp_path, event, first):
     with child(code, tmp_path) as process:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, errors
-    # The new one is whole before it is renamed, and the old one is removed after that.
+    # The new checkpoint is complete before it is renamed, and only then the old one is removed.
     assert restored_step(tmp_path) == (first if isinstance(event, int) else 2)
     write(tmp_path, 3, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000003"]  # leftovers are gone
@@ -253,7 +253,7 @@ def test_killed_at_any_moment_of_a_save(tmp_path, delay):
     assert restored_step(tmp_path) in (told[-1], told[-1] + 1)
 
 
-def test_a_disk_that_fills_up_keeps_the_last_good_one(tmp_path):
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(tmp_path):
     code = """
         write(folder, 1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
@@ -300,7 +300,7 @@ def test_the_lock_of_a_killed_run_is_taken_over(tmp_path):
             assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
 
 
-def test_an_output_folder_that_cannot_be_is_said(tmp_path):
+def test_an_output_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot be written: Not a directory"), locked(tmp_path / "file/x"):
         pass

@@ -1,4 +1,4 @@
-"""Schedules and updates against the formulas in NumPy, and against PyTorch's, transformers' and diffusers' own."""
+"""Schedules and updates against formulas in NumPy, and against PyTorch, transformers, diffusers and optax."""
 
 import functools
 import logging
@@ -36,7 +36,7 @@ def leaf_of(tree, name, part="unet"):
 
 
 def train(optimizer, trainable, gradients):
-    """The weights and the state after steps with the given gradients."""
+    """Returns the weights and the state after a step with each of the gradients."""
     state = optimizer.init(trainable)
     update = jax.jit(optimizer.update)
     for g in gradients:
@@ -92,7 +92,7 @@ def test_every_restart_reaches_the_peak(cycles, length, warmup):
     assert (rates <= 1).all()
 
 
-# One part's update. Each reference is a loop over steps with (name -> gradient) and that step's rate.
+# The update of a part. Each reference is a loop over steps, with name -> gradient and name -> rate of each step.
 
 
 def numpy_adamw(values, gradients, rates, decays, s):
@@ -159,7 +159,7 @@ def numpy_prodigy(values, gradients, rates, decays, s, d=1e-6):
 
 
 def numpy_schedule_free(values, gradients, rates, decays, s, averages=None):
-    """Defazio et al. 2024, algorithm 1, in x, y and z; y is what is trained, x what `averages` collects."""
+    """Defazio et al. 2024, algorithm 1, in x, y and z. y is trained, and `averages` collects x."""
     b1, b2 = s.betas
     z, x = dict(values), dict(values)
     v = {name: np.zeros_like(value) for name, value in values.items()}
@@ -202,7 +202,7 @@ def test_every_optimizer_is_tested():
 
 @pytest.mark.parametrize("kind", sorted(REFERENCES))
 def test_updates_with_a_rate_for_each_part_and_for_up(kind):
-    """Warm-up, decay, LoRA+ and a magnitude; the gradient of `down` is 0 at first, as it is while `up` is."""
+    """Warm-up, decay, LoRA+ and a magnitude. The first gradient of `down` is 0, as in training: `up` begins at 0."""
     rates, steps, ratio = RATES[kind], 8, 16.0
     s = stage(optimizer=kind, learning_rate=rates, lora_plus_ratio=ratio, **SETTINGS)
     optimizer = make_optimizer(s, LORA)
@@ -268,7 +268,7 @@ def test_updates_are_those_of_torch_and_transformers(kind):
         assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 300
 
 
-def test_the_average_of_schedule_free_is_what_optax_says():
+def test_the_average_of_schedule_free_is_that_of_optax():
     s = stage(optimizer="schedule_free", learning_rate=1e-2)
     optimizer = make_optimizer(s, {"unet": "lora"})
     start, gradients = {"unet": adapter(0)}, [{"unet": adapter(i)} for i in range(1, 4)]
@@ -280,7 +280,7 @@ def test_the_average_of_schedule_free_is_what_optax_says():
     jax.tree.map(np.testing.assert_array_equal, untrained, start)
 
 
-def test_schedule_free_with_a_constant_rate_is_optaxs():
+def test_schedule_free_with_a_constant_rate_is_that_of_optax():
     s = stage(optimizer="schedule_free", learning_rate=3e-2, weight_decay=0.0)
     theirs = optax.contrib.schedule_free_adamw(3e-2, b1=0.9, b2=0.999, eps=1e-8)
     start, gradients = {"unet": adapter(0)}, [{"unet": adapter(i)} for i in range(1, 5)]
@@ -325,9 +325,9 @@ def test_prodigy_with_another_optimizers_rate_is_warned_about(caplog):
 
 @pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
 def test_parts_do_not_touch_each_other(kind):
-    """A part's weights are the same whatever is beside it, and stay as they are to the last bit at a rate of 0.
+    """The weights of a part do not depend on the other parts, and stay the same to the last bit at a rate of 0.
 
-    Rows of new words and whole weights are parts too, and a state shares no memory with the weights.
+    Rows of new words and whole weights are parts too. A state shares no memory with the weights.
     """
     rate = 1.0 if kind == "prodigy" else 1e-2
     rates = {"unet": rate, "textual_inversion": 0.0, "text_encoder": rate}
@@ -342,7 +342,7 @@ def test_parts_do_not_touch_each_other(kind):
     make = lambda parts, rates: make_optimizer(stage(optimizer=kind, learning_rate=rates, lora_plus_ratio=4.0), parts)
     optimizer, start, gradients = make(parts, rates), tree(0), [tree(i) for i in range(1, 4)]
     addresses = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((start, optimizer.init(start)))]
-    assert len(set(addresses)) == len(addresses)  # a training step gives both away
+    assert len(set(addresses)) == len(addresses)  # a training step donates both
     end, state = train(optimizer, start, gradients)
     assert jax.tree.structure(end) == jax.tree.structure(start)
     alone = {"unet": parts["unet"]}
@@ -356,7 +356,7 @@ def test_parts_do_not_touch_each_other(kind):
     assert all(jax.tree.leaves(moved))
 
 
-def test_only_adapters_have_a_rate_of_their_own_for_up():
+def test_only_adapters_have_another_rate_for_up():
     weights = {"up": {"up": jnp.ones((2, 2), jnp.float32)}}
     gradient = {"text_encoder": jax.tree.map(lambda leaf: 0.5 * leaf, weights)}
     ends = [
@@ -373,7 +373,7 @@ def test_what_has_one_axis_is_not_decayed(kind):
     rate = 1.0 if kind == "prodigy" else 1e-2
     s = stage(train=("unet",), optimizer=kind, learning_rate=rate, weight_decay=0.5)
     start = {"unet": {"kernel": jnp.ones((2, 2), jnp.float32), "bias": jnp.ones(3, jnp.float32)}}
-    # A gradient beside: without any, Prodigy has nothing to estimate from.
+    # One gradient that is not 0, because Prodigy needs one to estimate from.
     start["unet"]["other"] = jnp.ones((1, 1), jnp.float32)
     gradient = jax.tree.map(jnp.zeros_like, start)
     gradient["unet"]["other"] += 1.0
@@ -387,7 +387,7 @@ def test_leaves_updated_together_are_updated_as_each_alone(kind, theirs):
     random = np.random.default_rng(0)
     shapes = {
         "a": {"down": (3, 3, 4, 8), "up": (8, 5)},
-        "b": {"down": (400, 200), "up": (200, 6), "magnitude": (6,)},  # the first is no small one
+        "b": {"down": (400, 200), "up": (200, 6), "magnitude": (6,)},  # the first leaf is not a small one
         "c": {"down": (7, 8), "up": (8, 5), "magnitude": (5,)},
     }
     is_shape = lambda leaf: isinstance(leaf, tuple)
@@ -415,7 +415,7 @@ def test_clipping_looks_at_all_parts_together():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), clipped, by_hand)
 
 
-def test_moments_are_kept_for_what_is_trained_once():
+def test_moments_are_kept_once_for_each_trained_value():
     start = {"unet": adapter(0)}
     counts = {}
     for kind in OPTIMIZERS:
@@ -431,7 +431,7 @@ def test_moments_are_kept_for_what_is_trained_once():
 
 
 @pytest.mark.parity
-def test_the_moving_average_is_diffusers():
+def test_the_moving_average_is_that_of_diffusers():
     import torch
     from diffusers.training_utils import EMAModel
 

@@ -5,9 +5,12 @@ shapes and dtypes; `attend(q, k, v, causal)` computes it.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from sdjax.models.kernels import attention_cpu, attention_gpu, attention_tpu
@@ -33,9 +36,10 @@ def attention(
     # GPU: whenever cuDNN can, because its kernel keeps no scores in memory. Never measured: sdjax has not run on a GPU.
     if target == "gpu" and attention_gpu.takes(q, k, causal):
         return attention_gpu.attend(q, k, v, causal)
-    # TPU: long sequences, for the same reason. Never measured: sdjax has not run on a TPU.
+    # TPU: long sequences, for the same reason. Never measured: sdjax has not run on a TPU. The compiler cannot divide a
+    # kernel written in Pallas over a mesh, so each device computes its examples.
     if target == "tpu" and attention_tpu.takes(q, k, causal):
-        return attention_tpu.attend(q, k, v, causal)
+        return by_example(lambda q, k, v: attention_tpu.attend(q, k, v, causal), q, k, v)
     if target == "cpu":
         return definition(q, k, v, causal)
     # The same definition as JAX writes it, with the precisions that GPU and TPU need in half precision.
@@ -51,3 +55,23 @@ def definition(
         scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)
     return jnp.einsum("bnst,btnd->bsnd", weights.astype(v.dtype), v)
+
+
+def by_example(
+    attend: Callable[[Array, Array, Array], Array],
+    q: Float[Array, "B S N D"],
+    k: Float[Array, "B T N D"],
+    v: Float[Array, "B T N D"],
+) -> Float[Array, "B S N D"]:
+    """Returns `attend(q, k, v)`, computed on each device of the mesh for the examples that are there.
+
+    The mesh is the abstract mesh in use while the program is traced (see `train.parallel`). Without one, or under
+    `pmap`, this is a plain call. A batch that the devices do not divide is computed whole on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Auto)
+    devices = math.prod(mesh.shape[name] for name in axes)
+    if devices == 1:
+        return attend(q, k, v)
+    examples = P(axes) if q.shape[0] % devices == 0 else P()
+    return jax.shard_map(attend, mesh=mesh, in_specs=examples, out_specs=examples, check_vma=False)(q, k, v)
