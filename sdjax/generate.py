@@ -159,7 +159,7 @@ def _sheets(
 
 
 FLAGS = tuple(name for name in declarations() if name != "prompt")
-"""The settings of drawing that are flags and hold one value."""
+"""The settings of drawing that are flags. The flag --prompt is read by `_prompts`."""
 
 
 def _parser() -> command.Parser:
@@ -185,20 +185,18 @@ def _parser() -> command.Parser:
     add = parser.add_argument_group("grids and lists of pictures").add_argument
     add("--grid-x", metavar="NAME=V,V", help="draw each picture with each value of a setting, in a labelled grid")
     add("--grid-y", metavar="NAME=V,V", help="and with each value of another setting")
-    add(
-        "--jobs",
-        type=Path,
-        metavar="FILE",
-        help="more pictures: JSON lines with settings, each over those of the flags",
-    )
+    add("--jobs", type=Path, metavar="FILE", help="more pictures: JSON lines of settings, which win over the flags")
     group = parser.add_argument_group("model, LoRAs and new words")
     add = group.add_argument
-    add("--dtype", default="float32", metavar="TYPE", help=f"{', '.join(get_args(Dtype))} (default: float32)")
+    add(
+        "--dtype",
+        default="float32",
+        metavar="TYPE",
+        help=f"number type: {', '.join(get_args(Dtype))} (default: float32)",
+    )
     add("--variant", metavar="NAME", help="variant of the weight files, such as fp16")
     add("--tokenizer", metavar="DIR", help="folder of the tokenizer, for a model in a single file (default: the hub's)")
-    add(
-        "--prediction-type", default="", metavar="NAME", help="epsilon or v_prediction, if the model's setting is wrong"
-    )
+    add("--prediction-type", default="", metavar="NAME", help="epsilon or v_prediction, if the model's is wrong")
     _add_settings(group, Adapters)
     add("--lora-dir", type=Path, metavar="DIR", help="folder of the LoRAs that prompts name as <lora:NAME:WEIGHT>")
     add(
@@ -208,19 +206,12 @@ def _parser() -> command.Parser:
         metavar="FILE[:WORD]",
         help="new words for prompts, from Textual Inversion; WORD replaces the word in the file; may be repeated",
     )
-    add(
-        "--tiled-vae",
-        type=int,
-        nargs="?",
-        const=512,
-        metavar="PIXELS",
-        help="decode in tiles of this side (default: 512)",
-    )
+    add("--tiled-vae", type=int, nargs="?", const=512, metavar="PIXELS", help="decode in tiles of 512, or of this side")
     return parser
 
 
 def _add_settings(group: Any, *kinds: Any) -> None:
-    """Adds the flags of the settings that some kinds of settings declare."""
+    """Adds the flags of some kinds of settings, such as `Sampling`."""
     for name in (name for kind in kinds for name in kind.__annotations__ if name in FLAGS):
         hint, declared = declarations()[name]
         kind, text = plain_type(hint), help_text(name)
@@ -249,7 +240,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _prompts(args: argparse.Namespace, *, on_axis: bool) -> list[str]:
-    """The prompts of the flags. Without any, an axis of prompts fills in an empty one, and --jobs needs none."""
+    """The prompts of the flags. Without any prompt, an axis of prompts fills in an empty one, and --jobs needs none."""
     prompts = list(args.prompt)
     if args.prompts_file is not None:
         prompts += [line.strip() for line in _lines("--prompts-file", args.prompts_file) if line.strip()]

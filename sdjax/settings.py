@@ -175,7 +175,7 @@ def metadata(hint: Any) -> list[Any]:
 
 def contained_types(hint: Any) -> list[Any]:
     """The plain types inside an annotation: `[Stage]` for `tuple[Stage, ...]`."""
-    arguments = get_args(hint)[:1] if get_origin(hint) is Annotated else get_args(hint)
+    arguments = get_args(hint)[:1] if get_origin(hint) is Annotated else [a for a in get_args(hint) if a is not ...]
     return [kind for argument in arguments for kind in contained_types(argument)] if arguments else [hint]
 
 

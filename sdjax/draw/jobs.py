@@ -1,4 +1,4 @@
-"""Jobs: pictures to draw, each with all its settings. Jobs with equal settings are drawn in batches."""
+"""Jobs: pictures to draw, each with all its settings. Jobs that differ only in prompts and seeds share batches."""
 
 import contextlib
 import dataclasses
@@ -95,9 +95,9 @@ def _table(line: str) -> dict[str, Any]:
 
 
 def batches(jobs: Sequence[Job], most: int) -> Iterator[tuple[list[int], list[Job]]]:
-    """Yields batches of at most `most` jobs with equal settings, as (numbers of the jobs, the batch).
+    """Yields (numbers of the jobs, the batch) for batches of at most `most` jobs that differ only in prompts and seeds.
 
-    All batches of a group have one size, so one compiled program draws them all. The last batch is filled up with
+    All batches of such jobs have one size, so one compiled program draws them all. The last batch is filled up with
     copies of its last job; their pictures are to be thrown away.
     """
     for group in _groups(jobs):
@@ -116,7 +116,7 @@ def grouped(keys: Iterable[Hashable]) -> dict[Any, list[int]]:
 
 
 def _groups(jobs: Sequence[Job]) -> list[list[int]]:
-    """The numbers of the jobs with equal settings, group by group."""
+    """The numbers of the jobs that differ only in prompts and seeds, group by group."""
     return list(grouped(job.shared for job in jobs).values())
 
 
