@@ -41,7 +41,8 @@ def test_noise_depends_on_the_seed_alone(outline):
     noise = lambda **settings: np.asarray(text2image_request(outline, "a", "", settings).noise(outline))
     three = noise(seed=5, num_images=3)
     assert three.shape == (3, 16, 16, 4) and 0.9 < three.std() < 1.1
-    np.testing.assert_array_equal(three[1:2], noise(seed=6, steps=3))
+    # In a batch of another size XLA may round the inverse error function of the normal distribution differently.
+    np.testing.assert_allclose(three[1:2], noise(seed=6, steps=3), rtol=0, atol=1e-6)
     np.testing.assert_allclose(noise(seed=5, variation_seed=6, variation_strength=1.0), three[1:2], atol=1e-5)
     request = text2image_request(outline, "a", "", {"seed": 5})
     assert np.abs(np.corrcoef(request.second_noise(outline).ravel(), three[0].ravel())[0, 1]) < 0.1
