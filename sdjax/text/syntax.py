@@ -10,9 +10,6 @@ from typing import NamedTuple
 
 from sdjax.errors import ConfigError
 
-SYNTAXES = ("a1111", "plain")
-EMPHASES = ("original", "no_norm")
-
 
 class Span(NamedTuple):
     """A stretch of a prompt and the factor for its context (for prompts joined by AND: for its guidance)."""
