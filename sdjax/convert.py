@@ -93,22 +93,20 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _outline(source: str, args: argparse.Namespace):
-    from sdjax.loading import outline
+    from sdjax.model import Outline
 
     tokenizer = args.tokenizer if Path(source).is_file() else None
-    return outline(source, tokenizer=tokenizer, prediction_type=args.prediction_type)
+    return Outline.load(source, tokenizer=tokenizer, prediction_type=args.prediction_type)
 
 
 def _model(args: argparse.Namespace) -> list[Path]:
-    from sdjax.loading import with_weights
-
     source = _outline(args.src, args)
     if args.for_inpainting and source.is_inpainting:
         raise ConfigError(f"--for-inpainting: {args.src} is made for inpainting already")
     stored = str(next(iter(source.folder.tensors("unet").values())).dtype)
     dtype = args.dtype or (stored if stored in get_args(Dtype) else "float32")
     args.dst.parent.mkdir(parents=True, exist_ok=True)
-    model = with_weights(source, dtype=dtype)
+    model = source.with_weights(dtype=dtype)
     if args.for_inpainting:
         model = model.for_inpainting()
     model.save(args.dst, dtype=dtype)
@@ -132,7 +130,6 @@ def _extract(args: argparse.Namespace, tuned, base) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from sdjax import lora, trees
-    from sdjax.loading import load_weights
 
     parts = [part for part in base.shapes if part != "vae"]
     if different := [part for part in parts if tuned.shapes.get(part) != base.shapes[part]]:
@@ -140,7 +137,7 @@ def _extract(args: argparse.Namespace, tuned, base) -> dict[str, Any]:
         raise DataError(f"{args.src} and {args.base} are models of different kinds: {fault}")
     adapters = {}
     for part in parts:
-        weights = (load_weights(model, part) for model in (tuned, base))
+        weights = (model.load_weights(part) for model in (tuned, base))
         adapter = lora.extract(*weights, rank=args.rank or 16, which=args.targets or "attention")
         if any(jnp.any(layer["up"] != 0) for _, layer in trees.layers(adapter, "up")):
             adapters[part] = adapter

@@ -65,10 +65,9 @@ def _run(argv: Sequence[str]) -> None:
     _check_values(args, len(prompts), settings)
     embeddings = [_file("--embedding", text) for text in args.embedding]
 
-    from sdjax import loading
     from sdjax.draw import jobs
     from sdjax.formats.lora_file import load_lora
-    from sdjax.model import Model
+    from sdjax.model import Model, Outline
     from sdjax.runtime import compilation_cache, host_memory, out_of_memory
     from sdjax.text.textual_inversion import vector_counts
 
@@ -85,7 +84,7 @@ def _run(argv: Sequence[str]) -> None:
     compilation_cache.enable()
     host_memory.keep()
 
-    outline = loading.outline(
+    outline = Outline.load(
         args.model, args.dtype, variant=args.variant, tokenizer=args.tokenizer, prediction_type=args.prediction_type
     )
     words = [outline.load_words(path, token) for path, token in embeddings]
@@ -93,7 +92,7 @@ def _run(argv: Sequence[str]) -> None:
     jobs.check(functools.reduce(lambda outline, new: outline.with_words(vector_counts(new)), words, outline), bare)
     adapters = {path: load_lora(path, outline.shapes) for path in {lora.path for lora in itertools.chain(*loras)}}
 
-    model = functools.reduce(Model.with_embedding, words, loading.with_weights(outline))
+    model = functools.reduce(Model.with_embedding, words, outline.with_weights())
     if args.tiled_vae is not None:
         model = model.with_tiled_vae(args.tiled_vae, args.tiled_vae // 8)
     pictures: dict[int, Image.Image] = {}

@@ -2,6 +2,9 @@
 
 `Outline` is everything about a model except its weights, so settings and prompts can be checked before any weight is
 read. `Model` adds the weights. Neither ever changes: methods such as `with_lora` return a new record.
+
+    outline = Outline.load("tiny")  # reads configs and tokenizers
+    model = outline.with_weights()  # reads the weights; both at once: Model.load("tiny")
 """
 
 import dataclasses
@@ -10,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +24,37 @@ from PIL import Image
 from sdjax import diffusion, lora
 from sdjax.data.images import Size, pixels
 from sdjax.errors import ConfigError, DataError
-from sdjax.formats.diffusers_folder import ModelFolder, save_folder
+from sdjax.formats.diffusers_folder import ModelFolder, read_folder, save_folder
 from sdjax.formats.embedding_file import load_embedding
 from sdjax.formats.lora_file import load_lora
-from sdjax.formats.single_file import save_single_file
+from sdjax.formats.parameter_names import load_params
+from sdjax.formats.single_file import read_single_file, save_single_file
+from sdjax.formats.weights_file import SUFFIXES
 from sdjax.models import clip, unet, vae
-from sdjax.models.layers import variables
+from sdjax.models.layers import Compute, variables
 from sdjax.models.tiling import Tiling, tiled
+from sdjax.settings import Dtype, read_value
 from sdjax.text import textual_inversion
 from sdjax.text.encoding import TEXT_ENCODERS, HiddenState, encode_ids
 from sdjax.text.syntax import Sections
 from sdjax.text.tokenizer import Tokenizer
+
+
+class Options(TypedDict, total=False):
+    """Options of how a model is found and computed.
+
+    variant: the variant of the weight files, such as "fp16".
+    platform: "cpu", "gpu" or "tpu", to trace for another platform than JAX's default.
+    tokenizer: the folder of a tokenizer, or of a model that has one, for a model in a single file, which holds none.
+    By default the tokenizer of Stable Diffusion, from the hub or its cache.
+    prediction_type: "epsilon" or "v_prediction", if the model's setting is wrong. A single file of Stable Diffusion 2
+    does not say which of them it is.
+    """
+
+    variant: str | None
+    platform: str | None
+    tokenizer: str | os.PathLike | None
+    prediction_type: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +73,69 @@ class Outline:
     schedule: diffusion.NoiseSchedule
     folder: ModelFolder
     name: str
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike,
+        dtype: str = "float32",
+        *,
+        variant: str | None = None,
+        platform: str | None = None,
+        tokenizer: str | os.PathLike | None = None,
+        prediction_type: str = "",
+    ) -> "Outline":
+        """Loads a model without its weights, none of which is read.
+
+        source: "tiny" (embedded), a diffusers folder, a .safetensors or .ckpt file of a whole model, or a hub id.
+        dtype: the number type of the weights and the computation: float32, bfloat16 or float16. With float16 the VAE
+        stays in float32, whose range it needs. The other arguments are described in `Options`.
+        Raises ConfigError for a wrong argument, DataError for files that are missing, damaged or of another kind.
+        """
+        read_value(Dtype, str(dtype), "dtype")
+        folder = _find(source, variant, tokenizer, prediction_type)
+        schedule = diffusion.NoiseSchedule.from_config(folder.scheduler)
+        if prediction_type:
+            schedule = diffusion.altered(schedule, prediction_type=prediction_type)
+            folder = dataclasses.replace(folder, scheduler=dict(schedule.config))
+        computed_in = lambda part: jnp.dtype("float32" if part == "vae" and dtype == "float16" else dtype)
+        compute = {part: Compute(dtype=computed_in(part), platform=platform) for part in folder.configs}
+        unet_config = unet.UNetConfig.from_dict(folder.configs["unet"])
+        vae_config = vae.VAEConfig.from_dict(folder.configs["vae"])
+        texts = {
+            name: clip.TextConfig.from_dict(folder.configs[name]) for name in TEXT_ENCODERS if name in folder.configs
+        }
+        return cls(
+            unet=unet.UNet(unet_config, compute["unet"]),
+            vae=vae.AutoencoderKL(vae_config, compute["vae"]),
+            text_models={name: clip.TextModel(config, compute[name]) for name, config in texts.items()},
+            shapes={
+                "unet": unet.abstract_params(unet_config),
+                "vae": vae.abstract_params(vae_config),
+                **{name: clip.abstract_params(config) for name, config in texts.items()},
+            },
+            tokenizers={
+                place: Tokenizer.from_folder(folder.tokenizers[place], window=texts[name].max_position_embeddings)
+                for name, place in TEXT_ENCODERS.items()
+                if name in texts
+            },
+            schedule=schedule,
+            folder=folder,
+            name=str(source),
+        )
+
+    def with_weights(self, *, dtype: Any = None) -> "Model":
+        """Loads all weights of the model. dtype: see `load_weights`."""
+        return Model(self, {part: self.load_weights(part, dtype=dtype) for part in self.shapes})
+
+    def load_weights(self, part: str, *, dtype: Any = None) -> dict[str, Any]:
+        """Loads the parameters of one part, such as `unet`. dtype: by default the number type of the computation."""
+        return load_params(
+            self.folder.tensors(part),
+            self.shapes[part],
+            dtype=dtype or self.module(part).compute.dtype,
+            what=f"{self.name}: {part}",
+        )
 
     @property
     def is_sdxl(self) -> bool:
@@ -169,6 +255,11 @@ class Model:
     placeholders: dict[str, Float[Array, "K D"]] = dataclasses.field(default_factory=dict)
     adapters: dict[str, Any] = dataclasses.field(default_factory=dict)
     tiling: Tiling | None = None
+
+    @classmethod
+    def load(cls, source: str | os.PathLike, dtype: str = "float32", **how: Unpack[Options]) -> "Model":
+        """Loads a model with its weights; see `Outline.load`."""
+        return Outline.load(source, dtype, **how).with_weights()
 
     # ------------------------------------------------------------------------------------------------ computing
 
@@ -394,3 +485,14 @@ def _encode_image(model, params, pixels):
 @functools.partial(jax.jit, static_argnums=0)
 def _decode_latents(model, params, latents):
     return jnp.clip(model.apply({"params": params}, latents, method="decode") / 2 + 0.5, 0.0, 1.0)
+
+
+def _find(
+    source: str | os.PathLike, variant: str | None, tokenizer: str | os.PathLike | None, prediction_type: str
+) -> ModelFolder:
+    path = Path(__file__).parent / "tiny" if source == "tiny" else Path(source)
+    if path.suffix.lower() in SUFFIXES and not path.is_dir():
+        return read_single_file(path, tokenizer=tokenizer, prediction_type=prediction_type)
+    if tokenizer is not None:
+        raise ConfigError(f"tokenizer = {str(tokenizer)!r} is for models of a single file; {source} has its own")
+    return read_folder(path if source == "tiny" else source, variant=variant)

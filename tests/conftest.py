@@ -53,9 +53,9 @@ def tiny():
 @pytest.fixture(scope="session")
 def outline():
     """The embedded model without its weights."""
-    from sdjax import loading
+    from sdjax.model import Outline
 
-    return loading.outline("tiny")
+    return Outline.load("tiny")
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -157,9 +157,8 @@ def micro_base(micro_models):
 @pytest.fixture
 def no_weights(monkeypatch):
     """Fails the test if weights are loaded."""
-    from sdjax import loading
 
     def load(*arguments, **options):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(loading, "load_params", load)
+    monkeypatch.setattr("sdjax.model.load_params", load)

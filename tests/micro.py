@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sdjax import loading
 from sdjax.formats.diffusers_folder import save_folder
+from sdjax.model import Outline
 from sdjax.models import clip, unet, vae
 from sdjax.train import checkpoint
 from sdjax.train.config import RunConfig
@@ -74,7 +74,7 @@ EVERYTHING = [
 
 def make_model(folder: Path, *, sdxl: bool = False, inpainting: bool = False) -> Path:
     """Writes a model for pictures of 16 x 16 pixels, with random weights and the noise schedule of tiny."""
-    tiny = loading.outline("tiny")
+    tiny = Outline.load("tiny")
     text = {**tiny.folder.configs["text_encoder"], **TEXT}
     configs = {"unet": dict(UNET), "vae": dict(VAE), "text_encoder": text}
     configs["unet"] |= {"in_channels": 9} if inpainting else {}

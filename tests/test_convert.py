@@ -7,10 +7,11 @@ import micro
 import numpy as np
 import pytest
 
-from sdjax import __main__, convert, loading, lora, trees
+from sdjax import __main__, convert, lora, trees
 from sdjax.formats.embedding_file import load_embedding, save_embedding
 from sdjax.formats.lora_file import load_lora, save_lora
 from sdjax.formats.safetensors_file import read_safetensors
+from sdjax.model import Model
 
 SHALLOW = {
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
@@ -24,7 +25,7 @@ quick = pytest.fixture(scope="module", autouse=True)(micro.quick_compilation)
 def model(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(micro, "UNET", {**micro.UNET, **SHALLOW})
-        return loading.load(micro.make_model(tmp_path_factory.mktemp("model") / "model"))
+        return Model.load(micro.make_model(tmp_path_factory.mktemp("model") / "model"))
 
 
 def run(*words):
@@ -46,7 +47,7 @@ def test_a_folder_to_a_file_and_back(model, tmp_path, capsys):
     assert __main__.main(["convert", str(model.outline.folder.path), str(file), "--to", "single_file"]) == 0
     assert run(file, folder, "--to", "diffusers", "--tokenizer", model.outline.folder.path) == 0
     assert capsys.readouterr().out.splitlines() == [str(file), str(folder)]
-    same(loading.load(folder).params, model.params)
+    same(Model.load(folder).params, model.params)
     half = tmp_path / "half.safetensors"
     assert run(folder, half, "--to", "single_file", "--dtype", "float16", "--prediction-type", "v_prediction") == 0
     # Without --dtype a model keeps the dtype of its weights.
@@ -63,8 +64,8 @@ def test_a_standard_model_is_widened_for_inpainting(model, tmp_path, capsys):
         form = "single_file" if target.suffix else "diffusers"
         assert run(model.outline.folder.path, target, "--to", form, "--for-inpainting") == 0
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
-    wide = loading.load(folder)
-    same(loading.load(file, tokenizer=folder).params, wide.params)
+    wide = Model.load(folder)
+    same(Model.load(file, tokenizer=folder).params, wide.params)
     assert wide.outline.unet.config.in_channels == 9
     latents, context = np.ones((1, 8, 8, 9), np.float32), np.ones((1, 8, 16), np.float32)
     same(wide.predict(latents, 500, context), model.predict(latents[..., :4], 500, context), atol=1e-5)

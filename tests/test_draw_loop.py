@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax import loading
 from sdjax.draw import loop
 from sdjax.draw.conditioning import Condition
 from sdjax.draw.request import text2image_request
 from sdjax.draw.sampling import Level
 from sdjax.errors import ConfigError
+from sdjax.model import Model
 
 # ------------------------------------------------------------------------------------------------ guidance
 
@@ -63,7 +63,7 @@ def test_further_channels_reach_the_unet():
 
 
 def test_an_inpainting_model_sees_the_mask_and_the_image_in_grey_there(micro_models):
-    model = loading.load(micro_models(inpainting=True))
+    model = Model.load(micro_models(inpainting=True))
     rng = np.random.default_rng(0)
     images = rng.uniform(size=(1, 16, 16, 3)).astype(np.float32)
     masks = np.zeros((1, 16, 16), np.float32)

@@ -13,7 +13,7 @@ from pictures import SCHEDULERS, STOCHASTIC, parity
 from schedules import CONFIGS, IMAGE, KARRAS, MIX, NOISE, SHAPE, keys_of
 
 from sdjax.diffusion import NoiseSchedule, to_denoised
-from sdjax.draw import sampling
+from sdjax.draw import sampling, settings
 from sdjax.draw.solvers import HISTORY, SAMPLERS, Task
 
 ZERO_SNR = ("ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm")
@@ -463,3 +463,7 @@ def test_zero_terminal_snr_stays_finite(sampler, prediction_type):
         "prediction_type": prediction_type,
     }
     assert np.isfinite(ours(config, sampler, 5)).all()
+
+
+def test_the_setting_names_the_samplers_that_there_are():
+    assert list(settings.SAMPLERS) == list(SAMPLERS)

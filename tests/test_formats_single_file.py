@@ -10,7 +10,6 @@ import micro
 import numpy as np
 import pytest
 
-from sdjax import loading
 from sdjax.diffusion import NoiseSchedule
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats import single_file
@@ -20,6 +19,7 @@ from sdjax.formats.ldm_names import ldm_name, ldm_prefixes, ldm_vae_name, vae_na
 from sdjax.formats.openclip import to_openclip
 from sdjax.formats.parameter_names import tensor_name
 from sdjax.formats.safetensors_file import read_safetensors, save_safetensors
+from sdjax.model import Model, Outline
 from sdjax.models import clip, unet, vae
 from sdjax.text.tokenizer import Tokenizer
 from sdjax.trees import leaves
@@ -63,7 +63,7 @@ def model(kind, tmp_path_factory):
     if kind == "sdxl":  # the second text model has OpenCLIP's activation
         file = folder / "text_encoder_2" / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_act": "gelu"}))
-    return loading.load(folder)
+    return Model.load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def same(one, two):
 
 
 def test_what_we_write_we_read(model, written, tmp_path):
-    read = loading.load(written, tokenizer=model.outline.folder.path)
+    read = Model.load(written, tokenizer=model.outline.folder.path)
     assert same(read.params, model.params)
     assert (read.outline.folder.configs, read.outline.folder.scheduler) == (
         model.outline.folder.configs,
@@ -104,7 +104,7 @@ def test_what_we_write_we_read(model, written, tmp_path):
     )
     assert read.outline.folder.model_index["_class_name"] == model.outline.folder.model_index["_class_name"]
     read.save(tmp_path / "folder")
-    again = loading.load(tmp_path / "folder")
+    again = Model.load(tmp_path / "folder")
     assert same(again.params, model.params)
     prompts = ["a red heart", "!"]
     for got, wanted in zip(again.encode_prompts(prompts), model.encode_prompts(prompts), strict=True):
@@ -113,7 +113,7 @@ def test_what_we_write_we_read(model, written, tmp_path):
 
 def test_a_file_without_configs_is_understood(model, kind, foreign):
     """All settings that matter are inferred, including heads, activations and the scale of the latents."""
-    read = loading.load(foreign, tokenizer=model.outline.folder.path, prediction_type="epsilon")
+    read = Model.load(foreign, tokenizer=model.outline.folder.path, prediction_type="epsilon")
     assert same(read.params, model.params)
     assert read.outline.unet.config.sample_size == {"sdxl": 512}.get(kind, 256)  # the VAE has a factor of 2
     for one, two in (
@@ -150,7 +150,7 @@ def test_half_precision(model, tmp_path):
     model.save(tmp_path / "half.safetensors", dtype="float16")
     tensors, _ = read_safetensors(tmp_path / "half.safetensors")
     assert {str(tensor.dtype) for tensor in tensors.values()} == {"float16"}
-    read = loading.load(tmp_path / "half.safetensors", tokenizer=model.outline.folder.path)
+    read = Model.load(tmp_path / "half.safetensors", tokenizer=model.outline.folder.path)
     halved = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float16).astype(np.float32), model.params)
     assert same(read.params, halved)
 
@@ -225,9 +225,9 @@ def test_pickles_nest_their_tensors_and_tell_the_step(model, kind, foreign, tmp_
     nested = {key: torch.from_numpy(tensor.copy()) for key, tensor in tensors.items()}
     nested = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in nested.items()}
     torch.save({"state_dict": nested, "global_step": step, "epoch": 3}, tmp_path / "model.ckpt")
-    read = loading.outline(tmp_path / "model.ckpt", tokenizer=model.outline.folder.path)
+    read = Outline.load(tmp_path / "model.ckpt", tokenizer=model.outline.folder.path)
     halved = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float16).astype(np.float32), model.params["unet"])
-    assert same(loading.load_weights(read, "unet"), halved)
+    assert same(read.load_weights("unet"), halved)
     v = kind == "sd2" and step != 875000
     assert read.schedule.prediction_type == ("v_prediction" if v else "epsilon")
 
@@ -384,7 +384,7 @@ def test_other_files_are_named(tmp_path, keys, kind):
     path = tmp_path / "a.safetensors"
     save_safetensors(path, {key: np.zeros((2, 2), np.float32) for key in keys})
     with pytest.raises(DataError, match=re.escape(kind)) as caught:
-        loading.load(path)
+        Model.load(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
@@ -397,7 +397,7 @@ def test_parts_that_are_missing_or_odd_are_named(model, foreign, tmp_path):
         changed = {new: tensor for key, tensor in tensors.items() if (new := change(key))}
         save_safetensors(path, changed)
         with pytest.raises(DataError, match=match):
-            loading.load(path, tokenizer=model.outline.folder.path)
+            Model.load(path, tokenizer=model.outline.folder.path)
 
     refused("without its VAE", lambda key: None if key.startswith("first_stage") else key)
     refused("no encoder.conv_in.weight", lambda key: None if key.endswith("model.encoder.conv_in.weight") else key)
@@ -416,8 +416,8 @@ def test_the_other_vae_prefix(model, foreign, tmp_path):
     save_safetensors(
         tmp_path / "a.safetensors", {k.replace("first_stage_model.", "vae."): t for k, t in tensors.items()}
     )
-    read = loading.outline(tmp_path / "a.safetensors", tokenizer=model.outline.folder.path)
-    assert same(loading.load_weights(read, "vae"), model.params["vae"])
+    read = Outline.load(tmp_path / "a.safetensors", tokenizer=model.outline.folder.path)
+    assert same(read.load_weights("vae"), model.params["vae"])
 
 
 @SD1_ALONE
@@ -428,11 +428,11 @@ def test_the_channels_tell_inpainting(model, foreign, tmp_path):
     for channels in (9, 8):
         save_safetensors(path, {**tensors, key: np.zeros((32, channels, 3, 3), np.float32)})
         if channels == 9:
-            read = loading.outline(path, tokenizer=model.outline.folder.path)
+            read = Outline.load(path, tokenizer=model.outline.folder.path)
             assert read.unet.config.in_channels == 9 and read.schedule.prediction_type == "epsilon"
             assert read.folder.model_index["_class_name"] == "StableDiffusionInpaintPipeline"
     with pytest.raises(DataError, match="takes 8 channels"):
-        loading.load(path, tokenizer=model.outline.folder.path)
+        Model.load(path, tokenizer=model.outline.folder.path)
 
 
 @SD1_ALONE
@@ -442,7 +442,7 @@ def test_damaged_configs_are_refused(model, foreign, tmp_path):
     for damaged in ("{", "[]", '{"configs": {}, "scheduler": {}}'):
         save_safetensors(path, tensors, {**metadata, "sdjax.configs": damaged})
         with pytest.raises(DataError, match="configs is damaged"):
-            loading.load(path, tokenizer=model.outline.folder.path)
+            Model.load(path, tokenizer=model.outline.folder.path)
 
 
 def test_the_prediction_type_is_what_is_known_of_it(model, kind, foreign, tmp_path, caplog):
@@ -499,11 +499,11 @@ def test_settings_that_do_not_go_together(model, written, tmp_path):
     with pytest.raises(ConfigError, match="cannot hold the new words <w>"):
         model.with_embedding({"<w>": rows}).save(tmp_path / "a.safetensors")
     with pytest.raises(ConfigError, match="is for models of a single file"):
-        loading.load(model.outline.folder.path, tokenizer=tmp_path)
+        Model.load(model.outline.folder.path, tokenizer=tmp_path)
     with pytest.raises(DataError, match="cannot be read"):
-        loading.load(tmp_path / "none.safetensors")
+        Model.load(tmp_path / "none.safetensors")
     with pytest.raises(DataError, match="is no folder with"):
-        loading.load(written, tokenizer=tmp_path)
+        Model.load(written, tokenizer=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

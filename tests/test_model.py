@@ -1,4 +1,4 @@
-"""A model and its outline: what the parts say of it, its text, image and U-Net computations, and what changes it."""
+"""A model and its outline: loading, what the parts say, its text, image and U-Net computations, and what changes it."""
 
 import dataclasses
 import re
@@ -11,20 +11,21 @@ import pictures
 import pytest
 from PIL import Image
 
-from sdjax import loading, lora
+from sdjax import lora
 from sdjax.errors import ConfigError, DataError
+from sdjax.model import Model, Outline
 from sdjax.text.encoding import HiddenState
 from sdjax.text.syntax import Span, emphasis
 
 
 @pytest.fixture(scope="module")
 def model(micro_models):
-    return loading.load(micro_models())
+    return Model.load(micro_models())
 
 
 @pytest.fixture(scope="module")
 def sdxl(micro_models):
-    return loading.outline(micro_models(sdxl=True))
+    return Outline.load(micro_models(sdxl=True))
 
 
 def adapters(model, seed):
@@ -46,7 +47,7 @@ def test_an_outline_tells_sizes_and_kinds(outline, sdxl, micro_models):
     assert outline.text_widths == {"text_encoder": 128}
     assert sdxl.text_widths == {"text_encoder": 16, "text_encoder_2": 16}
     assert [sdxl.module(part) for part in sdxl.shapes] == [sdxl.unet, sdxl.vae, *sdxl.text_models.values()]
-    assert loading.outline(micro_models(inpainting=True)).is_inpainting
+    assert Outline.load(micro_models(inpainting=True)).is_inpainting
     five = outline.unet.clone(config=dataclasses.replace(outline.unet.config, in_channels=5))
     with pytest.raises(ConfigError, match="5 input channels; expected 4 or, for inpainting, 9"):
         _ = dataclasses.replace(outline, unet=five).is_inpainting
@@ -270,3 +271,62 @@ def test_a_model_for_inpainting_computes_what_it_did_whatever_the_new_channels(m
     np.testing.assert_allclose(
         nine.predict(latents, 500, context), model.predict(latents[..., :4], 500, context), atol=1e-5
     )
+
+
+# Loading.
+
+
+def test_an_outline_reads_no_weights(no_weights, micro_models):
+    outline = Outline.load(micro_models())
+    assert outline.name == str(micro_models()) and set(outline.shapes) == {"unet", "vae", "text_encoder"}
+    with pytest.raises(AssertionError, match="weights were loaded"):
+        outline.with_weights()
+
+
+def test_the_weights_have_the_shapes_of_the_outline(micro_models):
+    outline = Outline.load(micro_models(sdxl=True))
+    model = Model.load(micro_models(sdxl=True))
+    assert model.outline.shapes.keys() == outline.shapes.keys() == model.params.keys()
+    shapes_of = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
+    for part, shapes in outline.shapes.items():
+        assert shapes_of(model.params[part]) == shapes_of(shapes)
+    alone = outline.load_weights("text_encoder_2")
+    jax.tree.map(np.testing.assert_array_equal, alone, model.params["text_encoder_2"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_and_computation_have_the_dtype_but_for_the_vae_in_float16(micro_models, dtype):
+    model = Model.load(micro_models(), dtype)
+    for part, params in model.params.items():
+        expected = "float32" if (part, dtype) == ("vae", "float16") else dtype
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {expected}
+        assert model.outline.module(part).compute.dtype == expected
+    weights = model.outline.load_weights("unet", dtype="float32")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(weights)} == {"float32"}
+
+
+def test_the_prediction_type_of_the_model_can_be_put_right(outline):
+    assert outline.schedule.prediction_type == "v_prediction"
+    other = Outline.load("tiny", prediction_type="epsilon")
+    assert other.schedule.prediction_type == other.folder.scheduler["prediction_type"] == "epsilon"
+    np.testing.assert_array_equal(other.schedule.betas, outline.schedule.betas)
+
+
+def test_a_model_is_computed_for_the_platform_that_is_named():
+    outline = Outline.load("tiny", platform="tpu")
+    assert {outline.module(part).compute.target for part in outline.shapes} == {"tpu"}
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "error", "message"),
+    [
+        ("tiny", {"dtype": "int8"}, ConfigError, "dtype = 'int8': expected one of float32, bfloat16, float16"),
+        ("tiny", {"prediction_type": "x"}, ConfigError, "prediction_type"),
+        ("tiny", {"tokenizer": "folder"}, ConfigError, "tokenizer = 'folder' is for models of a single file; tiny has"),
+        ("nowhere/at/all", {}, DataError, "nowhere/at/all"),
+        ("none.safetensors", {}, DataError, "none.safetensors"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(no_weights, source, options, error, message):
+    with pytest.raises(error, match=message):
+        Model.load(source, **options)

@@ -11,10 +11,9 @@ import oracle
 import pytest
 from micro import TOKENIZER, make_images, make_model, quick_compilation, settings
 
-from sdjax import loading
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.embedding_file import save_embedding
-from sdjax.model import Model
+from sdjax.model import Model, Outline
 from sdjax.text.textual_inversion import decay_norm, initial_rows, templates, typical_norm
 from sdjax.text.tokenizer import Tokenizer
 from sdjax.train.results import NOTHING
@@ -113,7 +112,7 @@ PROMPTS = ["a <w> and plana2, red plana2s", "<W>"]
 @pytest.fixture(scope="module", params=["sd1", "sdxl"])
 def model(request, tmp_path_factory):
     folder = make_model(tmp_path_factory.mktemp(request.param) / "model", sdxl=request.param == "sdxl")
-    return loading.load(folder)
+    return Model.load(folder)
 
 
 def new_rows(model, vectors, seed=0):
@@ -145,7 +144,7 @@ def test_calls_add_up_and_a_saved_folder_gives_the_same(model, tmp_path):
     expected = taught.encode_prompts(PROMPTS)
     other = model.with_embedding({"Plana2": two}).with_embedding({"<w>": one})
     taught.save(tmp_path / "saved")
-    saved = loading.load(tmp_path / "saved")
+    saved = Model.load(tmp_path / "saved")
     for same in (other, saved):
         for ours, theirs in zip(same.encode_prompts(PROMPTS), expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
@@ -153,7 +152,7 @@ def test_calls_add_up_and_a_saved_folder_gives_the_same(model, tmp_path):
     assert not saved.placeholders and len(again.placeholders["text_encoder"]) == 2
     again.save(tmp_path / "again")
     prompts = ["<later> <w>", "plana2 <later>"]
-    reread = loading.load(tmp_path / "again")
+    reread = Model.load(tmp_path / "again")
     for got, expected in zip(reread.encode_prompts(prompts), again.encode_prompts(prompts), strict=True):
         np.testing.assert_array_equal(got, expected)
 
@@ -164,10 +163,10 @@ def test_rows_go_where_the_tokenizer_numbers_them(model, tmp_path):
     config = tmp_path / "padded" / "text_encoder" / "config.json"
     values = json.loads(config.read_text())
     config.write_text(json.dumps(values | {"vocab_size": values["vocab_size"] + 1}))
-    wider = Model(loading.outline(tmp_path / "padded"), params_with_a_wider_table(model))
+    wider = Model(Outline.load(tmp_path / "padded"), params_with_a_wider_table(model))
     taught = wider.with_embedding({"<w>": new_rows(model, 2)})
     taught.save(tmp_path / "saved")
-    saved = loading.load(tmp_path / "saved")
+    saved = Model.load(tmp_path / "saved")
     assert saved.outline.text_models["text_encoder"].config.vocab_size == values["vocab_size"] + 2
     for got, expected in zip(saved.encode_prompts(PROMPTS), taught.encode_prompts(PROMPTS), strict=True):
         np.testing.assert_array_equal(got, expected)
@@ -284,7 +283,7 @@ def test_diffusers_gives_the_same_context(model, tmp_path, word, vectors):
         if hasattr(pipeline, name):
             shutil.rmtree(tmp_path / "theirs" / name)
             getattr(pipeline, name).save_pretrained(tmp_path / "theirs" / name)
-    for ours, wanted in zip(loading.load(tmp_path / "theirs").encode_prompts(prompts), expected, strict=False):
+    for ours, wanted in zip(Model.load(tmp_path / "theirs").encode_prompts(prompts), expected, strict=False):
         np.testing.assert_allclose(ours, wanted, atol=1e-4)
 
 

@@ -9,8 +9,8 @@ import pytest
 import tiny_data
 from PIL import Image
 
-from sdjax import loading
 from sdjax.data import records
+from sdjax.model import Model
 from sdjax.text.tokenizer import Tokenizer
 from sdjax.train.config_file import parse_args
 
@@ -137,7 +137,7 @@ def test_clip_reads_the_tokenizer_as_we_do(tokenizer_folder):
 
 def test_untrained_model_loads_and_its_branches_start_at_zero(tmp_path):
     counts = tiny_data.write_model(tmp_path / "model", ["red heart", "a cat"], seed=1)
-    model = loading.load(tmp_path / "model")
+    model = Model.load(tmp_path / "model")
     unet, vae, text = model.params["unet"], model.params["vae"], model.params["text_encoder"]
     for ends in (
         unet["conv_out"],

@@ -17,7 +17,6 @@ from PIL import Image
 from sdjax.data.dataset import make_batch
 from sdjax.data.images import Crop, Size, read_image, to_float
 from sdjax.errors import DataError
-from sdjax.loading import load_weights
 from sdjax.text import textual_inversion
 from sdjax.train import loop, stages
 from sdjax.train.encoding import class_images, encode
@@ -53,7 +52,7 @@ def batches(run, dataset, count):
 
 def moments_of(run, pixels):
     vae = run.outline.vae
-    return np.asarray(vae.apply({"params": load_weights(run.outline, "vae")}, to_float(pixels), method="encode"))
+    return np.asarray(vae.apply({"params": run.outline.load_weights("vae")}, to_float(pixels), method="encode"))
 
 
 def test_the_autoencoder_gets_pixels_and_no_text(model, images):
@@ -87,7 +86,7 @@ def test_what_is_cached_needs_no_weights(model, images, tmp_path):
 
 def test_another_autoencoder_makes_other_latents(model, images):
     run = plan_run(model, images)
-    trained = jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(1.1), load_weights(run.outline, "vae"))
+    trained = jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(1.1), run.outline.load_weights("vae"))
     first, other = (encoded(run, earlier)[0] for earlier in (NOTHING, NOTHING._replace(weights={"vae": trained})))
     assert np.abs(first.buckets[0].arrays["moments"] - other.buckets[0].arrays["moments"]).max() > 0.01
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax import diffusion, loading, trees
+from sdjax import diffusion, trees
 from sdjax.data.dataset import make_batch
 from sdjax.data.holes import make_holes
 from sdjax.data.images import Crop, Size, read_image
 from sdjax.draw import loop
 from sdjax.formats.lora_file import load_lora
+from sdjax.model import Model, Outline
 from sdjax.train import stages
 from sdjax.train.encoding import encode
 from sdjax.train.loop import train
@@ -75,7 +76,7 @@ def test_training_sees_what_drawing_sees(prepared):
     size = Size(16, 16)
     pixels = np.stack([read_image(record.path, size)[0] for record in images.records]) / np.float32(255)
     holes = np.stack([make_holes(r, size, [Crop()], count=1, full=0, seed=0)[0, 0] for r in images.records])
-    seen = loop.mask_channels(loading.load(run.config.model), pixels, holes.astype(np.float32))
+    seen = loop.mask_channels(Model.load(run.config.model), pixels, holes.astype(np.float32))
     np.testing.assert_array_equal(seen[..., :1], images.arrays["hole"][:, 0])
     # The scaling factor is 1.
     np.testing.assert_allclose(seen[..., 1:], images.arrays["kept"][:, 0], atol=1e-5)
@@ -179,7 +180,7 @@ def test_lora_and_words_are_trained_exported_and_resumed_to_the_same_bits(settin
     config = settings(kind, kind, stages=[BOTH], validation=prompts, checkpoint={"every": 1, "keep": 9}, data=MOVED)
     assert train(config) == 0
     output = Path(config.output)
-    adapter = load_lora(output / "export" / "style" / "lora.safetensors", loading.outline(config.model).shapes)
+    adapter = load_lora(output / "export" / "style" / "lora.safetensors", Outline.load(config.model).shapes)
     assert all(np.abs(layer["up"]).max() > 0 for _, layer in trees.layers(adapter["unet"], "up"))
     losses = [line["held_out_loss"] for line in micro.metric_lines(output, "held_out_loss")]
     assert len(losses) == 2 and losses[0] != losses[1]

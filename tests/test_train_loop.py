@@ -15,9 +15,10 @@ import micro
 import numpy as np
 import pytest
 
-from sdjax import loading, trees
+from sdjax import trees
 from sdjax.errors import ConfigError, DataError, TrainingStopped
 from sdjax.formats.lora_file import load_lora
+from sdjax.model import Outline
 from sdjax.train import checkpoint, config_file
 from sdjax.train.loop import train
 
@@ -136,7 +137,7 @@ def test_two_stages_add_up_and_resume_between(settings, micro_models):
     )
     assert train(config) == 0
     output = Path(config.output)
-    shapes = loading.outline(model).shapes
+    shapes = Outline.load(model).shapes
     first, second = (load_lora(output / "export" / name / "lora.safetensors", shapes) for name in ("first", "second"))
     assert set(first) == {"unet"} and set(second) == {"unet", "text_encoder", "text_encoder_2"}
     # The second adapter holds the first: its ranks come first.
@@ -196,5 +197,5 @@ def test_bfloat16_with_remat_and_accumulation_trains_under_pmap(settings):
         parallel={"mode": "pmap", "mesh": {"data": 2}},
     )
     assert train(config) == 0
-    tree = load_lora(f"{config.output}/export/style", loading.outline(config.model).shapes)
+    tree = load_lora(f"{config.output}/export/style", Outline.load(config.model).shapes)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))

@@ -9,19 +9,18 @@ import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
-from sdjax import loading
 from sdjax.draw import loop
 from sdjax.draw.request import img2img_request, inpaint_request, text2image_request
 from sdjax.draw.settings import InpaintSettings, Settings, TextToImageSettings
-from sdjax.model import Model
+from sdjax.model import Model, Options
 
 
-def load(source: str | os.PathLike, dtype: str = "float32", **how: Unpack[loading.Options]) -> "StableDiffusion":
+def load(source: str | os.PathLike, dtype: str = "float32", **how: Unpack[Options]) -> "StableDiffusion":
     """Loads a model: "tiny" (embedded), a diffusers folder, a .safetensors or .ckpt file of a whole model, or a hub id.
 
-    See `loading.outline` for the arguments and errors.
+    See `model.Outline.load` for the arguments and errors.
     """
-    return StableDiffusion(loading.load(source, dtype, **how))
+    return StableDiffusion(Model.load(source, dtype, **how))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,8 +10,21 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict, cast, get_type_hints
 
-from sdjax.draw.solvers import SAMPLERS
 from sdjax.settings import Fraction, Range, Seed, choices, metadata, parse, read_record
+
+SAMPLERS = {
+    "ddim": "DDIM",
+    "pndm": "PLMS",
+    "lms": "LMS",
+    "heun": "Heun",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+}
+"""Name -> label in A1111 of every sampler; `draw.solvers` defines them."""
 
 if TYPE_CHECKING:
     SamplerName = str
@@ -76,9 +89,7 @@ class Reading(TypedDict, total=False):
 class Sampling(TypedDict, total=False):
     """Settings of the sampler, the guidance and the size."""
 
-    sampler: Annotated[
-        SamplerName, Declared("dpmpp_2m", "sampler", "Sampler", True, names={n: s.label for n, s in SAMPLERS.items()})
-    ]
+    sampler: Annotated[SamplerName, Declared("dpmpp_2m", "sampler", "Sampler", True, names=SAMPLERS)]
     steps: Annotated[Steps, Declared(20, "sampler steps", "Steps", axis=True)]
     karras: Annotated[
         bool,

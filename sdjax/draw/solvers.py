@@ -481,12 +481,11 @@ def _lcm(task: Task) -> Iterator[Entry]:
 class Sampler(NamedTuple):
     """One sampler.
 
-    label: the name in A1111. entries: the solver. options: the options of the scheduler class in diffusers, with the
-    defaults of that class. scaled_start: whether the sigma of the first level scales the initial noise; with
-    timesteps spaced "leading" it never does.
+    entries: the solver. options: the options of the scheduler class in diffusers, with the defaults of that class.
+    scaled_start: whether the sigma of the first level scales the initial noise; with timesteps spaced "leading" it
+    never does.
     """
 
-    label: str
     entries: Callable[[Task], Iterator[Entry]]
     options: Mapping[str, Any]
     scaled_start: bool = False
@@ -521,7 +520,6 @@ _DPMPP = {
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(
-        "DDIM",
         _ddim,
         {
             **(_LEADING | _ZERO_SNR | _THRESHOLD),
@@ -530,27 +528,22 @@ SAMPLERS: dict[str, Sampler] = {
             "clip_sample_range": 1.0,
         },
     ),
-    "pndm": Sampler("PLMS", _pndm, {**_LEADING, "skip_prk_steps": False, "set_alpha_to_one": False}),
-    "lms": Sampler("LMS", _lms, {**_LINSPACE, **_KARRAS}, scaled_start=True),
-    "heun": Sampler(
-        "Heun", _heun, {**_LINSPACE, **_KARRAS, "clip_sample": False, "clip_sample_range": 1.0}, scaled_start=True
-    ),
+    "pndm": Sampler(_pndm, {**_LEADING, "skip_prk_steps": False, "set_alpha_to_one": False}),
+    "lms": Sampler(_lms, {**_LINSPACE, **_KARRAS}, scaled_start=True),
+    "heun": Sampler(_heun, {**_LINSPACE, **_KARRAS, "clip_sample": False, "clip_sample_range": 1.0}, scaled_start=True),
     "euler": Sampler(
-        "Euler",
         _euler,
         {**(_LINSPACE | _KARRAS | _ZERO_SNR), "interpolation_type": "linear", "final_sigmas_type": "zero"},
         scaled_start=True,
     ),
-    "euler_a": Sampler("Euler a", _euler_ancestral, {**_LINSPACE, **_ZERO_SNR}, scaled_start=True),
-    "dpmpp_2m": Sampler("DPM++ 2M", _dpmpp_2m, _DPMPP),
-    "dpmpp_2m_sde": Sampler("DPM++ 2M SDE", _dpmpp_2m_sde, _DPMPP),
+    "euler_a": Sampler(_euler_ancestral, {**_LINSPACE, **_ZERO_SNR}, scaled_start=True),
+    "dpmpp_2m": Sampler(_dpmpp_2m, _DPMPP),
+    "dpmpp_2m_sde": Sampler(_dpmpp_2m_sde, _DPMPP),
     "unipc": Sampler(
-        "UniPC",
         _unipc,
         {**(_LINSPACE | _KARRAS | _ZERO_SNR | _THRESHOLD | _SOLVER), "solver_type": "bh2", "disable_corrector": []},
     ),
     "lcm": Sampler(
-        "LCM",
         _lcm,
         {
             **(_ZERO_SNR | _THRESHOLD),

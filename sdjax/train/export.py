@@ -14,7 +14,6 @@ import numpy as np
 
 from sdjax.formats.embedding_file import file_name, save_embedding
 from sdjax.formats.lora_file import save_lora
-from sdjax.loading import load_weights
 from sdjax.model import Model
 from sdjax.runtime.whole_file import replacing
 from sdjax.train.config import RunConfig
@@ -54,7 +53,7 @@ def _save_model(folder: Path, config: RunConfig, plan: StagePlan, results: Resul
     """Writes the model with its trained weights, but without adapters and new words, which have separate files."""
     outline = plan.recipe.outline
     params = {
-        part: results.weights[part] if part in results.weights else load_weights(outline, part, dtype=jnp.float32)
+        part: results.weights[part] if part in results.weights else outline.load_weights(part, dtype=jnp.float32)
         for part in outline.shapes
     }
     scheduler = {**outline.folder.scheduler, **outline.schedule.config}

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from sdjax import lora
 from sdjax.errors import ConfigError
-from sdjax.loading import load_weights
 from sdjax.model import Outline
 from sdjax.text import textual_inversion
 from sdjax.text.encoding import TEXT_ENCODERS
@@ -49,7 +48,7 @@ NOTHING = Results({}, {}, {})
 
 def base_weights(outline: Outline, part: str, earlier: Results, *, dtype: Any = None) -> dict[str, Any]:
     """Returns the weights of a part after some stages: from its file or trained, with the adapter merged in."""
-    weights = earlier.weights[part] if part in earlier.weights else load_weights(outline, part, dtype=dtype)
+    weights = earlier.weights[part] if part in earlier.weights else outline.load_weights(part, dtype=dtype)
     return lora.merge(weights, earlier.adapters[part]) if part in earlier.adapters else weights
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
-from sdjax import diffusion, loading
+from sdjax import diffusion
 from sdjax.data import buckets, captions, records
 from sdjax.data.buckets import Buckets
 from sdjax.data.images import Size
@@ -166,7 +166,7 @@ def plan_run(config: RunConfig, scan: Scan = _scan) -> Run:
         _find_images(own, stage, f"stages.{i}", config.seed, scan)
         for i, (own, stage) in enumerate(zip(data, config.stages, strict=True))
     ]
-    outline = loading.outline(config.model, config.dtype, variant=config.variant or None)
+    outline = Outline.load(config.model, config.dtype, variant=config.variant or None)
     schedule = diffusion.altered(
         outline.schedule, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr
     )

@@ -17,7 +17,6 @@ from sdjax.data.images import Size, picture, read_image
 from sdjax.draw import grids
 from sdjax.draw.pipeline import StableDiffusion
 from sdjax.formats.png_parameters import save_png
-from sdjax.loading import load_weights
 from sdjax.model import Model
 from sdjax.models import vae
 from sdjax.train.config import Validation
@@ -160,7 +159,7 @@ class Validator:
         """Returns the model before the first stage."""
         outline = self._run.outline
         at_hand = self._frozen["params"] | self._untrained if self._earlier == NOTHING else {}
-        return Model(outline, {p: at_hand[p] if p in at_hand else load_weights(outline, p) for p in outline.shapes})
+        return Model(outline, {p: at_hand[p] if p in at_hand else outline.load_weights(p) for p in outline.shapes})
 
 
 def _masked_pictures(bucket: Bucket, plan: StagePlan, *, count: int) -> list[tuple[str, Image.Image, Image.Image]]:
