@@ -35,7 +35,18 @@ def _convert(argv: Sequence[str]) -> int:
     return main(argv)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "generate": _generate, "convert": _convert}
+def _plan(argv: Sequence[str]) -> int:
+    from sdjax.plan import main
+
+    return main(argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": _train,
+    "generate": _generate,
+    "convert": _convert,
+    "plan": _plan,
+}
 """Each imports its module when it is called, so no command waits for the imports of another."""
 
 

@@ -84,16 +84,18 @@ class Outline:
         platform: str | None = None,
         tokenizer: str | os.PathLike | None = None,
         prediction_type: str = "",
+        weights: bool = True,
     ) -> "Outline":
         """Loads a model without its weights, none of which is read.
 
         source: "tiny" (embedded), a diffusers folder, a .safetensors or .ckpt file of a whole model, or a hub id.
         dtype: the number type of the weights and the computation: float32, bfloat16 or float16. With float16 the VAE
-        stays in float32, whose range it needs. The other arguments are described in `Options`.
+        stays in float32, whose range it needs. weights: whether the files of the weights must be there; if not, a model
+        of the hub is known from a few small files. The other arguments are described in `Options`.
         Raises ConfigError for a wrong argument, DataError for files that are missing, damaged or of another kind.
         """
         read_value(Dtype, str(dtype), "dtype")
-        folder = _find(source, variant, tokenizer, prediction_type)
+        folder = _find(source, variant, tokenizer, prediction_type, weights)
         schedule = diffusion.NoiseSchedule.from_config(folder.scheduler)
         if prediction_type:
             schedule = diffusion.altered(schedule, prediction_type=prediction_type)
@@ -133,7 +135,7 @@ class Outline:
         return load_params(
             self.folder.tensors(part),
             self.shapes[part],
-            dtype=dtype or self.module(part).compute.dtype,
+            dtype=dtype or self.dtype(part),
             what=f"{self.name}: {part}",
         )
 
@@ -178,6 +180,10 @@ class Outline:
         """The Flax module of a part."""
         return {"unet": self.unet, "vae": self.vae, **self.text_models}[part]
 
+    def dtype(self, part: str) -> jnp.dtype:
+        """The number type that a part is computed in, and its weights are loaded in."""
+        return self.module(part).compute.dtype
+
     def tokenize(self, prompts: Sequence[str], *, chunks: int | None = None) -> dict[str, Int[np.ndarray, "B n T"]]:
         """Token ids of each prompt for each text model, in the same number of chunks for all."""
         count = chunks or self.chunks(prompts)
@@ -193,6 +199,21 @@ class Outline:
         if clip_skip is not None and not 1 <= clip_skip <= layers:
             raise ConfigError(f"clip_skip = {clip_skip}: must lie in 1 (last layer)..{layers}")
         return HiddenState(clip_skip or (2 if self.is_sdxl else 1), final_norm=not self.is_sdxl)
+
+    def abstract_context(self, count: int, chunks: int, clip_skip: int | None = None) -> tuple[Any, Any]:
+        """The shapes of what `Model.encode_prompts` returns for `count` prompts."""
+        encode = functools.partial(encode_ids, self.text_models, hidden=self.hidden_state(clip_skip))
+        params = {name: variables(self.abstract_params(name)) for name in self.text_models}
+        return jax.eval_shape(lambda params, ids: encode(params, ids), params, self.abstract_ids(count, chunks))
+
+    def abstract_ids(self, count: int, chunks: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of what `tokenize` returns for `count` prompts."""
+        windows = {name: model.config.max_position_embeddings for name, model in self.text_models.items()}
+        return {name: jax.ShapeDtypeStruct((count, chunks, window), jnp.int32) for name, window in windows.items()}
+
+    def abstract_params(self, part: str) -> Any:
+        """The shapes of the parameters of a part in the number type that they are loaded in."""
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype(part)), self.shapes[part])
 
     def added_conditions(self, pooled: Float[Array, "B P"], height: int, width: int) -> dict[str, Array] | None:
         """SDXL's added conditions for pictures of one size in pixels; None for other models.
@@ -315,14 +336,14 @@ class Model:
         if not isinstance(images, (Array, np.ndarray)):
             images = np.stack([pixels(image, Size(image.height, image.width)) for image in images])
         values = jnp.asarray(images, jnp.float32)
-        encode = functools.partial(_encode_image, self.outline.vae, self.params["vae"])
+        encode = functools.partial(compiled_encode, self.outline.vae, self.params["vae"])
         means = [self._in_tiles(encode, values[i : i + 1], encode=True) for i in range(len(values))]
         return vae.scale_latents(self.outline.vae.config, jnp.concatenate(means))
 
     def decode_latents(self, latents: Float[Array | np.ndarray, "B h w 4"]) -> Float[Array, "B H W 3"]:
         """Pictures with values in [0, 1]. They are decoded one at a time, so memory does not grow with the batch."""
         unscaled = vae.unscale_latents(self.outline.vae.config, jnp.asarray(latents, jnp.float32))
-        decode = functools.partial(_decode_latents, self.outline.vae, self.params["vae"])
+        decode = functools.partial(compiled_decode, self.outline.vae, self.params["vae"])
         return jnp.concatenate(
             [self._in_tiles(decode, unscaled[i : i + 1], encode=False) for i in range(len(unscaled))]
         )
@@ -478,21 +499,27 @@ def _predict(model, params, latents, timesteps, context, added):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode_image(model, params, pixels):
+def compiled_encode(model, params, pixels):
+    """The mean of the posterior of images with values in [0, 1], unscaled."""
     return vae.posterior_mean(model.apply({"params": params}, 2 * pixels - 1, method="encode"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode_latents(model, params, latents):
+def compiled_decode(model, params, latents):
+    """The images of unscaled latents, with values in [0, 1]."""
     return jnp.clip(model.apply({"params": params}, latents, method="decode") / 2 + 0.5, 0.0, 1.0)
 
 
 def _find(
-    source: str | os.PathLike, variant: str | None, tokenizer: str | os.PathLike | None, prediction_type: str
+    source: str | os.PathLike,
+    variant: str | None,
+    tokenizer: str | os.PathLike | None,
+    prediction_type: str,
+    weights: bool,
 ) -> ModelFolder:
     path = Path(__file__).parent / "tiny" if source == "tiny" else Path(source)
     if path.suffix.lower() in SUFFIXES and not path.is_dir():
         return read_single_file(path, tokenizer=tokenizer, prediction_type=prediction_type)
     if tokenizer is not None:
         raise ConfigError(f"tokenizer = {str(tokenizer)!r} is for models of a single file; {source} has its own")
-    return read_folder(path if source == "tiny" else source, variant=variant)
+    return read_folder(path if source == "tiny" else source, variant=variant, weights=weights)

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 """Version of the entries, part of what each depends on. Raise it whenever an entry's contents change their meaning."""
 
+TEXTS_AT_ONCE = 16
+"""Captions that are encoded at a time."""
+
 Arrays = Mapping[str, Shaped[np.ndarray, " N *S"]]
 
 
@@ -209,7 +212,7 @@ def cache_texts(
     folder: str | Path,
     model: str,
     settings: Mapping[str, Any] | None = None,
-    batch_size: int = 16,
+    batch_size: int = TEXTS_AT_ONCE,
 ) -> Texts:
     """Returns each distinct caption and the empty caption as arrays, from the cache or computed now and cached.
 
@@ -253,9 +256,14 @@ def _bad_image(reason: object) -> DataError:
 
 
 def _storable(array: Any) -> np.ndarray:
-    """The array on the host, in one of NumPy's number types: bfloat16 becomes float32."""
+    """The array on the host, in a number type that is stored."""
     array = np.asarray(array)
-    return array.astype(np.float32) if array.dtype.kind == "V" or array.dtype.name == "bfloat16" else array
+    return array.astype(storable(array.dtype), copy=False)
+
+
+def storable(dtype: np.dtype) -> np.dtype:
+    """The number type that arrays of this type are stored in: one of NumPy's, so float32 for bfloat16."""
+    return np.dtype(np.float32) if dtype.kind == "V" or dtype.name == "bfloat16" else dtype
 
 
 def _entry(

@@ -238,7 +238,7 @@ def _sample_group(
     keys = request.keys[np.array(group.rows)]
     settings, outline = request.settings, model.outline
     guidance, rescale = jnp.float32(settings["guidance"]), jnp.float32(settings["guidance_rescale"])
-    sampler_step = _compiled_sampler_step(outline.unet.compute.target, is_large(model.params["unet"]))
+    sampler_step = compiled_sampler_step(outline)
     for i in tqdm(range(int(table.length)), desc=settings["sampler"], disable=not request.progress, leave=False):
         state = sampler_step(
             outline.unet, outline.schedule.prediction_type, variables, state, np.int32(i), table,
@@ -247,8 +247,13 @@ def _sample_group(
     return np.asarray(state.latents)
 
 
+def compiled_sampler_step(outline: Outline) -> Any:
+    """Returns `_sampler_step` as a compiled function, which all models of this size share."""
+    return _compiled(outline.unet.compute.target, is_large(outline.shapes["unet"]))
+
+
 @functools.cache
-def _compiled_sampler_step(platform: str, large: bool):
+def _compiled(platform: str, large: bool) -> Any:
     options = compiler_options(platform, large=large)
     return jax.jit(_sampler_step, static_argnums=(0, 1), donate_argnums=3, compiler_options=options)
 

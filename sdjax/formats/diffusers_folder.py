@@ -59,19 +59,22 @@ class ModelFolder:
         return tensors
 
 
-def read_folder(source: str | os.PathLike, *, variant: str | None = None, revision: str | None = None) -> ModelFolder:
+def read_folder(
+    source: str | os.PathLike, *, variant: str | None = None, revision: str | None = None, weights: bool = True
+) -> ModelFolder:
     """Reads a model folder, or a model on the hub, whose needed files are downloaded unless they are in the cache.
 
     source: a folder or a hub id. variant: of the weight files, such as "fp16" for
     `diffusion_pytorch_model.fp16.safetensors`. For a part without files of this variant the plain files are used.
     Without a variant the plain files are used, or fp16 where there are no plain ones.
+    weights: whether the files of the weights must be there. If not, none is downloaded, and `weights` is empty.
     Raises DataError for a folder that is missing, incomplete, or of another kind of model, which the error names.
     """
     path = Path(source)
     if not path.is_dir():
         if path.exists():
             raise DataError(f"{source}: a file where a model folder is expected")
-        path = _download(str(source), variant, revision)
+        path = _download(str(source), variant, revision, weights)
     index = _read_index(path)
     _check_kind(path, index)
     present = [name for name in _PARTS if _class_of(index, name)]
@@ -87,7 +90,7 @@ def read_folder(source: str | os.PathLike, *, variant: str | None = None, revisi
         configs=configs,
         scheduler=_read_json(path / "scheduler" / "scheduler_config.json"),
         tokenizers=tokenizers,
-        weights={name: _find_weights(path / name, variant) for name in present},
+        weights={name: _find_weights(path / name, variant) for name in present} if weights else {},
     )
 
 
@@ -285,7 +288,7 @@ _SMALL_FILES = [
 ]
 
 
-def _download(repository: str, variant: str | None, revision: str | None) -> Path:
+def _download(repository: str, variant: str | None, revision: str | None, weights: bool) -> Path:
     """Downloads the needed files of a model on the hub. Returns their folder in the cache."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII):
         raise DataError(f"{repository}: no such folder, and not a hub id of the form owner/name")
@@ -294,6 +297,8 @@ def _download(repository: str, variant: str | None, revision: str | None) -> Pat
         raise DataError(f"{repository}: not a diffusers model on the hub: it has no model_index.json")
     index = _read_index(path)
     _check_kind(path, index)
+    if not weights:
+        return path
     wanted = [name for name in _PARTS if _class_of(index, name)]
     for suffix, name in _choices(variant):
         # One kind of file at a time, because a repository often holds the same weights in four kinds.

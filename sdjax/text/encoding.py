@@ -45,7 +45,7 @@ def encode_ids(
     """
     used = {name: variables[name] for name in text_models}
     weighting = None if weights is None else (dict(weights), np.bool_(restore_mean))
-    return _encode_ids(tuple(text_models.items()), hidden, used, dict(ids), weighting)
+    return compiled_encode_ids(tuple(text_models.items()), hidden, used, dict(ids), weighting)
 
 
 def zeroed(values: Float[Array, "B ..."], empty: Bool[Array | np.ndarray, " B"]) -> Float[Array, "B ..."]:
@@ -75,7 +75,8 @@ def emphasised(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode_ids(models, hidden, variables, ids, weighting=None):
+def compiled_encode_ids(models, hidden, variables, ids, weighting=None):
+    """`encode_ids` with hashable models. weighting: the weights, and whether the mean is restored."""
     contexts, pooled = [], None
     for name, model in models:
         batch, chunks, length = ids[name].shape

@@ -121,18 +121,17 @@ def _image_encoder(run: Run, plan: StagePlan, earlier: Results, folder: Path) ->
     weights_digest = f"{run.fingerprint} {run.config.dtype} {earlier.digest('vae')}"
 
     def moments(images: UInt8[np.ndarray, "B H W 3"]) -> Array:
-        return _moments(outline.vae, weights(), to_float(images))
+        return compiled_moments(outline.vae, weights(), to_float(images))
 
     def holes(images: UInt8[np.ndarray, "B H W 3"], hidden: Bool[np.ndarray, "B H W"]) -> dict[str, Any]:
         arrays: dict[str, Any] = {"hole": inpainting.cells(hidden.astype(np.float32), factor)}
         if sees_kept:  # as in drawing, hidden pixels are grey, which is 0
             kept = np.where(hidden[..., None], np.float32(0), to_float(images))
-            arrays["kept"] = vae.posterior_mean(_moments(outline.vae, weights(), kept))
+            arrays["kept"] = vae.posterior_mean(compiled_moments(outline.vae, weights(), kept))
         return arrays
 
     def encode(kind: str, records: Sequence[Record], views: cache.Views, *, masked: bool = False) -> cache.Images:
-        # Large images are encoded one at a time, as drawing decodes them, to save memory.
-        options: Any = {"folder": folder, "batch_size": 8 if plan.data.resolution <= 128 else 1}
+        options: Any = {"folder": folder, "batch_size": images_at_once(plan.data.resolution)}
         with _bar(f"{plan.stage.name}: encoding {kind} images", len(records)) as bar:
             images = cache.cache_images(
                 records,
@@ -156,6 +155,11 @@ def _image_encoder(run: Run, plan: StagePlan, earlier: Results, folder: Path) ->
         return cache.cache_masks(images, views, factor, folder=folder) if masked else images
 
     return encode
+
+
+def images_at_once(resolution: int) -> int:
+    """Returns how many images are encoded at a time: large ones one by one, as drawing decodes them, to save memory."""
+    return 8 if resolution <= 128 else 1
 
 
 def _check_usable(buckets: Sequence[cache.Images]) -> None:
@@ -205,7 +209,8 @@ def _encode_texts(run: Run, plan: StagePlan, captions: Sequence[str], earlier: R
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _moments(module: vae.AutoencoderKL, params: PyTree, images: Array) -> Array:
+def compiled_moments(module: vae.AutoencoderKL, params: PyTree, images: Array) -> Array:
+    """Returns the moments [B, h, w, 2C] of the posterior of images with values in [-1, 1]."""
     return jnp.asarray(module.apply({"params": params}, images, method="encode"))
 
 

@@ -31,7 +31,10 @@ class TrainStep(Protocol):
 
 
 class Parallel(NamedTuple):
-    """A training step on several devices."""
+    """A training step on several devices.
+
+    The functions that place also take shapes (`jax.ShapeDtypeStruct`), for a step that is only compiled.
+    """
 
     devices: int
     """The number of parts that the batch is split into."""
@@ -113,7 +116,7 @@ def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], opt
 
     def place_state(tree: PyTree) -> PyTree:
         # The step overwrites its state, and device_put may share memory with the argument, even with may_alias=False.
-        return jax.tree.map(lambda leaf: _put(leaf.copy(), split(leaf)), tree)
+        return place_frozen(jax.tree.map(lambda leaf: leaf if _is_shape(leaf) else leaf.copy(), tree))
 
     def place_frozen(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: _put(leaf, split(leaf)), tree)
@@ -130,7 +133,9 @@ def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], opt
     def place_batch(batch: Mapping[str, np.ndarray]) -> PyTree:
         # With a callback, because a process can place data only on its devices.
         return {
-            name: jax.make_array_from_callback(array.shape, parts, lambda part, array=array: array[part])
+            name: _put(array, parts)
+            if _is_shape(array)
+            else jax.make_array_from_callback(array.shape, parts, lambda part, array=array: array[part])
             for name, array in batch.items()
         }
 
@@ -192,10 +197,12 @@ def _under_pmap(train_step: TrainStep, devices: list[Any]) -> Parallel:
     def replicate(tree: PyTree) -> PyTree:
         # A program is the only way to replicate for pmap that every version of JAX has. It needs a mapped argument. Its
         # axis must have the name of the step's axis, or the step is compiled again for the state that it returns.
-        return copy(np.arange(count, dtype=np.int32), tree)
+        place = jax.eval_shape if any(map(_is_shape, jax.tree.leaves(tree))) else lambda copy, *trees: copy(*trees)
+        return place(copy, np.arange(count, dtype=np.int32), tree)
 
     def place_batch(batch: Mapping[str, np.ndarray]) -> PyTree:
-        return {name: array.reshape(count, -1, *array.shape[1:]) for name, array in batch.items()}
+        split = lambda array: array.reshape(count, -1, *array.shape[1:])
+        return {name: jax.eval_shape(split, x) if _is_shape(x) else split(x) for name, x in batch.items()}
 
     def fetch(state: PyTree) -> PyTree:
         return _fetch(jax.tree.map(lambda leaf: leaf[0], state))
@@ -203,7 +210,13 @@ def _under_pmap(train_step: TrainStep, devices: list[Any]) -> Parallel:
     return Parallel(count, step, replicate, replicate, place_batch, fetch)
 
 
-def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> Any:
+    if _is_shape(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.jit(lambda: leaf, out_shardings=sharding)()  # device_put refuses keys across processes
     return jax.device_put(leaf, sharding)

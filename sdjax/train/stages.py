@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,8 @@ class StagePlan(NamedTuple):
     parallel: Parallel
     state: State
     """Shapes of the state that a checkpoint of this stage holds."""
+    frozen: Frozen
+    """Shapes of what the steps leave as it is."""
     words: dict[str, int]
     """Vectors of each new word of this stage and the stages before it, in the order of their rows."""
     new_words: dict[str, Rows | int]
@@ -129,13 +131,14 @@ class Images(NamedTuple):
     fingerprint: str
 
 
-def plan_runs(config: RunConfig) -> tuple[Run, ...]:
+def plan_runs(config: RunConfig, devices: Sequence[Any] | None = None) -> tuple[Run, ...]:
     """Checks everything that can be checked before weights are read. Raises ConfigError and DataError.
 
     Returns one run, or a run for each copy. Copies step in one program, so their shapes must agree.
+    devices: those of another machine, to plan a run for it, which needs no weights; by default JAX's devices.
     """
     scan = functools.cache(_scan)
-    runs = tuple(plan_run(member, scan) for member in config.members())
+    runs = tuple(plan_run(member, scan, devices) for member in config.members())
     plans = []
     for alike in zip(*(run.stages for run in runs), strict=True):
         first = alike[0]
@@ -155,7 +158,7 @@ def _shapes(tree: PyTree) -> Any:
     return jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)]
 
 
-def plan_run(config: RunConfig, scan: Scan = _scan) -> Run:
+def plan_run(config: RunConfig, scan: Scan = _scan, devices: Sequence[Any] | None = None) -> Run:
     """Checks one run; see `plan_runs`. scan: what reads the folders of images."""
     if config.dtype == "float16":
         raise ConfigError(
@@ -166,18 +169,21 @@ def plan_run(config: RunConfig, scan: Scan = _scan) -> Run:
         _find_images(own, stage, f"stages.{i}", config.seed, scan)
         for i, (own, stage) in enumerate(zip(data, config.stages, strict=True))
     ]
-    outline = Outline.load(config.model, config.dtype, variant=config.variant or None)
+    platform = None if devices is None else devices[0].platform
+    outline = Outline.load(
+        config.model, config.dtype, variant=config.variant or None, platform=platform, weights=devices is None
+    )
     schedule = diffusion.altered(
         outline.schedule, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr
     )
     outline = dataclasses.replace(outline, schedule=schedule)
     outline = _with_remat(outline) if config.remat else outline
     _check_model(config, outline)
-    fingerprint = _fingerprint(outline)
+    fingerprint = "" if devices is not None else _fingerprint(outline)
     stages: list[StagePlan] = []
     for number, stage in enumerate(config.stages):
         before = stages[-1] if stages else None
-        stages.append(_plan_stage(config, number, data[number], images[number], outline, before))
+        stages.append(_plan_stage(config, number, data[number], images[number], outline, before, devices))
         assigned = stages[-1].buckets
         repeats = tuple(tuple(record.repeats for record in members) for members in assigned.values())
         shown = describe(stages[-1].order(repeats, config.seed), stage.steps, tuple(assigned))
@@ -260,7 +266,7 @@ def _check_model(config: RunConfig, outline: Outline) -> None:
     outline.hidden_state(config.clip_skip)
     if config.validation.prompts or any(_holes(config.data_of(stage), stage) for stage in config.stages):
         sampling.tabulate(outline.schedule, config.validation.sampler, config.validation.steps)
-    for part in outline.shapes:
+    for part in outline.folder.weights:  # none if the run is only planned
         outline.folder.tensors(part)  # a truncated or foreign file is refused by its header
 
 
@@ -279,6 +285,7 @@ def _plan_stage(
     images: Images,
     outline: Outline,
     before: StagePlan | None,
+    devices: Sequence[Any] | None,
 ) -> StagePlan:
     stage = config.stages[number]
     key = f"stages.{number}"
@@ -305,38 +312,52 @@ def _plan_stage(
         accumulation=data.accumulation,
         rows=tuple(row for word in stage.placeholder_tokens for row in rows[word]),
     )
-    parallel = parallelize_stage(config, data, make_train_step(recipe), recipe)
+    parallel = parallelize_stage(config, data, make_train_step(recipe), recipe, devices)
     earlier = before.result if before else NOTHING
     try:
-        state, total = _result_shapes(recipe, earlier, sum(map(_vectors, new_words.values())))
+        state, frozen, total = _result_shapes(recipe, earlier, sum(map(_vectors, new_words.values())))
     except ConfigError as e:
         raise ConfigError(f"{key}: {e}") from None
     assigned = _assign(data, images.training, key, outline)
     texts = {caption for record in (*images.training, *images.held_out) for caption in record.captions}
     chunks = recipe.outline.chunks([*texts, stage.prior_prompt])
-    return StagePlan(number, data, assigned, images.held_out, chunks, recipe, parallel, state, words, new_words, total)
+    return StagePlan(
+        *(number, data, assigned, images.held_out, chunks, recipe),
+        *(parallel, state, frozen, words, new_words, total),
+    )
 
 
-def _result_shapes(recipe: Recipe, earlier: Results, vectors: int) -> tuple[State, Results]:
-    """Returns the shapes of a stage's state and of the results after it. vectors: of the words it adds."""
+def _result_shapes(recipe: Recipe, earlier: Results, vectors: int) -> tuple[State, Frozen, Results]:
+    """Returns the shapes of what `prepare` returns and of the results after the stage.
+
+    vectors: of the words that the stage adds.
+    """
     outline, parts = recipe.outline, recipe.stage.parts
+    trained_whole = [part for part in recipe.models if parts.get(part) == "weights"]
     params = {
-        part: _as_float32(outline.shapes[part]) if parts.get(part) == "weights" else outline.shapes[part]
+        part: _as_float32(outline.shapes[part]) if part in trained_whole else outline.abstract_params(part)
         for part in recipe.models
     }
     new_rows = {
         name: jax.ShapeDtypeStruct((vectors, width), jnp.float32) for name, width in outline.text_widths.items()
     }
 
-    def run(key: PRNGKeyArray, params: dict[str, PyTree], earlier: Results, new_rows: PyTree) -> tuple[State, Results]:
+    def run(
+        key: PRNGKeyArray, params: dict[str, PyTree], earlier: Results, new_rows: PyTree
+    ) -> tuple[State, Frozen, Results]:
         state, scales, rows = begin(recipe, key, params, earlier, new_rows)
-        return state, after(recipe, earlier, state, {"params": params, "scales": scales, "rows": rows, "norms": {}})
+        left = {part: weights for part, weights in params.items() if part not in trained_whole}
+        norms = {name: jnp.float32(0) for name in new_rows} if "textual_inversion" in parts else {}
+        frozen: Frozen = {"params": left, "scales": scales, "rows": rows, "norms": norms}
+        return state, frozen, after(recipe, earlier, state, frozen)
 
     return jax.eval_shape(run, jax.random.key(0), params, earlier, new_rows)
 
 
-def parallelize_stage(config: RunConfig, data: Data, train_step: TrainStep, recipe: Recipe) -> Parallel:
-    """Returns the step of a stage on the devices that the run asks for."""
+def parallelize_stage(
+    config: RunConfig, data: Data, train_step: TrainStep, recipe: Recipe, devices: Sequence[Any] | None = None
+) -> Parallel:
+    """Returns the step of a stage on the devices that the run asks for. devices: by default all of JAX."""
     mesh = config.parallel.mesh
     size = data.batch_size * (2 if recipe.stage.prior_prompt else 1)
     # The kernels' gradients do not depend on each other. On the CPU, a step that trains whole models takes 0.8 of the
@@ -348,6 +369,7 @@ def parallelize_stage(config: RunConfig, data: Data, train_step: TrainStep, reci
         mode=config.parallel.mode,
         data=mesh.data,
         fsdp=mesh.fsdp,
+        devices=devices,
         large=is_large(recipe.outline.shapes),
         save_memory=save_memory,
     )

@@ -1,0 +1,147 @@
+"""Says what a run needs and how fast it can be: `python -m sdjax plan CONFIG.toml --for v5e:2x2`.
+
+Every program of the run is compiled for the device, which need not be there, and from shapes, so no weights are read.
+The memory, work and bytes are those of the compiled programs. The times are bounds from them and from the data sheet of
+the chip: a step cannot be faster.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sdjax.errors import ConfigError
+from sdjax.runtime import command
+
+_EPILOG = """--for names a slice of TPUs (v5e:2x2, v6e:2x4, v5p:2x2x1, ...), one of their chips (v5e), or a GPU (t4, l4, a100,
+h100).
+Without it the programs are compiled for this machine. A TPU's compiler comes with `pip install "sdjax[tpu]"`.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code; see `command.run`."""
+    return command.run(_run, argv)
+
+
+def _run(argv: Sequence[str]) -> None:
+    args, flags = _parser().parse_known_args(argv)
+    if args.draw and (args.config or flags):
+        raise ConfigError(f"--draw plans a call to draw, which has no {args.config or flags[0]}")
+    if args.draw != (args.model is not None) or (args.config is None and not args.draw):
+        raise ConfigError("give CONFIG.toml of a training run, or --draw --model MODEL")
+    if args.target is not None:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs on the devices of this machine
+    report = _drawing(args) if args.draw else _training(args, [str(args.config), *flags])
+    print(json.dumps(report) if args.json else "\n".join(_table(report)))
+
+
+def _training(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+    """Returns the report on a training run."""
+    from sdjax.train.config_file import parse_args
+
+    config = parse_args(argv, prog="sdjax plan").config
+
+    from sdjax.runtime import chips, compiled
+    from sdjax.train import programs
+    from sdjax.train.parallel import divide_cpu
+
+    if args.target is None:
+        divide_cpu(config.parallel.cpu_devices)
+    target = chips.described(args.target) if args.target else chips.present()
+    planned = compiled.compile_for(target, programs.training(config, target.devices))
+    report = compiled.report(target, planned)
+    steps = [row.get("seconds_at_least") for row in report["programs"] if row["name"].endswith(": step")]
+    report["steps"] = sum(stage.steps for stage in config.stages)
+    report["seconds_per_step_at_least"] = None if None in steps else max(steps)
+    report["pictures_per_second_at_most"] = [
+        round(data.batch_size * data.accumulation / seconds, 1) if seconds else None
+        for data, seconds in zip(map(config.data_of, config.stages), steps, strict=True)
+    ]
+    report["advice"] = [] if report["fits"] else list(programs.advice(config, target))
+    return report
+
+
+def _drawing(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the report on a call to draw."""
+    from sdjax.data.images import Size
+    from sdjax.draw.programs import drawing
+    from sdjax.model import Outline
+    from sdjax.runtime import chips, compiled
+    from sdjax.settings import Count, read_value
+
+    read_value(Count, args.count, "--count")
+    target = chips.described(args.target) if args.target else chips.present()
+    outline = Outline.load(args.model, args.dtype, platform=target.devices[0].platform, weights=False)
+    side = args.size or outline.native_size
+    if side < 8 or side % outline.size_multiple:
+        raise ConfigError(f"--size {side}: expected a multiple of {outline.size_multiple}")
+    programs = drawing(outline, Size(side, side), count=args.count, steps=args.steps)
+    return compiled.report(target, compiled.compile_for(target, programs)) | {"advice": []}
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(
+        prog="sdjax plan",
+        usage="%(prog)s CONFIG.toml [--key value ...] [--for DEVICES] [--json]\n"
+        "       %(prog)s --draw --model MODEL [--size PIXELS] [--for DEVICES] [--json]",
+        description="Say what a training run or a call to draw needs, and how fast it can be.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("config", nargs="?", metavar="CONFIG.toml", help="settings of a training run; --key value changes one")
+    add("--for", dest="target", metavar="DEVICES", help="what to compile for (default: this machine)")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--draw", action="store_true", help="plan drawing in place of training")
+    add("--model", metavar="MODEL", help="with --draw: tiny, a folder or a hub id; weights are not read")
+    add("--size", type=int, metavar="PIXELS", help="with --draw: the side of the pictures (default: the model's)")
+    add("--count", type=int, default=1, metavar="N", help="with --draw: pictures drawn at once (default: 1)")
+    add("--steps", type=int, default=20, metavar="N", help="with --draw: sampler steps (default: 20)")
+    add("--dtype", default="bfloat16", metavar="TYPE", help="with --draw: number type (default: bfloat16)")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _table(report: dict[str, Any]) -> Iterator[str]:
+    """Yields the lines of the report."""
+    heads = ("program", "devices", "runs", "GB", "Tflop", "GB moved", "MB between", "Mcycles", "at least s", "compiled")
+    rows = []
+    for row in report["programs"]:
+        if "teraflop" not in row:
+            rows.append((row["name"], row["devices"], row["runs"], row["memory_gb"], *["-"] * 6))
+            continue
+        cycles = "-" if row["megacycles"] is None else f"{row['megacycles']:g}"
+        cycles += f" + {row['kernels_without_estimate']} kernels" if row["kernels_without_estimate"] else ""
+        least = "-" if row["seconds_at_least"] is None else f"{row['seconds_at_least']:g}"
+        rows.append(
+            (
+                *(row["name"], row["devices"], row["runs"], row["memory_gb"], f"{row['teraflop']:g}"),
+                *(f"{row['moved_gb']:g}", f"{row['between_devices_mb']:g}", cycles, least, f"{row['compile_s']:.0f} s"),
+            )
+        )
+    widths = [max(len(str(cell)) for cell in column) for column in zip(heads, *rows, strict=True)]
+    for cells in (heads, *rows):
+        first, *others = (str(cell) for cell in cells)
+        yield "  ".join([first.ljust(widths[0]), *(x.rjust(w) for x, w in zip(others, widths[1:], strict=True))])
+    most = max(row["memory_gb"] for row in report["programs"])
+    fits = "fits" if report["fits"] else "does not fit"
+    available = report["programs"][0]["available_gb"]
+    yield f"{fits}: {most:.2f} of {available:.1f} GB on each of {report['devices']} devices ({report['device']})"
+    for line in report["advice"]:
+        yield f"fits with {line}"
+    if not report["fits"] and "steps" in report and not report["advice"]:
+        yield "no change of remat, batch size, dtype, optimizer or fsdp makes it fit"
+    if report.get("seconds_per_step_at_least"):
+        rates = ", ".join(f"{rate:g}" for rate in report["pictures_per_second_at_most"])
+        yield f"a step takes {report['seconds_per_step_at_least']:g} s or more; at most {rates} pictures a second"
+    if report["hours_at_least"]:
+        what = "the run" if "steps" in report else "a call"
+        yield f"{what} takes {report['hours_at_least']:g} hours or more, without compiling, reading and saving"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Chips that sdjax can compile for, whether or not this machine has them.
+
+The compiler of a TPU is in the package libtpu, that of an NVIDIA GPU in JAX's CUDA plugin. Both compile for a device
+that is only described; nothing can run on it.
+"""
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+
+from sdjax.errors import ConfigError
+
+
+class Chip(NamedTuple):
+    """What the data sheet of a chip says. For TPU v3 and v4 one core, which JAX takes for a device."""
+
+    flops: float
+    """Operations a second in half precision with float32 sums, at most."""
+    bandwidth: float
+    """Bytes a second from and to the memory of the device, at most."""
+    memory: float
+    """Bytes of memory that programs can use."""
+    clock: float | None = None
+    """Cycles a second, for the cycles that the compiler estimates."""
+
+
+GIB = 1 << 30
+
+TPUS = {
+    "v3": Chip(61e12, 450e9, 15.48 * GIB, 0.94e9),
+    "v4": Chip(137e12, 600e9, 15.25 * GIB, 1.05e9),
+    "v5e": Chip(197e12, 819e9, 15.75 * GIB, 1.5e9),
+    "v5p": Chip(459e12, 2765e9, 95.74 * GIB, 1.75e9),
+    "v6e": Chip(918e12, 1640e9, 31.25 * GIB),
+}
+"""The memory is the part of it that the compiler lets a program use."""
+
+GPUS = {
+    "t4": Chip(65e12, 320e9, 15.8e9),
+    "l4": Chip(121e12, 300e9, 23.6e9),
+    "a100": Chip(312e12, 1555e9, 42.3e9),
+    "h100": Chip(989e12, 3352e9, 84.9e9),
+}
+
+
+class Streaming(NamedTuple):
+    """The multiprocessors of a GPU, as NVIDIA's tables of compute capabilities have them."""
+
+    name: str
+    capability: tuple[int, int]
+    count: int
+    lanes: int
+    """float32 units of each."""
+    threads: int
+    """Most resident threads of each."""
+    shared: int
+    """Bytes of shared memory of each. One block can use 1 KiB less, on the T4 all."""
+    clock: float
+    cache: int
+    """Bytes of the second-level cache, which all share."""
+
+
+_STREAMING = {
+    "t4": Streaming("Tesla T4", (7, 5), 40, 64, 1024, 64 << 10, 1.59, 4 << 20),
+    "l4": Streaming("NVIDIA L4", (8, 9), 58, 128, 1536, 100 << 10, 2.04, 48 << 20),
+    "a100": Streaming("NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 2048, 164 << 10, 1.41, 40 << 20),
+    "h100": Streaming("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 2048, 228 << 10, 1.98, 50 << 20),
+}
+
+
+class Target(NamedTuple):
+    """What programs are compiled for."""
+
+    name: str
+    chip: Chip | None
+    """None if it is no chip that sdjax knows."""
+    devices: list[Any]
+    """JAX's devices."""
+    described: bool
+    """Whether the devices are only described."""
+    memory: float
+    """Bytes that programs can use on each device."""
+
+
+def described(name: str) -> Target:
+    """Returns a TPU slice such as "v5e:2x2" or "v5p:2x2x1", one chip such as "v5e", or one GPU such as "a100".
+
+    Raises ConfigError for a chip or slice that there is not, and if the compiler is not installed.
+    """
+    kind, _, layout = name.partition(":")
+    if kind in GPUS and not layout:
+        return Target(name, GPUS[kind], _gpu(kind), True, GPUS[kind].memory)
+    if kind in TPUS:
+        return Target(name, TPUS[kind], _tpu(name, layout), True, TPUS[kind].memory)
+    raise ConfigError(f"--for {name}: choices are {', '.join(GPUS)}, and TPU slices of {', '.join(TPUS)} (v5e:2x2)")
+
+
+def present() -> Target:
+    """Returns the devices of this machine."""
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    tpu = {"TPU v3": "v3", "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}.get(kind)
+    gpu = next((name for name in GPUS if name in kind.lower().replace("-", " ").split()), None)
+    if tpu or gpu:
+        chip = TPUS[tpu] if tpu else GPUS[str(gpu)]
+        return Target(kind, chip, devices, False, chip.memory)
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Target(kind, None, devices, False, whole / len(devices))  # all devices of a CPU share its memory
+
+
+def _tpu(target: str, layout: str) -> list[Any]:
+    # Without these, libtpu asks the network which TPU it is on, for minutes.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    one = layout in ("", "1", "1x1", "1x1x1")
+    slice_of_four = f"{target.partition(':')[0]}:{'2x2x1' if target.startswith(('v4', 'v5p')) else '2x2'}"
+    try:
+        found = _topology("tpu", slice_of_four if one else target)
+    except (RuntimeError, NotImplementedError) as error:
+        raise _no_compiler(target, "libtpu: pip install 'sdjax[tpu]'", error) from None
+    except Exception as error:  # JAX's error for a slice that there is not
+        raise ConfigError(f"--for {target}: {str(error).splitlines()[0]}") from None
+    return found[:1] if one else found
+
+
+def _gpu(name: str) -> list[Any]:
+    try:
+        return _topology("cuda", "1x1x1", target_config=_target_config(name), topology="1x1x1")
+    except (RuntimeError, NotImplementedError) as error:
+        plugin = (
+            "JAX's CUDA plugin: pip install --no-deps jax-cuda12-plugin==V jax-cuda12-pjrt==V, with V the version of"
+        )
+        raise _no_compiler(name, f"{plugin} jax ({jax.__version__})", error) from None
+
+
+def _topology(platform: str, name: str, **options: str) -> list[Any]:
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices)
+
+
+def _no_compiler(target: str, package: str, error: Exception) -> ConfigError:
+    return ConfigError(f"--for {target} needs {package}\n({str(error).splitlines()[0]})")
+
+
+def _target_config(name: str) -> str:
+    """The chip as XLA's message `stream_executor.GpuTargetConfigProto`, in the text format of protocol buffers."""
+    chip, streaming = GPUS[name], _STREAMING[name]
+    major, minor = streaming.capability
+    block = streaming.shared - (0 if name == "t4" else 1 << 10)
+    device = {
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "shared_memory_per_block": 48 << 10,
+        "shared_memory_per_core": streaming.shared,
+        "shared_memory_per_block_optin": block,
+        "threads_per_core_limit": streaming.threads,
+        "core_count": streaming.count,
+        "fpus_per_core": streaming.lanes,
+        "block_dim_limit_x": (1 << 31) - 1,
+        "block_dim_limit_y": (1 << 16) - 1,
+        "block_dim_limit_z": (1 << 16) - 1,
+        "thread_dim_limit_x": 1024,
+        "thread_dim_limit_y": 1024,
+        "thread_dim_limit_z": 64,
+        "registers_per_core_limit": 1 << 16,
+        "registers_per_block_limit": 1 << 16,
+        "memory_bandwidth": int(chip.bandwidth),
+        "l2_cache_size": streaming.cache,
+        "clock_rate_ghz": streaming.clock,
+        "device_memory_size": int(chip.memory),
+        "device_address_bits": 64,
+        "device_vendor": "NVIDIA Corporation",
+        "platform_version": f"Compute Capability {major}.{minor}",
+        "name": streaming.name,
+        "driver_version": "13.0.0",
+        "runtime_version": "12.8.0",
+        "compile_time_toolkit_version": "12.8.0",
+        "dnn_version": "9.10.0",
+    }
+    fields = "\n".join(
+        f'{key}: "{value}"' if isinstance(value, str) else f"{key}: {value}" for key, value in device.items()
+    )
+    return (
+        f"gpu_device_info {{\n{fields}\ncuda_compute_capability {{ major: {major} minor: {minor} }}\n}}\n"
+        f'platform_name: "CUDA"\ndnn_version_info {{ major: 9 minor: 10 patch: 0 }}\n'
+        f'device_description_str: "{streaming.name}"\n'
+    )

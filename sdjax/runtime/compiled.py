@@ -1,0 +1,189 @@
+"""What a compiled program needs and does, as its compiler says."""
+
+import functools
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import PyTree
+
+from sdjax.runtime.chips import Chip, Target
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+
+_WITHOUT_A_GPU = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+"""Options for a GPU that is only described: its compiler cannot try out which way to multiply is the fastest."""
+
+
+class Figures(NamedTuple):
+    """What one run of a program needs and does on each device."""
+
+    memory: float
+    """Most bytes in use at a time: arguments, results and temporaries."""
+    flops: float
+    moved: float
+    """Bytes read from and written to the memory of the device."""
+    between: dict[str, int]
+    """Kind of collective operation, such as "all-reduce" -> bytes of its results."""
+    cycles: float | None
+    """The compiler's estimate. None where it makes none."""
+    kernels: int
+    """Kernels that the estimate leaves out, such as those written in Pallas."""
+    compile_seconds: float
+
+
+class Program(NamedTuple):
+    """A program that is compiled from shapes, to see what it needs."""
+
+    name: str
+    trace: Callable[[Callable[[PyTree], PyTree]], Any]
+    """`trace(place)` returns the program as `jax.jit(function).trace` does. place: puts shapes on the first device."""
+    runs: int
+    """How often it runs."""
+    resident: PyTree = ()
+    """Shapes on devices of what lies there beside the arguments of the program."""
+    devices: int = 1
+
+
+class Planned(NamedTuple):
+    """A program and what its compiler says of it."""
+
+    program: Program
+    figures: Figures | None
+    """None if the compiler refused the program because of its memory."""
+    memory: float
+    """Bytes on one device while the program runs, with what lies there beside it."""
+
+
+class OutOfMemory(Exception):
+    """The compiler found that a program needs more memory than the device has. needed: in bytes."""
+
+    def __init__(self, needed: float) -> None:
+        super().__init__(f"{needed / 1e9:.1f} GB")
+        self.needed = needed
+
+
+def on_device(tree: PyTree, device: Any) -> PyTree:
+    """Returns the shapes of a tree of arrays or shapes, as shapes of arrays on the device."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def bytes_on_a_device(tree: PyTree) -> int:
+    """Returns the bytes that a tree of placed shapes takes on one device."""
+
+    def shape(leaf: Any) -> tuple[int, ...]:
+        if leaf.sharding is None:
+            return leaf.shape[1:]  # placed for pmap: the first axis is that of the devices
+        return leaf.sharding.shard_shape(leaf.shape)
+
+    return sum(math.prod(shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def compile_for(target: Target, programs: Iterable[Program]) -> list[Planned]:
+    """Compiles programs one after the other, and says on stderr which."""
+    planned, first = [], target.devices[0]
+    for program in programs:
+        print(f"compiling {program.name} ...", file=sys.stderr, flush=True)
+        beside = bytes_on_a_device(program.resident)
+        with jax.numpy_dtype_promotion("standard"):  # JAX's flash kernel mixes number types
+            traced = program.trace(functools.partial(on_device, device=first))
+            try:
+                figures = compile_traced(traced, first, described=target.described)
+                planned.append(Planned(program, figures, figures.memory + beside))
+            except OutOfMemory as error:
+                planned.append(Planned(program, None, error.needed + beside))
+    return planned
+
+
+def fits(planned: Planned, target: Target) -> bool:
+    """Whether the memory of a device is enough for a program."""
+    return planned.figures is not None and planned.memory <= target.memory
+
+
+def report(target: Target, planned: Sequence[Planned]) -> dict[str, Any]:
+    """Returns the figures of programs as JSON. Bytes are in units of 10^9 or 10^6, and those of one device."""
+    rows, seconds = [], 0.0
+    for program, figures, memory in planned:
+        row: dict[str, Any] = {"name": program.name, "devices": program.devices, "runs": program.runs}
+        row |= {"memory_gb": round(memory / 1e9, 3), "available_gb": round(target.memory / 1e9, 3)}
+        if figures is not None:
+            least = seconds_at_least(figures, target.chip)
+            row |= {
+                "teraflop": round(figures.flops / 1e12, 4),
+                "moved_gb": round(figures.moved / 1e9, 3),
+                "between_devices_mb": round(sum(figures.between.values()) / 1e6, 3),
+                "megacycles": None if figures.cycles is None else round(figures.cycles / 1e6, 2),
+                "kernels_without_estimate": figures.kernels,
+                "seconds_at_least": least,
+                "compile_s": round(figures.compile_seconds, 1),
+            }
+            seconds += (least or 0) * program.runs
+        rows.append(row)
+    return {
+        "device": target.name,
+        "devices": len(target.devices),
+        "fits": all(fits(each, target) for each in planned),
+        "programs": rows,
+        "hours_at_least": round(seconds / 3600, 4) if target.chip else None,
+    }
+
+
+def seconds_at_least(figures: Figures, chip: Chip | None) -> float | None:
+    """Returns the time that a run of a program cannot be faster than, or the compiler's estimate if that is longer."""
+    if chip is None:
+        return None
+    estimate = figures.cycles / chip.clock if figures.cycles and chip.clock else 0.0
+    return float(f"{max(figures.flops / chip.flops, figures.moved / chip.bandwidth, estimate):.3g}")
+
+
+def compile_traced(traced: Any, device: Any, *, described: bool) -> Figures:
+    """Compiles a program for the device of its arguments and reads its figures.
+
+    traced: the result of `jax.jit(function).trace(...)`. described: whether the device is only described.
+    Raises OutOfMemory where the compiler refuses a program because of its memory.
+    """
+    start = time.perf_counter()
+    platform = {"gpu": "cuda"}.get(device.platform, device.platform)
+    lowered = traced.lower(lowering_platforms=(platform,))
+    try:
+        compiled = lowered.compile(compiler_options=_WITHOUT_A_GPU if described and platform == "cuda" else None)
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"RESOURCE_EXHAUSTED.*?(?:\(|Used )([\d.]+)([KMG])", str(error), re.DOTALL)
+        if needed is None:
+            raise
+        raise OutOfMemory(float(needed[1]) * 1024 ** (1 + "KMG".index(needed[2]))) from None
+    return figures(compiled, time.perf_counter() - start)
+
+
+def figures(compiled: Any, seconds: float) -> Figures:
+    """Reads the figures of a compiled program."""
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    cost = compiled.cost_analysis() or {}  # a GPU's compiler counts nothing
+    entry = text[text.index("\nENTRY ") :]
+    estimates = [int(cycles) for cycles in re.findall(r'"estimated_cycles":"(\d+)"', entry)]
+    in_use = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return Figures(
+        memory=max(in_use - memory.alias_size_in_bytes, getattr(memory, "peak_memory_in_bytes", 0) or 0),
+        flops=cost.get("flops", 0.0),
+        moved=cost.get("bytes accessed", 0.0),
+        between=between_devices(text),
+        cycles=float(sum(estimates)) if estimates else None,
+        kernels=entry.count('custom_call_target="tpu_custom_call"'),
+        compile_seconds=seconds,
+    )
+
+
+def between_devices(text: str) -> dict[str, int]:
+    """Returns kind of collective operation -> bytes of its results. text: that of a compiled program."""
+    total: dict[str, int] = {}
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
+            size = BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
+            total[kind] = total.get(kind, 0) + size
+    return total

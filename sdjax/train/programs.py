@@ -1,0 +1,166 @@
+"""The programs that a training run compiles, from shapes alone."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from sdjax.data.cache import TEXTS_AT_ONCE, storable
+from sdjax.data.images import Size
+from sdjax.draw.programs import drawing
+from sdjax.errors import ConfigError
+from sdjax.models.layers import variables
+from sdjax.runtime.chips import Target
+from sdjax.runtime.compiled import Program, compile_for, fits
+from sdjax.text.encoding import compiled_encode_ids
+from sdjax.train.config import RunConfig
+from sdjax.train.encoding import compiled_moments, images_at_once
+from sdjax.train.stages import Run, StagePlan, plan_runs
+from sdjax.train.validation import make_held_out_errors
+
+
+def training(config: RunConfig, devices: Sequence[Any]) -> Iterator[Program]:
+    """Yields the programs of all stages. Of a run in buckets, the step is that of the largest bucket.
+
+    devices: those that the run is planned for. Raises ConfigError and DataError as `plan_runs` does.
+    """
+    run = plan_runs(config, devices)[0]
+    for plan in run.stages:
+        yield from _stage(run, plan)
+
+
+def _stage(run: Run, plan: StagePlan) -> list[Program]:
+    config, outline = run.config, plan.recipe.outline
+    size = largest(plan)
+    latents = "vae" not in plan.stage.parts
+    programs = list(_encoding(plan, size)) if latents else []
+    programs.append(step(plan))
+    validations = 2 + (plan.stage.steps - 1) // config.validation.every if config.validation.every else 2
+    resident = plan.parallel.place_state(plan.state), plan.parallel.place_frozen(plan.frozen)
+    if plan.held_out and latents:
+        square = Size(plan.data.resolution, plan.data.resolution)
+        errors = make_held_out_errors(plan.recipe, config.validation)
+        images = min(config.validation.held_out_images or len(plan.held_out), len(plan.held_out))
+        count = min(plan.data.batch_size, images)
+        batch = {
+            name: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype)
+            for name, leaf in batch_shapes(plan, square).items()
+            if name not in ("mask", "weight")
+        }
+        arguments = (plan.state.trainable, plan.frozen, batch, jax.ShapeDtypeStruct((), jnp.int32))
+        runs = validations * config.validation.held_out_timesteps * -(-images // count)
+        programs.append(Program("held-out loss", lambda place: errors.trace(*place(arguments)), runs, resident))
+    if config.validation.prompts and latents:
+        how = config.validation
+        drawn = drawing(
+            outline,
+            Size(plan.data.resolution, plan.data.resolution),
+            count=1,
+            steps=how.steps,
+            sampler=how.sampler,
+            guided=how.guidance != 1,
+            clip_skip=config.clip_skip,
+        )
+        pictures = validations * len(how.prompts)
+        programs += [program._replace(runs=program.runs * pictures, resident=resident) for program in drawn]
+    return [program._replace(name=f"{plan.stage.name}: {program.name}") for program in programs]
+
+
+def largest(plan: StagePlan) -> Size:
+    """Returns the size of the largest bucket, in pixels."""
+    return max(plan.buckets, key=lambda size: size.height * size.width)
+
+
+def step(plan: StagePlan) -> Program:
+    """Returns the training step on images of the largest size."""
+    parallel = plan.parallel
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def trace(place: Any) -> Any:
+        placed = parallel.place_state(plan.state), parallel.place_frozen(plan.frozen)
+        return parallel.step.trace(*placed, parallel.place_batch(batch_shapes(plan, largest(plan))), key)
+
+    return Program("step", trace, plan.stage.steps, devices=parallel.devices)
+
+
+def batch_shapes(plan: StagePlan, size: Size) -> dict[str, PyTree]:
+    """Returns the shapes of the batch of an optimizer step; see `train.step`. size: of the images in pixels."""
+    outline, stage, count = plan.recipe.outline, plan.stage, plan.examples
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct((count, *shape), dtype)
+    batch = {"index": array(jnp.int32)} | ({"weight": array(jnp.float32)} if stage.prior_prompt else {})
+    if "vae" in stage.parts:
+        return batch | {"pixels": array(jnp.uint8, *size, 3)}
+    encoded, channels = storable(outline.dtype("vae")), outline.vae.config.latent_channels
+    cells = tuple(side // outline.vae.config.factor for side in size)
+    batch["moments"] = array(encoded, *cells, 2 * channels)
+    batch |= {"mask": array(jnp.float32, *cells, 1)} if stage.masked_loss else {}
+    batch |= {"hole": array(jnp.float32, *cells, 1)} if plan.holes else {}
+    batch |= {"kept": array(encoded, *cells, channels)} if plan.holes and outline.is_inpainting else {}
+    batch |= {"empty": array(jnp.bool_)} if outline.is_sdxl and outline.zeros_empty_prompts else {}
+    if plan.recipe.trains_text:
+        return batch | outline.abstract_ids(count, plan.chunks)
+    context, pooled = outline.abstract_context(count, plan.chunks, plan.recipe.hidden.clip_skip)
+    texts = {"context": context} | ({"pooled": pooled} if outline.is_sdxl else {})
+    return batch | {name: array(storable(text.dtype), *text.shape[1:]) for name, text in texts.items()}
+
+
+def advice(config: RunConfig, target: Target) -> Iterator[str]:
+    """Yields a line for each change that would make the training steps fit, after having compiled them so."""
+    for change, changed in _changes(config, len(target.devices)):
+        try:
+            run = plan_runs(changed, target.devices)[0]
+        except ConfigError:  # such a run is not possible
+            continue
+        programs = [step(plan)._replace(name=f"{plan.stage.name}: step with {change}") for plan in run.stages]
+        planned = compile_for(target, programs)
+        if all(fits(each, target) for each in planned):
+            yield f"{change}: {max(each.memory for each in planned) / 1e9:.1f} GB"
+
+
+def _changes(config: RunConfig, devices: int) -> Iterator[tuple[str, RunConfig]]:
+    """Yields changes that save memory, with the changed run: the least costly first, at last all of them together."""
+    replace = dataclasses.replace
+    mesh = config.parallel.mesh
+    smallest = devices if -1 in (mesh.data, mesh.fsdp) else mesh.data * mesh.fsdp
+    size, times = config.data.batch_size, 1
+    while size % 2 == 0 and size // 2 >= smallest:
+        size, times = size // 2, times * 2
+    data = replace(config.data, batch_size=size, accumulation=config.data.accumulation * times)
+    stages = tuple(
+        replace(stage, optimizer="adafactor") if "weights" in stage.parts.values() else stage for stage in config.stages
+    )
+    parallel = replace(config.parallel, mesh=replace(mesh, data=1, fsdp=devices))
+    changes: dict[str, dict[str, Any]] = {
+        "remat = true": {"remat": True},
+        f"data.batch_size = {size}, data.accumulation = {data.accumulation}": {"data": data},
+        "dtype = 'bfloat16'": {"dtype": "bfloat16"},
+        "optimizer = 'adafactor'": {"stages": stages},
+        f"parallel.mesh = {{ data = 1, fsdp = {devices} }}": {"parallel": parallel},
+    }
+    useful = {name: new for name, new in changes.items() if replace(config, **new) != config}
+    for name, new in useful.items():
+        yield name, replace(config, **new)
+    if len(useful) > 1:
+        together = {key: value for new in useful.values() for key, value in new.items()}
+        yield ", ".join(useful), replace(config, **together)
+
+
+def _encoding(plan: StagePlan, size: Size) -> Iterator[Program]:
+    """Yields the programs that encode the images and captions of a stage."""
+    recipe, outline = plan.recipe, plan.recipe.outline
+    count = images_at_once(plan.data.resolution)
+    pixels = jax.ShapeDtypeStruct((count, *size, 3), jnp.float32)
+    images = len(plan.records) * max(1, plan.data.random_crops) * (2 if plan.data.flip else 1) + len(plan.held_out)
+    weights = outline.abstract_params("vae")
+    encode = lambda place: compiled_moments.trace(outline.vae, *place((weights, pixels)))
+    yield Program("encode images", encode, -(-images // count))
+    if not recipe.trains_text:
+        texts = {name: variables(outline.abstract_params(name)) for name in outline.text_models}
+        arguments = (texts, outline.abstract_ids(TEXTS_AT_ONCE, plan.chunks))
+        models = tuple(outline.text_models.items())
+        captions = {caption for record in (*plan.records, *plan.held_out) for caption in record.captions}
+        encode = lambda place: compiled_encode_ids.trace(models, recipe.hidden, *place(arguments))
+        yield Program("encode captions", encode, -(-len(captions) // TEXTS_AT_ONCE))
