@@ -15,9 +15,9 @@ from typing import Any
 from sdjax.errors import ConfigError
 from sdjax.runtime import command
 
-_EPILOG = """--for names a slice of TPUs (v5e:2x2, v6e:2x4, v5p:2x2x1, ...), one of their chips (v5e), or a GPU (t4, l4, a100,
-h100).
-Without it the programs are compiled for this machine. A TPU's compiler comes with `pip install "sdjax[tpu]"`.
+_EPILOG = """
+--for names a slice of TPUs (v5e:2x2, v6e:2x4, v5p:2x2x1, ...), one of their chips (v5e), or a GPU (t4, l4, a100 or
+h100). Without it the programs are compiled for this machine. A TPU's compiler comes with `pip install "sdjax[tpu]"`.
 """
 
 
@@ -60,7 +60,7 @@ def _training(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         round(data.batch_size * data.accumulation / seconds, 1) if seconds else None
         for data, seconds in zip(map(config.data_of, config.stages), steps, strict=True)
     ]
-    report["advice"] = [] if report["fits"] else list(programs.advice(config, target))
+    report["advice"] = [] if report["fits"] else programs.advice(config, target)
     return report
 
 

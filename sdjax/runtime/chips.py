@@ -4,6 +4,7 @@ The compiler of a TPU is in the package libtpu, that of an NVIDIA GPU in JAX's C
 that is only described; nothing can run on it.
 """
 
+import importlib.util
 import os
 from typing import Any, NamedTuple
 
@@ -110,37 +111,32 @@ def present() -> Target:
 
 
 def _tpu(target: str, layout: str) -> list[Any]:
-    # Without these, libtpu asks the network which TPU it is on, for minutes.
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(f"--for {target} needs a TPU's compiler: pip install 'sdjax[tpu]'")
+    # Without the first, libtpu asks the network on which TPU it is, for minutes. The second lets two processes compile.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    one = layout in ("", "1", "1x1", "1x1x1")
-    slice_of_four = f"{target.partition(':')[0]}:{'2x2x1' if target.startswith(('v4', 'v5p')) else '2x2'}"
-    try:
-        found = _topology("tpu", slice_of_four if one else target)
-    except (RuntimeError, NotImplementedError) as error:
-        raise _no_compiler(target, "libtpu: pip install 'sdjax[tpu]'", error) from None
-    except Exception as error:  # JAX's error for a slice that there is not
-        raise ConfigError(f"--for {target}: {str(error).splitlines()[0]}") from None
-    return found[:1] if one else found
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if layout not in ("", "1", "1x1", "1x1x1"):
+        return _topology(target, "tpu", target)
+    return _topology(target, "tpu", f"{target.partition(':')[0]}:{'2x2x1' if target[:3] in ('v4', 'v5p') else '2x2'}")[
+        :1
+    ]
 
 
 def _gpu(name: str) -> list[Any]:
-    try:
-        return _topology("cuda", "1x1x1", target_config=_target_config(name), topology="1x1x1")
-    except (RuntimeError, NotImplementedError) as error:
-        plugin = (
-            "JAX's CUDA plugin: pip install --no-deps jax-cuda12-plugin==V jax-cuda12-pjrt==V, with V the version of"
-        )
-        raise _no_compiler(name, f"{plugin} jax ({jax.__version__})", error) from None
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        packages = f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
+        raise ConfigError(f"--for {name} needs JAX's CUDA plugin: pip install --no-deps {packages}")
+    return _topology(name, "cuda", "1x1x1", target_config=_target_config(name), topology="1x1x1")
 
 
-def _topology(platform: str, name: str, **options: str) -> list[Any]:
+def _topology(target: str, platform: str, name: str, **options: str) -> list[Any]:
     from jax.experimental import topologies
 
-    return list(topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices)
-
-
-def _no_compiler(target: str, package: str, error: Exception) -> ConfigError:
-    return ConfigError(f"--for {target} needs {package}\n({str(error).splitlines()[0]})")
+    try:
+        return list(topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices)
+    except Exception as error:  # one of several types, such as JaxRuntimeError
+        raise ConfigError(f"--for {target}: {str(error).splitlines()[0]}") from None
 
 
 def _target_config(name: str) -> str:

@@ -40,8 +40,8 @@ class Program(NamedTuple):
     """A program that is compiled from shapes, to see what it needs."""
 
     name: str
-    trace: Callable[[Callable[[PyTree], PyTree]], Any]
-    """`trace(place)` returns the program as `jax.jit(function).trace` does. place: puts shapes on the first device."""
+    lower: Callable[[Callable[[PyTree], PyTree]], Any]
+    """`lower(place)` returns the lowered program, as `jax.jit(function).lower` does. place: puts shapes on a device."""
     runs: int
     """How often it runs."""
     resident: PyTree = ()
@@ -91,9 +91,11 @@ def compile_for(target: Target, programs: Iterable[Program]) -> list[Planned]:
         print(f"compiling {program.name} ...", file=sys.stderr, flush=True)
         beside = bytes_on_a_device(program.resident)
         with jax.numpy_dtype_promotion("standard"):  # JAX's flash kernel mixes number types
-            traced = program.trace(functools.partial(on_device, device=first))
+            start = time.perf_counter()
+            lowered = program.lower(functools.partial(on_device, device=first))
             try:
-                figures = compile_traced(traced, first, described=target.described)
+                compiled = _compile(lowered, _WITHOUT_A_GPU if target.described and first.platform == "gpu" else None)
+                figures = figures_of(compiled, time.perf_counter() - start)
                 planned.append(Planned(program, figures, figures.memory + beside))
             except OutOfMemory as error:
                 planned.append(Planned(program, None, error.needed + beside))
@@ -110,17 +112,17 @@ def report(target: Target, planned: Sequence[Planned]) -> dict[str, Any]:
     rows, seconds = [], 0.0
     for program, figures, memory in planned:
         row: dict[str, Any] = {"name": program.name, "devices": program.devices, "runs": program.runs}
-        row |= {"memory_gb": round(memory / 1e9, 3), "available_gb": round(target.memory / 1e9, 3)}
+        row |= {"memory_gb": _short(memory / 1e9), "available_gb": _short(target.memory / 1e9)}
         if figures is not None:
             least = seconds_at_least(figures, target.chip)
             row |= {
-                "teraflop": round(figures.flops / 1e12, 4),
-                "moved_gb": round(figures.moved / 1e9, 3),
-                "between_devices_mb": round(sum(figures.between.values()) / 1e6, 3),
-                "megacycles": None if figures.cycles is None else round(figures.cycles / 1e6, 2),
+                "teraflop": _short(figures.flops / 1e12),
+                "moved_gb": _short(figures.moved / 1e9),
+                "between_devices_mb": _short(sum(figures.between.values()) / 1e6),
+                "megacycles": None if figures.cycles is None else _short(figures.cycles / 1e6),
                 "kernels_without_estimate": figures.kernels,
                 "seconds_at_least": least,
-                "compile_s": round(figures.compile_seconds, 1),
+                "compile_s": _short(figures.compile_seconds),
             }
             seconds += (least or 0) * program.runs
         rows.append(row)
@@ -129,8 +131,13 @@ def report(target: Target, planned: Sequence[Planned]) -> dict[str, Any]:
         "devices": len(target.devices),
         "fits": all(fits(each, target) for each in planned),
         "programs": rows,
-        "hours_at_least": round(seconds / 3600, 4) if target.chip else None,
+        "hours_at_least": _short(seconds / 3600) if target.chip else None,
     }
+
+
+def _short(value: float) -> float:
+    """A number with four digits."""
+    return float(f"{value:.4g}")
 
 
 def seconds_at_least(figures: Figures, chip: Chip | None) -> float | None:
@@ -138,29 +145,21 @@ def seconds_at_least(figures: Figures, chip: Chip | None) -> float | None:
     if chip is None:
         return None
     estimate = figures.cycles / chip.clock if figures.cycles and chip.clock else 0.0
-    return float(f"{max(figures.flops / chip.flops, figures.moved / chip.bandwidth, estimate):.3g}")
+    return _short(max(figures.flops / chip.flops, figures.moved / chip.bandwidth, estimate))
 
 
-def compile_traced(traced: Any, device: Any, *, described: bool) -> Figures:
-    """Compiles a program for the device of its arguments and reads its figures.
-
-    traced: the result of `jax.jit(function).trace(...)`. described: whether the device is only described.
-    Raises OutOfMemory where the compiler refuses a program because of its memory.
-    """
-    start = time.perf_counter()
-    platform = {"gpu": "cuda"}.get(device.platform, device.platform)
-    lowered = traced.lower(lowering_platforms=(platform,))
+def _compile(lowered: Any, options: dict[str, Any] | None) -> Any:
+    """Compiles a lowered program. Raises OutOfMemory where the compiler refuses it because of its memory."""
     try:
-        compiled = lowered.compile(compiler_options=_WITHOUT_A_GPU if described and platform == "cuda" else None)
+        return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(r"RESOURCE_EXHAUSTED.*?(?:\(|Used )([\d.]+)([KMG])", str(error), re.DOTALL)
         if needed is None:
             raise
         raise OutOfMemory(float(needed[1]) * 1024 ** (1 + "KMG".index(needed[2]))) from None
-    return figures(compiled, time.perf_counter() - start)
 
 
-def figures(compiled: Any, seconds: float) -> Figures:
+def figures_of(compiled: Any, seconds: float) -> Figures:
     """Reads the figures of a compiled program."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     cost = compiled.cost_analysis() or {}  # a GPU's compiler counts nothing

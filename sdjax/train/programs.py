@@ -18,7 +18,9 @@ from sdjax.runtime.compiled import Program, compile_for, fits
 from sdjax.text.encoding import compiled_encode_ids
 from sdjax.train.config import RunConfig
 from sdjax.train.encoding import compiled_moments, images_at_once
-from sdjax.train.stages import Run, StagePlan, plan_runs
+from sdjax.train.parallel import stack, together
+from sdjax.train.stages import Run, StagePlan, parallelize_stage, plan_runs
+from sdjax.train.step import make_train_step
 from sdjax.train.validation import make_held_out_errors
 
 
@@ -27,17 +29,17 @@ def training(config: RunConfig, devices: Sequence[Any]) -> Iterator[Program]:
 
     devices: those that the run is planned for. Raises ConfigError and DataError as `plan_runs` does.
     """
-    run = plan_runs(config, devices)[0]
-    for plan in run.stages:
-        yield from _stage(run, plan)
+    runs = plan_runs(config, devices)
+    for plans in zip(*(run.stages for run in runs), strict=True):
+        yield from _stage(config, runs[0], plans, devices)
 
 
-def _stage(run: Run, plan: StagePlan) -> list[Program]:
-    config, outline = run.config, plan.recipe.outline
-    size = largest(plan)
+def _stage(config: RunConfig, run: Run, plans: Sequence[StagePlan], devices: Sequence[Any]) -> list[Program]:
+    plan = plans[0]
+    outline, size = plan.recipe.outline, largest(plan)
     latents = "vae" not in plan.stage.parts
     programs = list(_encoding(plan, size)) if latents else []
-    programs.append(step(plan))
+    programs.append(step(config, plans, devices))
     validations = 2 + (plan.stage.steps - 1) // config.validation.every if config.validation.every else 2
     resident = plan.parallel.place_state(plan.state), plan.parallel.place_frozen(plan.frozen)
     if plan.held_out and latents:
@@ -52,7 +54,7 @@ def _stage(run: Run, plan: StagePlan) -> list[Program]:
         }
         arguments = (plan.state.trainable, plan.frozen, batch, jax.ShapeDtypeStruct((), jnp.int32))
         runs = validations * config.validation.held_out_timesteps * -(-images // count)
-        programs.append(Program("held-out loss", lambda place: errors.trace(*place(arguments)), runs, resident))
+        programs.append(Program("held-out loss", lambda place: errors.lower(*place(arguments)), runs, resident))
     if config.validation.prompts and latents:
         how = config.validation
         drawn = drawing(
@@ -74,16 +76,26 @@ def largest(plan: StagePlan) -> Size:
     return max(plan.buckets, key=lambda size: size.height * size.width)
 
 
-def step(plan: StagePlan) -> Program:
-    """Returns the training step on images of the largest size."""
-    parallel = plan.parallel
-    key = jax.eval_shape(lambda: jax.random.key(0))
+def step(config: RunConfig, plans: Sequence[StagePlan], devices: Sequence[Any]) -> Program:
+    """Returns the training step on images of the largest size. plans: the same stage of all copies, or of the run."""
+    plan, parallel = plans[0], plans[0].parallel
+    arguments: Any = (plan.state, plan.frozen, batch_shapes(plan, largest(plan)), jax.eval_shape(jax.random.key, 0))
+    if len(plans) > 1:
+        train_step = together(make_train_step(plan.recipe))
+        parallel = parallelize_stage(config, plan.data, train_step, plan.recipe, devices)
+        axes = (0, 0, 1, 0)
+        state, frozen, batch, key = (
+            jax.eval_shape(lambda *trees, axis=axis: stack(trees, axis), *[tree] * len(plans))
+            for tree, axis in zip(arguments, axes, strict=True)
+        )
+        arguments = (state, {**frozen, "params": plan.frozen["params"]}, batch, key)
 
-    def trace(place: Any) -> Any:
-        placed = parallel.place_state(plan.state), parallel.place_frozen(plan.frozen)
-        return parallel.step.trace(*placed, parallel.place_batch(batch_shapes(plan, largest(plan))), key)
+    def lower(place: Any) -> Any:
+        state, frozen, batch, key = arguments
+        placed = parallel.place_state(state), parallel.place_frozen(frozen), parallel.place_batch(batch)
+        return parallel.step.lower(*placed, key)
 
-    return Program("step", trace, plan.stage.steps, devices=parallel.devices)
+    return Program("step", lower, plan.stage.steps, devices=parallel.devices)
 
 
 def batch_shapes(plan: StagePlan, size: Size) -> dict[str, PyTree]:
@@ -107,21 +119,37 @@ def batch_shapes(plan: StagePlan, size: Size) -> dict[str, PyTree]:
     return batch | {name: array(storable(text.dtype), *text.shape[1:]) for name, text in texts.items()}
 
 
-def advice(config: RunConfig, target: Target) -> Iterator[str]:
-    """Yields a line for each change that would make the training steps fit, after having compiled them so."""
-    for change, changed in _changes(config, len(target.devices)):
-        try:
-            run = plan_runs(changed, target.devices)[0]
-        except ConfigError:  # such a run is not possible
-            continue
-        programs = [step(plan)._replace(name=f"{plan.stage.name}: step with {change}") for plan in run.stages]
-        planned = compile_for(target, programs)
-        if all(fits(each, target) for each in planned):
-            yield f"{change}: {max(each.memory for each in planned) / 1e9:.1f} GB"
+def advice(config: RunConfig, target: Target) -> list[str]:
+    """Returns a line for each change of the settings that makes the training steps fit, or for all changes together.
+
+    Each change is compiled, which can take minutes. An empty list: nothing makes the steps fit.
+    """
+    changes = _changes(config, len(target.devices))
+    lines = [line for name, changed in changes.items() if (line := _advised(name, changed, config, target))]
+    if not lines and len(changes) > 1:
+        together = {key: value for changed in changes.values() for key, value in changed.items()}
+        lines = [line] if (line := _advised(", ".join(changes), together, config, target)) else []
+    return lines
 
 
-def _changes(config: RunConfig, devices: int) -> Iterator[tuple[str, RunConfig]]:
-    """Yields changes that save memory, with the changed run: the least costly first, at last all of them together."""
+def _advised(name: str, changed: dict[str, Any], config: RunConfig, target: Target) -> str:
+    """Returns a line if the training steps fit with changed settings, else an empty text."""
+    config = dataclasses.replace(config, **changed)
+    try:
+        runs = plan_runs(config, target.devices)
+    except ConfigError:  # such a run is not possible
+        return ""
+    programs = [
+        step(config, plans, target.devices)._replace(name=f"{plans[0].stage.name}: step with {name}")
+        for plans in zip(*(run.stages for run in runs), strict=True)
+    ]
+    planned = compile_for(target, programs)
+    most = max(each.memory for each in planned)
+    return f"{name}: {most / 1e9:.1f} GB" if all(fits(each, target) for each in planned) else ""
+
+
+def _changes(config: RunConfig, devices: int) -> dict[str, dict[str, Any]]:
+    """Returns changes that save memory, by their names: the settings to replace. Those least costly in speed first."""
     replace = dataclasses.replace
     mesh = config.parallel.mesh
     smallest = devices if -1 in (mesh.data, mesh.fsdp) else mesh.data * mesh.fsdp
@@ -134,18 +162,13 @@ def _changes(config: RunConfig, devices: int) -> Iterator[tuple[str, RunConfig]]
     )
     parallel = replace(config.parallel, mesh=replace(mesh, data=1, fsdp=devices))
     changes: dict[str, dict[str, Any]] = {
-        "remat = true": {"remat": True},
-        f"data.batch_size = {size}, data.accumulation = {data.accumulation}": {"data": data},
         "dtype = 'bfloat16'": {"dtype": "bfloat16"},
         "optimizer = 'adafactor'": {"stages": stages},
+        f"data.batch_size = {size}, data.accumulation = {data.accumulation}": {"data": data},
+        "remat = true": {"remat": True},
         f"parallel.mesh = {{ data = 1, fsdp = {devices} }}": {"parallel": parallel},
     }
-    useful = {name: new for name, new in changes.items() if replace(config, **new) != config}
-    for name, new in useful.items():
-        yield name, replace(config, **new)
-    if len(useful) > 1:
-        together = {key: value for new in useful.values() for key, value in new.items()}
-        yield ", ".join(useful), replace(config, **together)
+    return {name: changed for name, changed in changes.items() if replace(config, **changed) != config}
 
 
 def _encoding(plan: StagePlan, size: Size) -> Iterator[Program]:
@@ -155,12 +178,12 @@ def _encoding(plan: StagePlan, size: Size) -> Iterator[Program]:
     pixels = jax.ShapeDtypeStruct((count, *size, 3), jnp.float32)
     images = len(plan.records) * max(1, plan.data.random_crops) * (2 if plan.data.flip else 1) + len(plan.held_out)
     weights = outline.abstract_params("vae")
-    encode = lambda place: compiled_moments.trace(outline.vae, *place((weights, pixels)))
+    encode = lambda place: compiled_moments.lower(outline.vae, *place((weights, pixels)))
     yield Program("encode images", encode, -(-images // count))
     if not recipe.trains_text:
         texts = {name: variables(outline.abstract_params(name)) for name in outline.text_models}
         arguments = (texts, outline.abstract_ids(TEXTS_AT_ONCE, plan.chunks))
         models = tuple(outline.text_models.items())
         captions = {caption for record in (*plan.records, *plan.held_out) for caption in record.captions}
-        encode = lambda place: compiled_encode_ids.trace(models, recipe.hidden, *place(arguments))
+        encode = lambda place: compiled_encode_ids.lower(models, recipe.hidden, *place(arguments))
         yield Program("encode captions", encode, -(-len(captions) // TEXTS_AT_ONCE))
