@@ -30,11 +30,12 @@ def _run(argv: Sequence[str]) -> None:
     args, flags = _parser().parse_known_args(argv)
     if args.draw and (args.config or flags):
         raise ConfigError(f"--draw plans a call to draw, which has no {args.config or flags[0]}")
-    if args.draw != (args.model is not None) or (args.config is None and not args.draw):
+    if (args.model if args.draw else args.config) is None:
         raise ConfigError("give CONFIG.toml of a training run, or --draw --model MODEL")
     if args.target is not None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs on the devices of this machine
-    report = _drawing(args) if args.draw else _training(args, [str(args.config), *flags])
+    model = ["--model", args.model] if args.model else []  # a setting of a run too
+    report = _drawing(args) if args.draw else _training(args, [str(args.config), *flags, *model])
     print(json.dumps(report) if args.json else "\n".join(_table(report)))
 
 
@@ -106,26 +107,22 @@ def _parser() -> command.Parser:
     return parser
 
 
+def _cells(row: dict[str, Any]) -> list[str]:
+    """Returns the cells of a program in the table."""
+    names = ("devices", "runs", "memory_gb", "teraflop", "moved_gb", "between_devices_mb", "megacycles")
+    cells = [row["name"], *("-" if row.get(name) is None else f"{row[name]:g}" for name in names)]
+    if row.get("kernels_without_estimate"):
+        cells[-1] += f" + {row['kernels_without_estimate']} kernels"
+    least, seconds = row.get("seconds_at_least"), row.get("compile_s")
+    return [*cells, f"{least:g}" if least else "-", "-" if seconds is None else f"{seconds:.0f} s"]
+
+
 def _table(report: dict[str, Any]) -> Iterator[str]:
     """Yields the lines of the report."""
     heads = ("program", "devices", "runs", "GB", "Tflop", "GB moved", "MB between", "Mcycles", "at least s", "compiled")
-    rows = []
-    for row in report["programs"]:
-        if "teraflop" not in row:
-            rows.append((row["name"], row["devices"], row["runs"], row["memory_gb"], *["-"] * 6))
-            continue
-        cycles = "-" if row["megacycles"] is None else f"{row['megacycles']:g}"
-        cycles += f" + {row['kernels_without_estimate']} kernels" if row["kernels_without_estimate"] else ""
-        least = "-" if row["seconds_at_least"] is None else f"{row['seconds_at_least']:g}"
-        rows.append(
-            (
-                *(row["name"], row["devices"], row["runs"], row["memory_gb"], f"{row['teraflop']:g}"),
-                *(f"{row['moved_gb']:g}", f"{row['between_devices_mb']:g}", cycles, least, f"{row['compile_s']:.0f} s"),
-            )
-        )
-    widths = [max(len(str(cell)) for cell in column) for column in zip(heads, *rows, strict=True)]
-    for cells in (heads, *rows):
-        first, *others = (str(cell) for cell in cells)
+    rows = [heads, *(_cells(row) for row in report["programs"])]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
         yield "  ".join([first.ljust(widths[0]), *(x.rjust(w) for x, w in zip(others, widths[1:], strict=True))])
     most = max(row["memory_gb"] for row in report["programs"])
     fits = "fits" if report["fits"] else "does not fit"

@@ -6,6 +6,7 @@ that is only described; nothing can run on it.
 
 import importlib.util
 import os
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -127,6 +128,11 @@ def _gpu(name: str) -> list[Any]:
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
         packages = f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
         raise ConfigError(f"--for {name} needs JAX's CUDA plugin: pip install --no-deps {packages}")
+    # JAX asks the cuDNN that is installed for its version while it traces attention. The described GPU has this one.
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    version: Any = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
+    fused_attention_stablehlo.cuda_versions = version  # pyright: ignore[reportPrivateImportUsage]
     return _topology(name, "cuda", "1x1x1", target_config=_target_config(name), topology="1x1x1")
 
 

@@ -25,8 +25,8 @@ class Figures(NamedTuple):
     memory: float
     """Most bytes in use at a time: arguments, results and temporaries."""
     flops: float
-    moved: float
-    """Bytes read from and written to the memory of the device."""
+    moved: float | None
+    """Bytes read from and written to the memory of the device. None for a GPU, whose compiler does not count them."""
     between: dict[str, int]
     """Kind of collective operation, such as "all-reduce" -> bytes of its results."""
     cycles: float | None
@@ -96,6 +96,8 @@ def compile_for(target: Target, programs: Iterable[Program]) -> list[Planned]:
             try:
                 compiled = _compile(lowered, _WITHOUT_A_GPU if target.described and first.platform == "gpu" else None)
                 figures = figures_of(compiled, time.perf_counter() - start)
+                if figures.moved is None:
+                    figures = figures._replace(flops=(lowered.cost_analysis() or {}).get("flops", 0.0))
                 planned.append(Planned(program, figures, figures.memory + beside))
             except OutOfMemory as error:
                 planned.append(Planned(program, None, error.needed + beside))
@@ -117,7 +119,7 @@ def report(target: Target, planned: Sequence[Planned]) -> dict[str, Any]:
             least = seconds_at_least(figures, target.chip)
             row |= {
                 "teraflop": _short(figures.flops / 1e12),
-                "moved_gb": _short(figures.moved / 1e9),
+                "moved_gb": None if figures.moved is None else _short(figures.moved / 1e9),
                 "between_devices_mb": _short(sum(figures.between.values()) / 1e6),
                 "megacycles": None if figures.cycles is None else _short(figures.cycles / 1e6),
                 "kernels_without_estimate": figures.kernels,
@@ -145,7 +147,7 @@ def seconds_at_least(figures: Figures, chip: Chip | None) -> float | None:
     if chip is None:
         return None
     estimate = figures.cycles / chip.clock if figures.cycles and chip.clock else 0.0
-    return _short(max(figures.flops / chip.flops, figures.moved / chip.bandwidth, estimate))
+    return _short(max(figures.flops / chip.flops, (figures.moved or 0) / chip.bandwidth, estimate))
 
 
 def _compile(lowered: Any, options: dict[str, Any] | None) -> Any:
@@ -162,14 +164,14 @@ def _compile(lowered: Any, options: dict[str, Any] | None) -> Any:
 def figures_of(compiled: Any, seconds: float) -> Figures:
     """Reads the figures of a compiled program."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    cost = compiled.cost_analysis() or {}  # a GPU's compiler counts nothing
+    cost = compiled.cost_analysis() or {}
     entry = text[text.index("\nENTRY ") :]
     estimates = [int(cycles) for cycles in re.findall(r'"estimated_cycles":"(\d+)"', entry)]
     in_use = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return Figures(
         memory=max(in_use - memory.alias_size_in_bytes, getattr(memory, "peak_memory_in_bytes", 0) or 0),
         flops=cost.get("flops", 0.0),
-        moved=cost.get("bytes accessed", 0.0),
+        moved=cost.get("bytes accessed"),
         between=between_devices(text),
         cycles=float(sum(estimates)) if estimates else None,
         kernels=entry.count('custom_call_target="tpu_custom_call"'),

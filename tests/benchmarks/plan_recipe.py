@@ -1,0 +1,25 @@
+"""Plans a recipe for a published model without the model: `sdjax plan` with its shapes and the sample pictures.
+
+    python tests/benchmarks/plan_recipe.py configs/sd15_lora.toml --for v5e:2x2 [--json] [--stages.0.steps 100 ...]
+    python tests/benchmarks/plan_recipe.py sdxl --draw --size 1024 --for v5e [--json]
+
+Nothing of the released weights is read. A training step of full size takes minutes to compile.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from recipe_cost import KINDS, TINY, skeleton
+
+from sdjax import plan
+from sdjax.train import config_file
+
+with tempfile.TemporaryDirectory() as temporary:
+    what, *flags = sys.argv[1:]
+    folder = Path(temporary) / "model"
+    if "--draw" in flags:
+        sys.exit(plan.main(["--model", str(skeleton(what, folder)), *flags]))
+    skeleton(KINDS[config_file.load(what).model], folder)
+    overrides = ["--model", str(folder), "--data.path", str(TINY / "samples")]
+    sys.exit(plan.main([what, *flags, *overrides]))

@@ -1,0 +1,115 @@
+"""The programs of a small model compile for TPU v5e, on one chip and on four, with the compiler of a TPU.
+
+A kernel written in Pallas, such as that of attention from 512 tokens on, cannot be divided by the compiler.
+"""
+
+import json
+import shutil
+
+import jax
+import micro
+import numpy as np
+import pytest
+
+from sdjax.data.images import Size
+from sdjax.draw.programs import drawing
+from sdjax.model import Outline
+from sdjax.runtime import chips, compiled
+from sdjax.train import programs
+
+pytestmark = pytest.mark.compiler
+
+
+@pytest.fixture(autouse=True)
+def mixed_types():
+    """Allows JAX's attention to mix number types, as it does outside of tests."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+LORA = {"train": ["lora"]}
+STAGES = {
+    "words": {**micro.WORDS, "clip_ti_decay": True},
+    "both": {
+        "train": ["lora", "textual_inversion"],
+        "placeholder_tokens": ["<sky>"],
+        "lora_parts": ["unet", "text_encoder"],
+    },
+    "whole": {"train": ["unet"], "ema_decay": 0.9},
+    "autoencoder": {"train": ["vae"]},
+}
+
+
+@pytest.fixture(scope="module", params=["v5e", "v5e:2x2"])
+def target(request):
+    return chips.described(request.param)
+
+
+@pytest.fixture(scope="module")
+def attentive(micro_models, tmp_path_factory):
+    """A model whose largest feature maps have 1024 tokens with self-attention, for pictures of 64 x 64 pixels."""
+    folder = tmp_path_factory.mktemp("attentive") / "model"
+    shutil.copytree(micro_models(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    config |= {"sample_size": 32, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]}
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def training(target, model, images, output, **changes):
+    """Returns the compiled training step of a run on all devices of the target."""
+    mesh = {"parallel": {"mesh": {"data": -1}}, "validation": {}, "dtype": "bfloat16"}
+    config = micro.settings(model, images, output, **{**mesh, **changes})
+    found = [p for p in programs.training(config, target.devices) if p.name.endswith(": step")]
+    (planned,) = compiled.compile_for(target, found)
+    assert planned.program.devices == len(target.devices)
+    assert planned.figures is not None
+    return planned.figures
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_training_compiles(target, micro_models, micro_images, tmp_path, stage):
+    figures = training(target, micro_models(), micro_images, tmp_path / "run", stages=[STAGES[stage]])
+    assert figures.cycles and figures.flops > 1e5
+    assert ("all-reduce" in figures.between) == (len(target.devices) > 1)
+
+
+@pytest.mark.parametrize("kind", ["inpainting", "copies", "pmap", "fsdp"])
+def test_ways_of_training_compile(target, micro_models, micro_images, tmp_path, kind):
+    data = {"path": str(micro_images), "resolution": 16, "batch_size": 4}
+    changes = {
+        "inpainting": {"data": {**data, "inpaint_masks": 2}},
+        "copies": {"copies": [{"name": "a"}, {"name": "b", "seed": 1}]},
+        "pmap": {"parallel": {"mode": "pmap"}},
+        "fsdp": {"parallel": {"mesh": {"data": 1, "fsdp": -1}}},
+    }[kind]
+    model = micro_models(inpainting=kind == "inpainting")
+    training(target, model, micro_images, tmp_path / "run", stages=[LORA], **changes)
+
+
+@pytest.mark.parametrize("mesh", [{"data": -1}, {"data": 1, "fsdp": -1}], ids=["data", "fsdp"])
+def test_the_attention_kernel_runs_on_each_device(target, attentive, micro_images, tmp_path, mesh):
+    data = {"path": str(micro_images), "resolution": 64, "batch_size": 4}
+    run = {"data": data, "stages": [LORA], "parallel": {"mesh": mesh}}
+    figures = training(target, attentive, micro_images, tmp_path / "run", **run)
+    assert figures.kernels >= 3  # forward, and the gradients by queries and by keys
+    if mesh == {"data": -1}:  # a device sends the gradients of its adapter, and the loss
+        assert sum(figures.between.values()) < 50_000
+
+
+@pytest.mark.parametrize("kind", [{}, {"sdxl": True}, {"inpainting": True}], ids=["sd", "sdxl", "inpainting"])
+def test_drawing_compiles(micro_models, kind):
+    target = chips.described("v5e")
+    outline = Outline.load(micro_models(**kind), "bfloat16", platform="tpu", weights=False)
+    planned = compiled.compile_for(target, drawing(outline, Size(16, 16), count=2, steps=4))
+    assert [each.program.name for each in planned] == ["encode text", "sampler step", "decode"]
+    assert all(compiled.fits(each, target) for each in planned)
+
+
+def test_a_program_that_is_too_large_does_not_fit():
+    target = chips.described("v5e")
+    shape = jax.ShapeDtypeStruct((1 << 33,), np.float32)
+    program = compiled.Program("large", lambda place: jax.jit(lambda x: x + 1).lower(place(shape)), 1)
+    (planned,) = compiled.compile_for(target, [program])
+    assert not compiled.fits(planned, target)
+    assert planned.memory > 2 * 30e9
