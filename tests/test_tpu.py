@@ -40,9 +40,9 @@ STAGES = {
 }
 
 
-@pytest.fixture(scope="module", params=["v5e", "v5e:2x2"])
-def target(request):
-    return chips.described(request.param)
+def both_targets(test):
+    """Runs a test for one chip and for four."""
+    return pytest.mark.parametrize("name", ["v5e", "v5e:2x2"])(test)
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +67,17 @@ def training(target, model, images, output, **changes):
     return planned.figures
 
 
+@both_targets
 @pytest.mark.parametrize("stage", STAGES)
-def test_training_compiles(target, micro_models, micro_images, tmp_path, stage):
+def test_training_compiles(micro_models, micro_images, tmp_path, stage, name):
+    target = chips.described(name)
     figures = training(target, micro_models(), micro_images, tmp_path / "run", stages=[STAGES[stage]])
     assert figures.cycles and figures.flops > 1e5
     assert ("all-reduce" in figures.between) == (len(target.devices) > 1)
 
 
 @pytest.mark.parametrize("kind", ["inpainting", "copies", "pmap", "fsdp"])
-def test_ways_of_training_compile(target, micro_models, micro_images, tmp_path, kind):
+def test_ways_of_training_compile_for_four_chips(micro_models, micro_images, tmp_path, kind):
     data = {"path": str(micro_images), "resolution": 16, "batch_size": 4}
     changes = {
         "inpainting": {"data": {**data, "inpaint_masks": 2}},
@@ -84,14 +86,14 @@ def test_ways_of_training_compile(target, micro_models, micro_images, tmp_path, 
         "fsdp": {"parallel": {"mesh": {"data": 1, "fsdp": -1}}},
     }[kind]
     model = micro_models(inpainting=kind == "inpainting")
-    training(target, model, micro_images, tmp_path / "run", stages=[LORA], **changes)
+    training(chips.described("v5e:2x2"), model, micro_images, tmp_path / "run", stages=[LORA], **changes)
 
 
 @pytest.mark.parametrize("mesh", [{"data": -1}, {"data": 1, "fsdp": -1}], ids=["data", "fsdp"])
-def test_the_attention_kernel_runs_on_each_device(target, attentive, micro_images, tmp_path, mesh):
+def test_the_attention_kernel_runs_on_each_of_four_chips(attentive, micro_images, tmp_path, mesh):
     data = {"path": str(micro_images), "resolution": 64, "batch_size": 4}
     run = {"data": data, "stages": [LORA], "parallel": {"mesh": mesh}}
-    figures = training(target, attentive, micro_images, tmp_path / "run", **run)
+    figures = training(chips.described("v5e:2x2"), attentive, micro_images, tmp_path / "run", **run)
     assert figures.kernels >= 3  # forward, and the gradients by queries and by keys
     if mesh == {"data": -1}:  # a device sends the gradients of its adapter, and the loss
         assert sum(figures.between.values()) < 50_000

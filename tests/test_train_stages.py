@@ -20,7 +20,6 @@ BAD = [
     ({"data": {"resolution": 1024}}, ConfigError, "1024.*16 pixels"),
     ({"data": {"batch_size": 3}, "parallel": {"mesh": {"data": 8}}}, ConfigError, "3 images.*8 devices"),
     ({"clip_skip": 3}, ConfigError, r"clip_skip = 3.*1 .*2"),
-    ({"dtype": "float16"}, ConfigError, "bfloat16"),
     ({"stages": [{"lora_targets": ["no_such_layer"]}]}, ConfigError, r"stages\.0: unet: .*matches no layer"),
     ({"stages": [{"lora_ranks": {".": 0}}]}, ConfigError, "no layer with an adapter"),
     ({"stages": [{"lora_parts": ["text_encoder_2"]}]}, ConfigError, "no text_encoder_2; it has unet, text_encoder"),

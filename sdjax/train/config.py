@@ -325,7 +325,7 @@ class RunConfig:
     seed: Seed = 0
     """Seed of all randomness."""
     dtype: Logged[Dtype] = "float32"
-    """Number type of the computation. What is trained stays float32. float16 is refused."""
+    """Number type of the computation. What is trained stays float32. float16 is for GPUs without bfloat16."""
     export_dtype: Free[Dtype] = "float32"
     """Number type of the weights of models that are exported as a whole."""
     clip_skip: Count | None = None

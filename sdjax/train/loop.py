@@ -18,7 +18,7 @@ from sdjax.data.dataset import make_batch, prefetch
 from sdjax.errors import ConfigError, DataError
 from sdjax.runtime import out_of_memory
 from sdjax.runtime.whole_file import replacing
-from sdjax.train import checkpoint, config_file
+from sdjax.train import checkpoint, config_file, loss_scaling
 from sdjax.train.autoencoder import normalised
 from sdjax.train.config import RunConfig
 from sdjax.train.encoding import encode
@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 
 OUT_OF_MEMORY = (
     "try a smaller data.batch_size with data.accumulation to make up for it, remat = true,\n"
-    "dtype = 'bfloat16', or a smaller data.resolution; the last checkpoint is untouched."
+    "dtype = 'bfloat16' ('float16' where that is missing), or a smaller data.resolution;\n"
+    "the last checkpoint is untouched."
 )
 
 
@@ -166,15 +167,19 @@ class Training:
             log.warning("nothing saved in %s: starting fresh", self._folder / "checkpoints")
             return
         self.number, self.step = found.metadata["stage"], found.metadata["step"]
-        self.earlier, self._restored, self._saved = found.state["earlier"], found.state["state"], self.step
+        self.earlier, state, self._saved = found.state["earlier"], found.state["state"], self.step
+        used = self.plan.recipe.scales_loss
+        self._restored = state._replace(scaler=loss_scaling.resumed(state.scaler, used=used))
         log.info("going on from stage %s, step %d", self.plan.stage.name, self.step)
 
     def _expected(self, metadata: dict[str, Any]) -> PyTree:
         """Returns a tree like the one in a checkpoint. Raises DataError if the checkpoint is of another run."""
         config_file.compare_runs(metadata["run"], self.run.identity, self.run.config)
         number = metadata["stage"]
-        earlier = self.run.stages[number - 1].result if number else NOTHING
-        return {"earlier": earlier, "state": self.run.stages[number].state}
+        earlier, plan = self.run.stages[number - 1].result if number else NOTHING, self.run.stages[number]
+        scaled = loss_scaling.is_needed(metadata["run"]["dtype"], plan.stage)
+        scaler = jax.eval_shape(loss_scaling.first) if scaled else None
+        return {"earlier": earlier, "state": plan.state._replace(scaler=scaler)}
 
     def open(self) -> None:
         """Writes config.toml, and opens metrics.jsonl at the place the run has reached."""

@@ -29,7 +29,8 @@ MOST_SKIPPED = 20
 class Metrics:
     """Writes `{"stage", "step", "loss", ...}` for each step, `{"stage", "step", "held_out_loss"}` for each validation.
 
-    `step` counts the optimizer steps done in the stage: 1 after the first step, 0 in the validation before it.
+    `step` counts the optimizer steps done in the stage: 1 after the first step, 0 in the validation before it. With
+    float16 a line also has `loss_scale`, the scale of the step, and `skipped_steps`, the steps skipped so far.
     """
 
     def __init__(self, path: Path, run: Run, *, stage: int, step: int) -> None:
@@ -70,9 +71,14 @@ class Metrics:
             return
         (step, values), self._waiting = self._waiting, None
         loss, norm = float(values["loss"]), float(values["grad_norm"])
+        scaling, updates = {}, step - 1
+        if "loss_scale" in values:
+            scaling = {"loss_scale": float(values["loss_scale"]), "skipped_steps": int(values["skipped_steps"])}
+            # The learning rate does not move in a step that is skipped. This one may be.
+            updates -= scaling["skipped_steps"] - (not math.isfinite(loss + norm))
         now = time.perf_counter()
         with jax.default_device(jax.local_devices(backend="cpu")[0]):  # another device is busy with the next step
-            rates = self._plan.recipe.optimizer.learning_rates(step - 1)
+            rates = self._plan.recipe.optimizer.learning_rates(updates)
         different = len(set(rates.values())) > 1
         line = {
             "stage": self._plan.stage.name,
@@ -82,6 +88,7 @@ class Metrics:
             "learning_rate": rates if different else next(iter(rates.values())),
             "grad_norm": norm if math.isfinite(norm) else None,
             **({"row_norm": float(values["row_norm"])} if "row_norm" in values else {}),
+            **scaling,
             "examples_per_second": round(self._plan.examples / max(now - self._since, 1e-9), 3),
         }
         self._since = now
@@ -104,10 +111,12 @@ class Metrics:
         log.info("%s, %s, step %d: held-out loss %.5f", self._name, self._plan.stage.name, step, loss)
 
     def _check_finite(self, step: int, finite: bool, loss: float, norm: float) -> None:
+        event = f"{self._name}, stage {self._plan.stage.name}, step {step}: loss {loss:g}, gradient norm {norm:g}"
         self._skipped = 0 if finite else self._skipped + 1
         if finite:
+            if not math.isfinite(norm):
+                log.info("%s: step skipped, and the loss scale lowered", event)
             return
-        event = f"{self._name}, stage {self._plan.stage.name}, step {step}: loss {loss:g}, gradient norm {norm:g}"
         if self._on_nan == "skip" and self._skipped < MOST_SKIPPED:
             log.warning("%s: step skipped", event)
             return

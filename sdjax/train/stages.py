@@ -160,10 +160,6 @@ def _shapes(tree: PyTree) -> Any:
 
 def plan_run(config: RunConfig, scan: Scan = _scan, devices: Sequence[Any] | None = None) -> Run:
     """Checks one run; see `plan_runs`. scan: what reads the folders of images."""
-    if config.dtype == "float16":
-        raise ConfigError(
-            "dtype = 'float16' underflows in training; use 'bfloat16', or 'float32' where that is missing"
-        )
     data = [config.data_of(stage) for stage in config.stages]
     images = [
         _find_images(own, stage, f"stages.{i}", config.seed, scan)

@@ -29,7 +29,7 @@ from sdjax.model import Outline
 from sdjax.models import layers, vae
 from sdjax.text import textual_inversion
 from sdjax.text.encoding import HiddenState, encode_ids, zeroed
-from sdjax.train import autoencoder
+from sdjax.train import autoencoder, loss_scaling
 from sdjax.train.config import Stage
 from sdjax.train.optimizers import Optimizer, ema
 from sdjax.train.parallel import TrainStep
@@ -41,13 +41,15 @@ class State(NamedTuple):
     """What a step changes. A checkpoint of a stage holds exactly this."""
 
     step: Int[Array, ""]
-    """Optimizer steps done in this stage."""
+    """Optimizer steps done in this stage, skipped ones included."""
     trainable: dict[str, PyTree]
     """Part -> what the optimizer moves, float32: an adapter without its scales, all weights of a part, or, for
     `textual_inversion`, text model -> the trained rows."""
     optimizer: PyTree
     average: dict[str, PyTree]
     """The moving average of `trainable`; empty if there is none."""
+    scaler: loss_scaling.Scaler | None = None
+    """The state of loss scaling; None if the loss is not scaled."""
 
 
 class Frozen(TypedDict):
@@ -87,6 +89,11 @@ class Recipe(NamedTuple):
             return ("vae",)
         return ("unet", *(self.outline.text_models if self.trains_text else ()))
 
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled, see `loss_scaling`."""
+        return loss_scaling.is_needed(self.outline.unet.compute.dtype, self.stage)
+
 
 class Draws(NamedTuple):
     """The random numbers of each example, from the key of that example."""
@@ -101,7 +108,8 @@ class Draws(NamedTuple):
 def init_state(recipe: Recipe, trainable: dict[str, PyTree]) -> State:
     """Returns the state before the first step."""
     average = trainable if recipe.stage.ema_decay else {}
-    return State(jnp.int32(0), trainable, recipe.optimizer.init(trainable), average)
+    scaler = loss_scaling.first() if recipe.scales_loss else None
+    return State(jnp.int32(0), trainable, recipe.optimizer.init(trainable), average, scaler)
 
 
 def evaluated(recipe: Recipe, state: State) -> dict[str, PyTree]:
@@ -130,9 +138,13 @@ def make_train_step(recipe: Recipe) -> TrainStep:
 
     The loss is the weighted distance to `diffusion.target`, averaged over the whole batch. With accumulation A the
     batch holds A times as many examples; the step takes them in A parts and averages the gradients exactly, in
-    float32. A step whose loss or gradient is not finite leaves weights and optimizer unchanged; it only counts.
+    float32. A step whose loss or gradient is not finite is skipped: it leaves weights, average and optimizer, and so
+    the learning rate, unchanged. But it counts: the next step has the next number, the next batch and new noise.
     The metrics are `loss`, `grad_norm` (before clipping), `finite` (whether both are) and, for new words, `row_norm`,
     the mean norm of their vectors.
+    In float16 the loss is scaled, see `loss_scaling`. Then an overflow of the gradients that lowers the scale leaves
+    `finite` true, and two more metrics are `loss_scale`, the scale of this step, and `skipped_steps`, the number of
+    steps skipped so far, this one included.
     """
     loss_of = _autoencoder_loss if "vae" in recipe.stage.parts else diffusion_loss
 
@@ -145,7 +157,7 @@ def make_train_step(recipe: Recipe) -> TrainStep:
         reduce: Callable[[PyTree], PyTree] = lambda tree: tree,
     ) -> tuple[State, dict[str, Array]]:
         key = jax.random.fold_in(key, state.step)
-        gradient_of = jax.value_and_grad(functools.partial(loss_of, recipe))
+        gradient_of = loss_scaling.value_and_grad(functools.partial(loss_of, recipe), state.scaler)
         if recipe.accumulation == 1:
             loss, gradients = gradient_of(state.trainable, frozen, batch, key)
         else:
@@ -158,22 +170,32 @@ def make_train_step(recipe: Recipe) -> TrainStep:
         updates, optimizer = recipe.optimizer.update(gradients, state.optimizer, state.trainable)
         moved: Any = optax.apply_updates(state.trainable, updates)
         if recipe.stage.clip_ti_decay:
-            rate = recipe.optimizer.schedules["textual_inversion"](state.step)
+            rate = recipe.optimizer.schedules["textual_inversion"](_updates(state))
             words: dict[str, Array] = moved["textual_inversion"]
             drawn = {
                 name: textual_inversion.decay_norm(rows, rate, frozen["norms"][name]) for name, rows in words.items()
             }
             moved = {**moved, "textual_inversion": drawn}
-        average = ema(state.average, moved, state.step, recipe.stage.ema_decay) if state.average else {}
-        new = State(state.step + 1, moved, optimizer, average)
+        average = ema(state.average, moved, _updates(state), recipe.stage.ema_decay) if state.average else {}
+        new = State(state.step + 1, moved, optimizer, average, state.scaler)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        kept = kept._replace(step=new.step)
         metrics = {"loss": loss, "grad_norm": norm, "finite": finite}
+        if state.scaler is not None:
+            kept = kept._replace(scaler=loss_scaling.update(state.scaler, loss, norm))
+            metrics["finite"] = finite | loss_scaling.is_remedied(state.scaler, loss, norm)
+            metrics |= {"loss_scale": state.scaler.scale, "skipped_steps": kept.scaler.skipped}
         if "textual_inversion" in kept.trainable:
             norms = [jnp.linalg.norm(rows, axis=-1) for rows in kept.trainable["textual_inversion"].values()]
             metrics["row_norm"] = jnp.mean(jnp.concatenate(norms))
-        return kept._replace(step=new.step), metrics
+        return kept, metrics
 
     return train_step
+
+
+def _updates(state: State) -> Int[Array, ""]:
+    """Returns how often the optimizer has changed what is trained. Without loss scaling skipped steps count as well."""
+    return state.step if state.scaler is None else state.step - state.scaler.skipped
 
 
 def distance(
