@@ -40,11 +40,6 @@ STAGES = {
 }
 
 
-def both_targets(test):
-    """Runs a test for one chip and for four."""
-    return pytest.mark.parametrize("name", ["v5e", "v5e:2x2"])(test)
-
-
 @pytest.fixture(scope="module")
 def attentive(micro_models, tmp_path_factory):
     """A model whose largest feature maps have 1024 tokens with self-attention, for pictures of 64 x 64 pixels."""
@@ -67,7 +62,7 @@ def training(target, model, images, output, **changes):
     return planned.figures
 
 
-@both_targets
+@pytest.mark.parametrize("name", ["v5e", "v5e:2x2"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_training_compiles(micro_models, micro_images, tmp_path, stage, name):
     target = chips.described(name)

@@ -32,7 +32,7 @@ def images(tmp_path):
         ({}, LORA, {}, "float32"),
         ({"sdxl": True}, {**LORA, "lora_rank": 1}, {"random_crops": 2}, "bfloat16"),
         ({"inpainting": True}, LORA, {"inpaint_masks": 2, "flip": True}, "bfloat16"),
-        ({}, LORA, {"inpaint_masks": 2}, "float32"),
+        ({}, LORA, {"inpaint_masks": 2}, "float16"),
         (
             {"sdxl": True},
             {**LORA, "lora_parts": ["unet", "text_encoder"], "use_dora": True},
