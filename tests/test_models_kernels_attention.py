@@ -3,10 +3,11 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.models.kernels import attention_cpu
+from sdjax.models.kernels import attention_cpu, attention_gpu
 from sdjax.models.kernels.attention import attention
 
 BATCH, QUERIES, KEYS, HEADS, SIZE = 2, 64, 40, 6, 8
@@ -66,3 +67,10 @@ def test_attention_without_a_fast_path_is_attention(target, causal):
     assert_is_attention(
         lambda q, k, v: attention(q, k, v, target=target, causal=causal), "float32", 1e-6, [], causal=causal
     )
+
+
+def test_cudnn_is_left_out_on_gpus_before_ampere(monkeypatch):
+    q = jnp.zeros((1, 256, 2, 40), jnp.float16)
+    for capability, taken in ((None, True), ((8, 0), True), ((7, 5), False)):
+        monkeypatch.setattr(attention_gpu, "compute_capability", lambda capability=capability: capability)
+        assert attention_gpu.takes(q, q, False) == taken

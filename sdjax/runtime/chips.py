@@ -85,6 +85,20 @@ class Target(NamedTuple):
     """Bytes that programs can use on each device."""
 
 
+_described_gpus: list[str] = []
+"""The GPU that was described last."""
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Returns that of the GPU that programs are compiled for: the described one, or JAX's. None without a GPU."""
+    if _described_gpus:
+        return _STREAMING[_described_gpus[-1]].capability
+    if jax.default_backend() != "gpu":
+        return None
+    major, minor = jax.devices()[0].compute_capability.split(".")
+    return int(major), int(minor)
+
+
 def described(name: str) -> Target:
     """Returns a TPU slice such as "v5e:2x2" or "v5p:2x2x1", one chip such as "v5e", or one GPU such as "a100".
 
@@ -131,6 +145,7 @@ def _gpu(name: str) -> list[Any]:
     # JAX asks the cuDNN that is installed for its version while it traces attention. The described GPU has this one.
     from jax._src.cudnn import fused_attention_stablehlo
 
+    _described_gpus.append(name)
     version: Any = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
     fused_attention_stablehlo.cuda_versions = version  # pyright: ignore[reportPrivateImportUsage]
     return _topology(name, "cuda", "1x1x1", target_config=_target_config(name), topology="1x1x1")

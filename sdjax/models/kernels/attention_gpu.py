@@ -4,13 +4,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sdjax.runtime.chips import compute_capability
+
 
 def takes(q: Float[Array, "B S N D"], k: Float[Array, "B T N D"], causal: bool) -> bool:
     """Whether cuDNN can compute this attention and its gradient.
 
-    cuDNN wants half precision and a head size D that is a multiple of 8 and at most 128. (On newer GPUs, from Hopper
-    on, it also takes up to 256.) Its backward pass refuses odd lengths S and T, such as a context of 77 tokens.
+    cuDNN wants a GPU from Ampere on (so not a T4), half precision, and a head size D that is a multiple of 8 and at most
+    128. (On newer GPUs, from Hopper on, it also takes up to 256.) Its backward pass refuses odd lengths S and T, such
+    as a context of 77 tokens.
     """
+    if (capability := compute_capability()) is not None and capability < (8, 0):
+        return False
     half = q.dtype in (jnp.float16, jnp.bfloat16)
     return half and q.shape[1] % 2 == k.shape[1] % 2 == 0 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
