@@ -10,7 +10,7 @@ from sdjax.runtime.chips import compute_capability
 def takes(q: Float[Array, "B S N D"], k: Float[Array, "B T N D"], causal: bool) -> bool:
     """Whether cuDNN can compute this attention and its gradient.
 
-    cuDNN wants a GPU from Ampere on (so not a T4), half precision, and a head size D that is a multiple of 8 and at most
+    cuDNN wants a GPU from Ampere on, so not a T4, half precision, and a head size D that is a multiple of 8 and at most
     128. (On newer GPUs, from Hopper on, it also takes up to 256.) Its backward pass refuses odd lengths S and T, such
     as a context of 77 tokens.
     """
