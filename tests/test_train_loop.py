@@ -173,7 +173,7 @@ def test_out_of_memory_gives_advice(settings, monkeypatch):
     def exhausted(*arguments, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte")
 
-    monkeypatch.setattr("sdjax.train.results.load_weights", exhausted)
+    monkeypatch.setattr("sdjax.model.Outline.load_weights", exhausted)
     with pytest.raises(TrainingStopped, match=r"batch_size.*accumulation.*remat"):
         train(settings(data={"cache": ""}))
 
