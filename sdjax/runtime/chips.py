@@ -99,6 +99,14 @@ def compute_capability() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
+def fast_dtype() -> str:
+    """Returns the number type that JAX's device computes fast: half precision, bfloat16 where there is a choice."""
+    if jax.default_backend() == "cpu":
+        return "float32"
+    capability = compute_capability()
+    return "float16" if capability is not None and capability < (8, 0) else "bfloat16"
+
+
 def described(name: str) -> Target:
     """Returns a TPU slice such as "v5e:2x2" or "v5p:2x2x1", one chip such as "v5e", or one GPU such as "a100".
 
