@@ -66,12 +66,23 @@ with tempfile.TemporaryDirectory() as temporary:
     state = plan.parallel.place_state(jax.tree.map(filled, plan.state))
     frozen = plan.parallel.place_frozen(jax.tree.map(filled, plan.frozen))
     placed = plan.parallel.place_batch({name: np.asarray(filled(leaf)) for name, leaf in batch.items()})
+    jax.block_until_ready((state, frozen, placed))
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
+    arguments = resident("VmRSS") - before
     for _ in range(3):
         state, metrics = step(state, frozen, placed, jax.random.key(0))
         float(metrics["loss"])
     peak = resident("VmHWM") - before
-    print(json.dumps({"recipe": args.recipe, "planned_gb": planned.memory / 1e9, "peak_gb": peak / 1e9,
-                      "ratio": round(planned.memory / peak, 3)}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "recipe": args.recipe,
+                "arguments_gb": arguments / 1e9,
+                "planned_gb": planned.memory / 1e9,
+                "peak_gb": peak / 1e9,
+                "planned / peak": round(planned.memory / peak, 3),
+            }
+        )
+    )
