@@ -1,12 +1,13 @@
-"""Attention and its gradients against the definition in float64: each way of the CPU, and the plain ways."""
+"""Attention and its gradients against the definition in float64: ways of the CPU, the TPU kernel, and plain ones."""
 
 import re
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pallas_tpu
 
-from sdjax.models.kernels import attention_cpu
+from sdjax.models.kernels import attention_cpu, attention_tpu
 from sdjax.models.kernels.attention import attention
 
 BATCH, QUERIES, KEYS, HEADS, SIZE = 2, 64, 40, 6, 8
@@ -37,11 +38,12 @@ def by_definition(q, k, v, causal=False):
     return np.einsum("bnst,btnd->bsnd", weights, v), pull
 
 
-def assert_is_attention(attend, dtype, tolerance, loops=None, **options):
+def assert_is_attention(attend, dtype, tolerance, loops=None, shape=(BATCH, QUERIES, KEYS, HEADS, SIZE), **options):
     """Compares `attend(q, k, v)` and its gradients with the definition, and the lengths of its loops with `loops`."""
     random = np.random.default_rng(0)
-    lengths = (QUERIES, KEYS, KEYS, QUERIES)
-    arrays = [np.asarray(3 * random.normal(size=(BATCH, n, HEADS, SIZE)), dtype) for n in lengths]
+    batch, queries, keys, heads, size = shape
+    lengths = (queries, keys, keys, queries)
+    arrays = [np.asarray(3 * random.normal(size=(batch, n, heads, size)), dtype) for n in lengths]
     *qkv, gradient = (jax.numpy.asarray(x) for x in arrays)
     if loops is not None:
         assert re.findall(r"\blength=(\d+)", str(jax.make_jaxpr(attend)(*qkv))) == loops
@@ -66,3 +68,18 @@ def test_attention_without_a_fast_path_is_attention(target, causal):
     assert_is_attention(
         lambda q, k, v: attention(q, k, v, target=target, causal=causal), "float32", 1e-6, [], causal=causal
     )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("shape", [(1, 512, 1024, 1, 40), (1, 1024, 512, 1, 160)])
+def test_the_kernel_of_the_tpu_is_attention(shape, dtype, tolerance):
+    """Interpreted, with blocks of the sizes that a TPU gets; heads that fill no lanes, and heads that are padded."""
+    with pallas_tpu.force_tpu_interpret_mode(), jax.numpy_dtype_promotion("standard"):  # as in test_lowering.py
+        assert_is_attention(lambda q, k, v: attention(q, k, v, target="tpu"), dtype, tolerance, shape=shape)
+
+
+@pytest.mark.parametrize("tokens", [512, 1536, 4096, 4608, 9216])
+def test_the_blocks_of_the_tpu_divide_the_tokens(tokens):
+    for most in (512, 1024, 4096):
+        block = attention_tpu._largest(tokens, most, 512)
+        assert tokens % block == block % 512 == 0 and block <= most
