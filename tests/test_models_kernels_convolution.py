@@ -1,5 +1,7 @@
 """Each way of convolving on the CPU and the TPU against the definition, summed tap by tap in float64; gradients too."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -82,6 +84,20 @@ def test_each_example_has_its_kernel_on_the_tpu():
     got = jax.vmap(lambda x, kernel: convolution(x[None], kernel, 1, PADDING, "tpu")[0])(x, kernels)
     expected = [by_definition(x[i : i + 1], kernels[i])[0] for i in range(3)]
     assert error(np.asarray(got), np.concatenate(expected)) < 2e-6
+
+
+def test_a_batch_on_several_tpus_stays_where_it_is():
+    """The examples are an axis of the map for XLA; it divides them over a mesh all the same."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    place = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    x, kernel = normal((4, 4, 16, 3), (3, 3, 3, 3))
+    loss = lambda x, kernel: jax.numpy.sum(jax.numpy.square(convolution(x, kernel, 1, PADDING, "tpu")))
+    program = (
+        jax.jit(jax.grad(loss, (0, 1)), in_shardings=(place("data"), place())).lower(x, kernel).compile().as_text()
+    )
+    assert "f32[2,4,16,3]" in program and "f32[4,4,16,3]" not in program
+    assert "all-reduce" in program  # of the gradient by the kernel
+    assert not re.search("all-gather|all-to-all|collective-permute", program)
 
 
 def test_the_tpu_leaves_other_convolutions_to_xla():
