@@ -44,9 +44,9 @@ def attend(
         block_q_dkv=few,
         block_k_major_dkv=some,
         block_k_dkv=some,
-        # The gradient by queries. JAX copies the statistics of each query as often as there are keys in the block.
-        block_q_dq=few,
-        block_k_major_dq=some,
+        # The gradient by queries. JAX copies a number of each query as often as there are keys in the block.
+        block_q_dq=_largest(queries, max(held // 4, few), few),
+        block_k_major_dq=few,
         block_k_dq=few,
     )
     out = flash_attention(q, k, v, sm_scale=1 / math.sqrt(size), block_sizes=blocks)
