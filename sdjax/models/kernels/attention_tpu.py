@@ -8,7 +8,8 @@ from jaxtyping import Array, Float
 BLOCK = 512
 """Queries in a block; S and T are multiples of it. By the instructions that the compiler schedules for a v5e, 4096
 queries and keys of 32 heads of 40 take 2.5 million cycles, and the backward pass 7.6. With JAX's own blocks of 128 they
-take 14.4 and 30.6, several times as long as all else that SD1.5's U-Net computes at this size."""
+take 14.4 and 30.6, while all else in that transformer of SD1.5's U-Net takes 1.1.
+"""
 HELD = 1 << 20
 """Bytes of keys, and of values, that a kernel holds in fast memory at once."""
 
