@@ -1,4 +1,4 @@
-"""Attention and its gradients against the definition in float64: each way of the CPU, and the plain ways."""
+"""Attention and its gradients against the definition in float64: ways of the CPU, the TPU kernel, and plain ones."""
 
 import re
 
@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pallas_tpu
 
-from sdjax.models.kernels import attention_cpu, attention_gpu
+from sdjax.models.kernels import attention_cpu, attention_gpu, attention_tpu
 from sdjax.models.kernels.attention import attention
 
 BATCH, QUERIES, KEYS, HEADS, SIZE = 2, 64, 40, 6, 8
@@ -38,11 +39,12 @@ def by_definition(q, k, v, causal=False):
     return np.einsum("bnst,btnd->bsnd", weights, v), pull
 
 
-def assert_is_attention(attend, dtype, tolerance, loops=None, **options):
+def assert_is_attention(attend, dtype, tolerance, loops=None, shape=(BATCH, QUERIES, KEYS, HEADS, SIZE), **options):
     """Compares `attend(q, k, v)` and its gradients with the definition, and the lengths of its loops with `loops`."""
     random = np.random.default_rng(0)
-    lengths = (QUERIES, KEYS, KEYS, QUERIES)
-    arrays = [np.asarray(3 * random.normal(size=(BATCH, n, HEADS, SIZE)), dtype) for n in lengths]
+    batch, queries, keys, heads, size = shape
+    lengths = (queries, keys, keys, queries)
+    arrays = [np.asarray(3 * random.normal(size=(batch, n, heads, size)), dtype) for n in lengths]
     *qkv, gradient = (jax.numpy.asarray(x) for x in arrays)
     if loops is not None:
         assert re.findall(r"\blength=(\d+)", str(jax.make_jaxpr(attend)(*qkv))) == loops
@@ -74,3 +76,18 @@ def test_cudnn_is_left_out_on_gpus_before_ampere(monkeypatch):
     for capability, taken in ((None, True), ((8, 0), True), ((7, 5), False)):
         monkeypatch.setattr(attention_gpu, "compute_capability", lambda capability=capability: capability)
         assert attention_gpu.takes(q, q, False) == taken
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("shape", [(1, 512, 1024, 1, 40), (1, 1024, 512, 1, 160)])
+def test_the_kernel_of_the_tpu_is_attention(shape, dtype, tolerance):
+    """Interpreted, with blocks of the sizes that a TPU gets; heads that fill no lanes, and heads that are padded."""
+    with pallas_tpu.force_tpu_interpret_mode(), jax.numpy_dtype_promotion("standard"):  # as in test_lowering.py
+        assert_is_attention(lambda q, k, v: attention(q, k, v, target="tpu"), dtype, tolerance, shape=shape)
+
+
+@pytest.mark.parametrize("tokens", [512, 1536, 4096, 4608, 9216])
+def test_the_blocks_of_the_tpu_divide_the_tokens(tokens):
+    for most in (512, 1024, 4096):
+        block = attention_tpu._largest(tokens, most, 512)
+        assert tokens % block == block % 512 == 0 and block <= most

@@ -1,9 +1,12 @@
-"""Each way of convolving on the CPU against the definition, summed tap by tap in float64; gradients too."""
+"""Each way of convolving on the CPU and the TPU against the definition, summed tap by tap in float64; gradients too."""
+
+import re
 
 import jax
 import numpy as np
 import pytest
 
+from sdjax.models.kernels import convolution_tpu
 from sdjax.models.kernels.convolution import convolution
 from sdjax.models.kernels.convolution_cpu import product_pays, winograd_tile
 from sdjax.models.kernels.upsampling import upsample_nearest
@@ -60,7 +63,53 @@ def test_each_way_is_the_convolution(way):
         assert error(ours, exact) < (5e-6 if tile == 4 else 2e-6)
 
 
-@pytest.mark.parametrize("target", ["cpu", "gpu"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 4e-3)])
+@pytest.mark.parametrize("shape", [(2, 7, 18, 5), (1, 1, 16, 5)])
+def test_the_way_of_the_tpu_is_the_convolution(shape, dtype, tolerance):
+    features = 4
+    x, kernel, gradient = (
+        jax.numpy.asarray(a, dtype) for a in normal(shape, (3, 3, shape[3], features), (*shape[:3], features))
+    )
+    assert convolution_tpu.takes(x, kernel, 1, PADDING)
+    got, pull = jax.vjp(lambda x, k: convolution(x, k, 1, PADDING, "tpu"), x, kernel)
+    expected, pull_exactly = by_definition(np.asarray(x), np.asarray(kernel))
+    exact = (expected, *pull_exactly(np.asarray(gradient, np.float64)))
+    for ours, theirs in zip((got, *pull(gradient)), exact, strict=True):
+        assert ours.dtype == dtype
+        assert error(np.asarray(ours, np.float32), theirs) < tolerance
+
+
+def test_each_example_has_its_kernel_on_the_tpu():
+    x, kernels = normal((3, 6, 16, 5), (3, 3, 3, 5, 4))
+    got = jax.vmap(lambda x, kernel: convolution(x[None], kernel, 1, PADDING, "tpu")[0])(x, kernels)
+    expected = [by_definition(x[i : i + 1], kernels[i])[0] for i in range(3)]
+    assert error(np.asarray(got), np.concatenate(expected)) < 2e-6
+
+
+def test_a_batch_on_several_tpus_stays_where_it_is():
+    """The examples are an axis of the map for XLA; it divides them over a mesh all the same."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    place = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    x, kernel = normal((4, 4, 16, 3), (3, 3, 3, 3))
+    loss = lambda x, kernel: jax.numpy.sum(jax.numpy.square(convolution(x, kernel, 1, PADDING, "tpu")))
+    program = (
+        jax.jit(jax.grad(loss, (0, 1)), in_shardings=(place("data"), place())).lower(x, kernel).compile().as_text()
+    )
+    assert "f32[2,4,16,3]" in program and "f32[4,4,16,3]" not in program
+    assert "all-reduce" in program  # of the gradient by the kernel
+    assert not re.search("all-gather|all-to-all|collective-permute", program)
+
+
+def test_the_tpu_leaves_other_convolutions_to_xla():
+    x, kernel = np.zeros((1, 16, 16, 4), np.float32), np.zeros((3, 3, 4, 4), np.float32)
+    assert convolution_tpu.takes(x, kernel, 1, PADDING)
+    assert not convolution_tpu.takes(x[:, :, :8], kernel, 1, PADDING)  # narrow
+    assert not convolution_tpu.takes(x, kernel, 2, PADDING)
+    assert not convolution_tpu.takes(x, kernel, 1, ((0, 1), (0, 1)))
+    assert not convolution_tpu.takes(x, kernel[:2, :2], 1, PADDING)
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu", "tpu"])
 def test_the_convolution_of_a_doubled_map(target):
     half, kernel = normal((2, 5, 4, 6), (3, 3, 6, 7))
     x = upsample_nearest(jax.numpy.asarray(half), 10, 8)
