@@ -11,6 +11,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] in (["-h"], ["--help"]):
         print(usage)
         return 0
+    if argv[:1] == ["--version"]:
+        from importlib.metadata import version
+
+        print(version("sdjax"))
+        return 0
     if not argv or argv[0] not in COMMANDS:
         print(f"error: {f'unknown command {argv[0]!r}' if argv else 'no command given'}\n{usage}", file=sys.stderr)
         return 2

@@ -252,7 +252,7 @@ def _prompts(args: argparse.Namespace, *, on_axis: bool) -> list[str]:
 
 def _lines(flag: str, path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        return path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at U+2028 in a prompt
     except OSError as error:
         raise DataError(f"{flag} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

@@ -49,6 +49,15 @@ def test_metadata_rules(tmp_path):
     assert captions(scan(tmp_path)) == {"a.png": "an apple", "sub/b.png": "a bear"}
 
 
+def test_a_caption_may_hold_any_character(tmp_path):
+    for name in ("a.png", "b.png"):
+        image(tmp_path / name)
+    lines = [{"file_name": "a.png", "text": "one\u2028two\u0085three"}, {"file_name": "b.png", "text": "four"}]
+    text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (tmp_path / "metadata.jsonl").write_bytes(text.encode())
+    assert set(captions(scan(tmp_path)).values()) == {"one\u2028two\u0085three", "four"}
+
+
 def test_missing_captions_follow_the_policy(tmp_path, caplog):
     for name in ("blank.png", "broken.png", "good.png", "none.png"):
         image(tmp_path / name)

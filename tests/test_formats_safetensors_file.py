@@ -316,6 +316,15 @@ def test_unwritable_dtype_is_refused_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_numbers_that_do_not_fit_in_float16_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_safetensors(path, {"w": np.float32([65504, -1, np.inf])}, dtype=np.float16)
+    before = path.read_bytes()
+    with pytest.raises(DataError, match="'w' holds numbers above 65504, which do not fit in float16"):
+        save_safetensors(path, {"w": np.float32([65504, -7e4])}, dtype=np.float16)
+    assert path.read_bytes() == before
+
+
 def test_disk_full_keeps_the_old_file(tmp_path):
     """A limit on the size of files, which acts like a full disk, stops the write in the middle of the data."""
     path = tmp_path / "a.safetensors"

@@ -9,7 +9,7 @@ from pathlib import Path
 import micro
 import pytest
 
-from sdjax import generate
+from sdjax import __main__, generate
 from sdjax.train import config, config_file
 from sdjax.train.loop import train
 
@@ -148,6 +148,8 @@ def test_the_guides_commands_run(tmp_path, monkeypatch):
     assert not pictures
 
 
-def test_the_version_is_in_the_changelog():
+def test_the_version_is_in_the_changelog(capsys):
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+    assert __main__.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{version}\n"

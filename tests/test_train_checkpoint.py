@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from sdjax.errors import ConfigError, DataError
+from sdjax.errors import ConfigError, DataError, TrainingStopped
 from sdjax.train.checkpoint import StopSignal, locked, restore, save, steps
 
 
@@ -71,6 +71,22 @@ def test_replicated_over_devices(tmp_path):
     save(tmp_path, 1, jax.device_put(state_of(1)["trainable"], everywhere), {})
     restored = restore(tmp_path, lambda _: state_of(0)["trainable"])
     same(restored.state, state_of(1)["trainable"])
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a\\b", "{x,y}", "50% off?*", "häuser 木"])
+def test_any_folder_name_will_do(tmp_path, name):
+    write(tmp_path / "outer" / name, 1, 2)
+    assert os.listdir(tmp_path / "outer") == [name]
+    assert restored_step(tmp_path / "outer" / name) == 2
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+    write(tmp_path, 1)
+    state = state_of(2)
+    for broken in (np.nan, np.inf):
+        with pytest.raises(TrainingStopped, match=r"step 2 not saved: 1 of \d+ arrays hold NaN or infinity, .*half"):
+            save(tmp_path, 2, {**state, "half": jnp.full((3,), broken, jnp.bfloat16)}, {})
+    assert restored_step(tmp_path) == 1
 
 
 def test_the_newest_are_kept(tmp_path):

@@ -117,6 +117,15 @@ def test_resuming_with_other_images_is_refused_unless_allowed(finished, settings
     assert train(dataclasses.replace(config, data=data, checkpoint=allowed), resume=True) == 0
 
 
+def test_resuming_with_fewer_steps_than_are_done_is_refused(finished, settings):
+    config, _ = copy_of(finished, settings, stages=[{"steps": 4}])
+    with pytest.raises(
+        ConfigError, match=r"stages\.0\.steps = 4 is less than the 6 steps that are done: .*--resume-step"
+    ):
+        train(config, resume=True)
+    assert train(config, resume=True, resume_step=4) == 0
+
+
 def test_resuming_nothing_starts_fresh_and_says_so(settings, caplog):
     assert train(settings(stages=[{"steps": 1}], validation={}), resume=True) == 0
     assert "starting fresh" in caplog.text

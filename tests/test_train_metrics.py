@@ -3,12 +3,17 @@
 import json
 from pathlib import Path
 
+import jax
 import micro
+import numpy as np
 import pytest
 
+from sdjax import trees
 from sdjax.errors import TrainingStopped
-from sdjax.train import checkpoint
+from sdjax.train import checkpoint, stages
 from sdjax.train.loop import train
+from sdjax.train.metrics import Metrics
+from sdjax.train.results import NOTHING
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -32,3 +37,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(settings):
     assert checkpoint.steps(folder)
     for line in Path(config.output, "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_a_step_whose_result_overflows_is_not_taken(settings, on_nan):
+    """The loss and the gradient are finite; only the weights would not be."""
+    stage = {"learning_rate": 3e38, "weight_decay": 100.0, "steps": 2}
+    config = settings(stages=[stage], checkpoint={"every": 1}, validation={}, on_nan=on_nan)
+    if on_nan == "stop":
+        with pytest.raises(TrainingStopped, match=r"step 1: loss \d"):
+            train(config)
+        assert not checkpoint.steps(f"{config.output}/checkpoints")
+        return
+    assert train(config) == 0
+    expected = stages.plan_run(config).stages[0].state
+    state = checkpoint.restore(f"{config.output}/checkpoints", lambda _: {"earlier": NOTHING, "state": expected}).state
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["state"].trainable))
+    assert not any(np.any(layer["up"]) for _, layer in trees.layers(state["state"].trainable["unet"], "up"))
+
+
+def test_a_held_out_loss_that_is_not_finite_is_null(settings, tmp_path):
+    run = stages.plan_run(settings())
+    metrics = Metrics(tmp_path / "metrics.jsonl", run, stage=0, step=0)
+    with metrics.of_stage(run.stages[0], 0, shown=False):
+        metrics.held_out(0, float("nan"))
+    assert micro.metric_lines(tmp_path, "held_out_loss") == [{"stage": "style", "step": 0, "held_out_loss": None}]

@@ -40,6 +40,8 @@ def test_bad_settings_are_refused(settings, no_weights, changes, error, message)
     [
         ({**WORDS, "placeholder_tokens": ["heart"], "vectors_per_token": 1}, "'heart' is a word of the vocabulary"),
         ({**WORDS, "init_tokens": ["nothing.safetensors", "red"]}, "nothing.safetensors"),
+        ({**WORDS, "placeholder_tokens": ["<a>", "{A}"]}, r"\{A\} and <a> would both be exported as a.safetensors"),
+        ({**WORDS, "placeholder_tokens": ["<a>", "<lora>"]}, "<lora> and the LoRA would both be exported as lora.saf"),
         ({"train": ["text_encoder_2"]}, "no text_encoder_2"),
         ({"train": ["lora"], "lora_parts": ["text_encoder_2"]}, "no text_encoder_2"),
     ],

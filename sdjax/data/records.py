@@ -190,7 +190,7 @@ _Captioned = dict[str, tuple[Path, str]]  # name -> path and caption, which may 
 def _from_metadata(root: Path, metadata: Path) -> _Captioned:
     """The images that metadata.jsonl lists. A file that does not exist is included: reading it raises an error."""
     try:
-        lines = metadata.read_text(encoding="utf-8-sig").splitlines()
+        lines = metadata.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at U+2028 in a caption
     except UnicodeDecodeError:
         raise DataError(f"{metadata} is not UTF-8") from None
     captioned: _Captioned = {}

@@ -29,7 +29,10 @@ from sdjax.trees import layers, nest
 log = logging.getLogger(__name__)
 
 STYLES = ("kohya", "peft")
-_FOLDER_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+PEFT_FILE = "pytorch_lora_weights.safetensors"
+"""The name that diffusers gives the LoRA in a folder."""
+KOHYA_FILE = "lora.safetensors"
+_FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.bin")
 
 
 def load_lora(path: str | os.PathLike, expected: Mapping[str, Any]) -> dict[str, Any]:

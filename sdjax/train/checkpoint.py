@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from sdjax.errors import ConfigError, DataError
+from sdjax.errors import ConfigError, DataError, TrainingStopped
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +49,27 @@ def save(folder: str | Path, step: int, state: PyTree, metadata: Mapping[str, An
 
     state: a tree of typed PRNG keys and of arrays, on the host or on addressable devices. metadata: values for JSON.
     Checkpoints of later steps are removed too: they are from before the run was resumed at an earlier step.
-    Raises DataError if the checkpoint cannot be written, and leaves earlier ones untouched.
+    Raises TrainingStopped for a state that is not finite, and DataError if the checkpoint cannot be written. Earlier
+    ones are then untouched.
     """
     from orbax.checkpoint import v1 as ocp
 
     folder = Path(folder).absolute()
     arrays = _to_arrays(state)
+    if broken := [path for path, array in arrays.items() if not _is_finite(array)]:
+        raise TrainingStopped(
+            f"checkpoint of step {step} not saved: {len(broken)} of {len(arrays)} arrays hold NaN or infinity, such as "
+            f"{broken[0]}; the last checkpoint is untouched.\nTry a lower learning_rate, or dtype = 'float32'."
+        )
     temporary, place = folder / f".saving_{step:08d}", folder / f"step_{step:08d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         temporary.mkdir()
-        ocp.save(str(temporary / "state"), arrays)
+        with _plainly_named(temporary) as plain:
+            ocp.save(str(plain / "state"), arrays)
+        if not (temporary / "state").is_dir():
+            raise FileNotFoundError(f"orbax did not write {temporary / 'state'}")
         _write_record(temporary, dict(metadata), {path: _kind(array) for path, array in arrays.items()})
         if place.exists():
             shutil.rmtree(place)
@@ -159,11 +169,27 @@ def _read_arrays(place: Path) -> dict[str, np.ndarray]:
     from orbax.checkpoint import v1 as ocp
 
     try:
-        return ocp.load(str(place / "state"))
+        with _plainly_named(place) as plain:
+            return ocp.load(str(plain / "state"))
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as e:  # the files are intact, but this version of orbax cannot read them
         raise Damaged(_one_line(e)) from e
+
+
+@contextlib.contextmanager
+def _plainly_named(folder: Path) -> Iterator[Path]:
+    """Gives the folder a name of letters, digits, dots, hyphens and slashes during the block.
+
+    orbax takes brackets, backslashes and some other characters of a path for patterns and separators.
+    """
+    if re.fullmatch(r"[\w./-]*", str(folder), re.ASCII):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary) / "checkpoint"
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
 
 
 def _one_line(e: BaseException, most: int = 120) -> str:
@@ -203,6 +229,10 @@ def _key_impl(key: Any) -> Any:
     impls: list[Any] = []
     jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), key)
     return impls[0]
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    return not jnp.issubdtype(array.dtype, jnp.inexact) or bool(np.isfinite(array).all())
 
 
 def _kind(leaf: Any) -> list[Any]:

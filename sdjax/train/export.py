@@ -13,15 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.formats.embedding_file import file_name, save_embedding
-from sdjax.formats.lora_file import save_lora
+from sdjax.formats.lora_file import KOHYA_FILE, PEFT_FILE, save_lora
 from sdjax.model import Model
 from sdjax.runtime.whole_file import replacing
 from sdjax.train.config import RunConfig
 from sdjax.train.results import Results, places
 from sdjax.train.stages import StagePlan
-
-PEFT_FILE = "pytorch_lora_weights.safetensors"
-KOHYA_FILE = "lora.safetensors"
 
 
 def export(folder: Path, config: RunConfig, plan: StagePlan, results: Results, grid: Path | None) -> None:

@@ -175,7 +175,12 @@ class Training:
     def _expected(self, metadata: dict[str, Any]) -> PyTree:
         """Returns a tree like the one in a checkpoint. Raises DataError if the checkpoint is of another run."""
         config_file.compare_runs(metadata["run"], self.run.identity, self.run.config)
-        number = metadata["stage"]
+        number, done = metadata["stage"], metadata["step"]
+        if done > (steps := self.run.config.stages[number].steps):
+            raise ConfigError(
+                f"stages.{number}.steps = {steps} is less than the {done} steps that are done: "
+                "give that number or more, or resume from an earlier checkpoint with --resume-step"
+            )
         earlier, plan = self.run.stages[number - 1].result if number else NOTHING, self.run.stages[number]
         scaled = loss_scaling.is_needed(metadata["run"]["dtype"], plan.stage)
         scaler = jax.eval_shape(loss_scaling.first) if scaled else None

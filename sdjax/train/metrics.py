@@ -83,11 +83,10 @@ class Metrics:
         line = {
             "stage": self._plan.stage.name,
             "step": step,
-            # JSON has no NaN and no infinity.
-            "loss": loss if math.isfinite(loss) else None,
+            "loss": _finite(loss),
             "learning_rate": rates if different else next(iter(rates.values())),
-            "grad_norm": norm if math.isfinite(norm) else None,
-            **({"row_norm": float(values["row_norm"])} if "row_norm" in values else {}),
+            "grad_norm": _finite(norm),
+            **({"row_norm": _finite(values["row_norm"])} if "row_norm" in values else {}),
             **scaling,
             "examples_per_second": round(self._plan.examples / max(now - self._since, 1e-9), 3),
         }
@@ -101,13 +100,13 @@ class Metrics:
         """Appends a line to metrics.jsonl. Raises DataError if the file cannot be written."""
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as e:
             raise DataError(f"{self._path} cannot be written: {e.strerror or e}") from e
 
     def held_out(self, step: int, loss: float) -> None:
         """Writes and logs the held-out loss."""
-        self.write({"stage": self._plan.stage.name, "step": step, "held_out_loss": loss})
+        self.write({"stage": self._plan.stage.name, "step": step, "held_out_loss": _finite(loss)})
         log.info("%s, %s, step %d: held-out loss %.5f", self._name, self._plan.stage.name, step, loss)
 
     def _check_finite(self, step: int, finite: bool, loss: float, norm: float) -> None:
@@ -127,6 +126,12 @@ class Metrics:
         )
 
 
+def _finite(value: Any) -> float | None:
+    """The number for JSON, which has no NaN and no infinity."""
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
 def _drop_later_lines(path: Path, stages: list[str], stage: int, step: int) -> None:
     """Removes the lines after a position of the run: `step` steps of stage number `stage`.
 
@@ -135,7 +140,7 @@ def _drop_later_lines(path: Path, stages: list[str], stage: int, step: int) -> N
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             entry = json.loads(line)
             place = stages.index(entry["stage"]), entry["step"] + ("held_out_loss" in entry)

@@ -27,7 +27,8 @@ from sdjax.data.order import Order, describe
 from sdjax.data.records import Record
 from sdjax.draw import sampling
 from sdjax.errors import ConfigError, DataError
-from sdjax.formats.embedding_file import load_embedding
+from sdjax.formats.embedding_file import file_name, load_embedding
+from sdjax.formats.lora_file import KOHYA_FILE, PEFT_FILE
 from sdjax.model import Outline
 from sdjax.runtime.compiler_options import is_large
 from sdjax.text import textual_inversion
@@ -299,6 +300,7 @@ def _plan_stage(
     earlier_words = before.words if before else {}
     new_words = _new_words(stage, key, earlier_words, outline)
     words = earlier_words | {word: _vectors(given) for word, given in new_words.items()}
+    _check_file_names(words, key)
     rows = places(words)
     recipe = Recipe(
         outline=_knowing(outline, words, key),
@@ -414,6 +416,16 @@ def _new_words(stage: Stage, key: str, earlier: Mapping[str, int], outline: Outl
                 raise ConfigError(f"{key}.init_tokens: {init} holds {len(found)} words: give a file of one")
             words[word] = next(iter(found.values()))
     return words
+
+
+def _check_file_names(words: Mapping[str, int], key: str) -> None:
+    """Raises ConfigError if two words, or a word and the LoRA, would have the same file in the export."""
+    taken = {name: "the LoRA" for name in (PEFT_FILE, KOHYA_FILE)}
+    for word in words:
+        name = file_name(word).lower()  # some file systems do not tell capitals apart
+        if name in taken:
+            raise ConfigError(f"{key}.placeholder_tokens: {word} and {taken[name]} would both be exported as {name}")
+        taken[name] = word
 
 
 def _vectors(given: Rows | int) -> int:

@@ -138,10 +138,10 @@ def make_train_step(recipe: Recipe) -> TrainStep:
 
     The loss is the weighted distance to `diffusion.target`, averaged over the whole batch. With accumulation A the
     batch holds A times as many examples; the step takes them in A parts and averages the gradients exactly, in
-    float32. A step whose loss or gradient is not finite is skipped: it leaves weights, average and optimizer, and so
-    the learning rate, unchanged. But it counts: the next step has the next number, the next batch and new noise.
-    The metrics are `loss`, `grad_norm` (before clipping), `finite` (whether both are) and, for new words, `row_norm`,
-    the mean norm of their vectors.
+    float32. A step whose loss, gradient or result is not finite is skipped: it leaves weights, average and optimizer,
+    and so the learning rate, unchanged. But it counts: the next step has the next number, batch and noise.
+    The metrics are `loss`, `grad_norm` (before clipping), `finite` (whether loss, gradient and result are) and, for new
+    words, `row_norm`, the mean norm of their vectors.
     In float16 the loss is scaled, see `loss_scaling`. Then an overflow of the gradients that lowers the scale leaves
     `finite` true, and two more metrics are `loss_scale`, the scale of this step, and `skipped_steps`, the number of
     steps skipped so far, this one included.
@@ -176,6 +176,7 @@ def make_train_step(recipe: Recipe) -> TrainStep:
                 name: textual_inversion.decay_norm(rows, rate, frozen["norms"][name]) for name, rows in words.items()
             }
             moved = {**moved, "textual_inversion": drawn}
+        finite &= jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(moved)]).all()
         average = ema(state.average, moved, _updates(state), recipe.stage.ema_decay) if state.average else {}
         new = State(state.step + 1, moved, optimizer, average, state.scaler)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
