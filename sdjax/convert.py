@@ -127,9 +127,7 @@ def _lora(args: argparse.Namespace) -> list[Path]:
 
 def _extract(args: argparse.Namespace, tuned, base) -> dict[str, Any]:
     """The adapters that turn one model, given by its outline, into a tuned one, for all parts but the VAE."""
-    import jax.numpy as jnp
-
-    from sdjax import lora, trees
+    from sdjax import lora
 
     parts = [part for part in base.shapes if part != "vae"]
     if different := [part for part in parts if tuned.shapes.get(part) != base.shapes[part]]:
@@ -139,7 +137,7 @@ def _extract(args: argparse.Namespace, tuned, base) -> dict[str, Any]:
     for part in parts:
         weights = (model.load_weights(part) for model in (tuned, base))
         adapter = lora.extract(*weights, rank=args.rank or 16, which=args.targets or "attention")
-        if any(jnp.any(layer["up"] != 0) for _, layer in trees.layers(adapter, "up")):
+        if lora.changes_anything(adapter):
             adapters[part] = adapter
     if not adapters:
         raise DataError(f"{args.src} and {args.base} are the same in all layers that a LoRA would adapt")

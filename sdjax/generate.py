@@ -34,7 +34,6 @@ from sdjax.errors import ConfigError, DataError
 from sdjax.formats.png_parameters import save_png
 from sdjax.runtime import command
 from sdjax.settings import Dtype, Range, Seed, choices, parse, plain_type, read_value
-from sdjax.text import syntax
 
 _LONGEST_NAME = 80  # bytes of a prompt kept in a file name; file systems allow 255 in all
 
@@ -69,7 +68,6 @@ def _run(argv: Sequence[str]) -> None:
     from sdjax.formats.lora_file import load_lora
     from sdjax.model import Model, Outline
     from sdjax.runtime import compilation_cache, host_memory, out_of_memory
-    from sdjax.text.textual_inversion import vector_counts
 
     wanted = _jobs(args, settings, prompts, axes)
     jobs.check_alone(wanted)
@@ -89,7 +87,7 @@ def _run(argv: Sequence[str]) -> None:
     )
     words = [outline.load_words(path, token) for path, token in embeddings]
     bare = [job.replace(prompt=job.words[0]) for job in wanted]
-    jobs.check(functools.reduce(lambda outline, new: outline.with_words(vector_counts(new)), words, outline), bare)
+    jobs.check(functools.reduce(Outline.with_embedding, words, outline), bare)
     adapters = {path: load_lora(path, outline.shapes) for path in {lora.path for lora in itertools.chain(*loras)}}
 
     model = functools.reduce(Model.with_embedding, words, outline.with_weights())
@@ -283,8 +281,8 @@ def _loras_below(folder: Path | None) -> dict[str, Path]:
     return {path.stem: path for path in files if path.suffix in (".safetensors", ".pt", ".ckpt")}
 
 
-def _tagged(tag: syntax.LoraTag, folder: Path | None, files: Mapping[str, Path]) -> Lora:
-    """Finds the file of a prompt's `<lora:NAME:WEIGHT>`."""
+def _tagged(tag: Any, folder: Path | None, files: Mapping[str, Path]) -> Lora:
+    """Finds the file of a prompt's `<lora:NAME:WEIGHT>`. tag: a `text.syntax.LoraTag`."""
     if folder is None:
         raise ConfigError(f"the prompt names the LoRA {tag.name!r}: give --lora-dir DIR, the folder it lies in")
     if tag.name not in files:

@@ -213,6 +213,11 @@ def extract(
     return nest(adapters)
 
 
+def changes_anything(adapter: Mapping[str, Any]) -> bool:
+    """Whether an adapter changes the weights of any layer."""
+    return any(bool(jnp.any(layer["up"] != 0)) for _, layer in layers(adapter, "up"))
+
+
 # ------------------------------------------------------------------------------------------------ several adapters
 
 

@@ -236,6 +236,10 @@ class Outline:
             tokenizers[TEXT_ENCODERS[name]] = tokenizer.with_placeholders(words, first=model.config.vocab_size)
         return dataclasses.replace(self, tokenizers=tokenizers)
 
+    def with_embedding(self, words: Mapping[str, Mapping[str, np.ndarray]]) -> "Outline":
+        """Returns the outline with the words that `load_words` returned in its tokenizers."""
+        return self.with_words(textual_inversion.vector_counts(words))
+
     def load_words(
         self, source: str | os.PathLike | Mapping[str, Mapping[str, np.ndarray]], token: str | None = None
     ) -> dict[str, dict[str, np.ndarray]]:
@@ -420,8 +424,7 @@ class Model:
             placeholders[name] = jnp.concatenate(
                 [*earlier, *(jnp.asarray(rows[name], jnp.float32) for rows in words.values())]
             )
-        outline = self.outline.with_words(textual_inversion.vector_counts(words))
-        return dataclasses.replace(self, outline=outline, placeholders=placeholders)
+        return dataclasses.replace(self, outline=self.outline.with_embedding(words), placeholders=placeholders)
 
     def for_inpainting(self) -> "Model":
         """Returns a standard model with a U-Net that also takes the mask and the masked latents, for training.

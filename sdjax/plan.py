@@ -67,19 +67,12 @@ def _training(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
 
 def _drawing(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the report on a call to draw."""
-    from sdjax.data.images import Size
-    from sdjax.draw.programs import drawing
-    from sdjax.model import Outline
+    from sdjax.draw.programs import drawing_with
     from sdjax.runtime import chips, compiled
-    from sdjax.settings import Count, read_value
 
-    read_value(Count, args.count, "--count")
     target = chips.described(args.target) if args.target else chips.present()
-    outline = Outline.load(args.model, args.dtype, platform=target.devices[0].platform, weights=False)
-    side = args.size or outline.native_size
-    if side < 8 or side % outline.size_multiple:
-        raise ConfigError(f"--size {side}: expected a multiple of {outline.size_multiple}")
-    programs = drawing(outline, Size(side, side), count=args.count, steps=args.steps)
+    platform = target.devices[0].platform
+    programs = drawing_with(args.model, args.dtype, platform, side=args.size, count=args.count, steps=args.steps)
     return compiled.report(target, compiled.compile_for(target, programs)) | {"advice": []}
 
 

@@ -10,10 +10,25 @@ from sdjax.data.images import Size
 from sdjax.draw import sampling
 from sdjax.draw.conditioning import Condition
 from sdjax.draw.loop import Given, compiled_sampler_step
+from sdjax.errors import ConfigError
 from sdjax.model import Outline, compiled_decode
 from sdjax.models.layers import variables
 from sdjax.runtime.compiled import Program
+from sdjax.settings import Count, read_value
 from sdjax.text.encoding import compiled_encode_ids
+
+
+def drawing_with(source: str, dtype: str, platform: str, *, side: int | None, count: int, steps: int) -> list[Program]:
+    """Returns the programs that draw square pictures with a model, which needs no weights.
+
+    source, dtype, platform: see `Outline.load`. side: in pixels; None: the model's.
+    """
+    read_value(Count, count, "--count")
+    outline = Outline.load(source, dtype, platform=platform, weights=False)
+    side = side or outline.native_size
+    if side < 8 or side % outline.size_multiple:
+        raise ConfigError(f"--size {side}: expected a multiple of {outline.size_multiple}")
+    return drawing(outline, Size(side, side), count=count, steps=steps)
 
 
 def drawing(
