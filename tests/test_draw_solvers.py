@@ -466,4 +466,4 @@ def test_zero_terminal_snr_stays_finite(sampler, prediction_type):
 
 
 def test_the_setting_names_the_samplers_that_there_are():
-    assert list(settings.SAMPLERS) == list(SAMPLERS)
+    assert list(settings.SAMPLER_LABELS) == list(SAMPLERS)

@@ -10,7 +10,13 @@ from sdjax.runtime import chips
 
 @pytest.mark.parametrize(
     ("backend", "capability", "dtype"),
-    [("cpu", "", "float32"), ("tpu", "", "bfloat16"), ("gpu", "7.5", "float16"), ("gpu", "8.0", "bfloat16")],
+    [
+        ("cpu", "", "float32"),
+        ("tpu", "", "bfloat16"),
+        ("gpu", "7.5", "float16"),
+        ("gpu", "8.0", "bfloat16"),
+        ("gpu", "gfx90a", "bfloat16"),
+    ],
 )
 def test_the_fast_number_type(monkeypatch, backend, capability, dtype):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)

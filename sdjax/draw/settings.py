@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict
 
 from sdjax.settings import Fraction, Range, Seed, choices, metadata, parse, read_record
 
-SAMPLERS = {
+SAMPLER_LABELS = {
     "ddim": "DDIM",
     "pndm": "PLMS",
     "lms": "LMS",
@@ -29,7 +29,7 @@ SAMPLERS = {
 if TYPE_CHECKING:
     SamplerName = str
 else:
-    SamplerName = Literal[tuple(SAMPLERS)]
+    SamplerName = Literal[tuple(SAMPLER_LABELS)]
 
 Steps = Annotated[int, Range(1, 1000)]
 Guidance = Annotated[float, Range(0, 1000)]
@@ -89,7 +89,7 @@ class Reading(TypedDict, total=False):
 class Sampling(TypedDict, total=False):
     """Settings of the sampler, the guidance and the size."""
 
-    sampler: Annotated[SamplerName, Declared("dpmpp_2m", "sampler", "Sampler", True, names=SAMPLERS)]
+    sampler: Annotated[SamplerName, Declared("dpmpp_2m", "sampler", "Sampler", True, names=SAMPLER_LABELS)]
     steps: Annotated[Steps, Declared(20, "sampler steps", "Steps", axis=True)]
     karras: Annotated[
         bool,

@@ -90,13 +90,13 @@ _described_gpus: list[str] = []
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """Returns that of the GPU that programs are compiled for: the described one, or JAX's. None without a GPU."""
+    """Returns that of the GPU that programs are compiled for: the described one, or JAX's. None without NVIDIA's."""
     if _described_gpus:
         return _STREAMING[_described_gpus[-1]].capability
     if jax.default_backend() != "gpu":
         return None
-    major, minor = jax.devices()[0].compute_capability.split(".")
-    return int(major), int(minor)
+    major, _, minor = jax.devices()[0].compute_capability.partition(".")
+    return (int(major), int(minor)) if minor else None  # the names of AMD's, such as gfx90a, have no dot
 
 
 def fast_dtype() -> str:
