@@ -10,6 +10,7 @@ import jax
 import micro
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from sdjax.data.images import Size
 from sdjax.draw.programs import drawing
@@ -18,6 +19,7 @@ from sdjax.runtime import chips, compiled
 from sdjax.train import programs
 
 pytestmark = pytest.mark.compiler
+SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +112,21 @@ def test_a_program_that_is_too_large_does_not_fit():
     (planned,) = compiled.compile_for(target, [program])
     assert not compiled.fits(planned, target)
     assert planned.memory > 2 * 30e9
+
+
+def test_programs_for_a_described_chip_are_not_kept(tmp_path):
+    """JAX can write them to its compilation cache, but cannot read them again."""
+    target, shape = chips.described("v5e"), jax.ShapeDtypeStruct((8, 128), np.float32)
+    program = compiled.Program("small", lambda place: jax.jit(lambda x: x + 1).lower(place(shape)), 1)
+    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", SECONDS)}
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        jax.config.update(SECONDS, 0)
+        compiled.compile_for(target, [program])
+        assert not list(tmp_path.iterdir())
+        jax.jit(lambda x: x + 2)(np.zeros(8))
+        assert list(tmp_path.iterdir())  # other programs are kept, as before
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        reset_cache()

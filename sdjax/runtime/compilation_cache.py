@@ -4,9 +4,11 @@ The commands turn the cache on. Library calls never do: the program that uses th
 compiled programs.
 """
 
+import contextlib
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -44,3 +46,19 @@ def enable(folder: str | Path | None = None) -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Compiles without the cache: a program for a device that is only described can be kept there, but not read."""
+    import jax
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # JAX reads the setting once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        reset_cache()

@@ -1,5 +1,6 @@
 """What a compiled program needs and does, as its compiler says."""
 
+import contextlib
 import functools
 import math
 import re
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PyTree
 
+from sdjax.runtime import compilation_cache
 from sdjax.runtime.chips import Chip, Target
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
@@ -87,10 +89,11 @@ def bytes_on_a_device(tree: PyTree) -> int:
 def compile_for(target: Target, programs: Iterable[Program]) -> list[Planned]:
     """Compiles programs one after the other, and says on stderr which."""
     planned, first = [], target.devices[0]
+    cache = compilation_cache.disabled if target.described else contextlib.nullcontext
     for program in programs:
         print(f"compiling {program.name} ...", file=sys.stderr, flush=True)
         beside = bytes_on_a_device(program.resident)
-        with jax.numpy_dtype_promotion("standard"):  # JAX's flash kernel mixes number types
+        with cache(), jax.numpy_dtype_promotion("standard"):  # JAX's flash kernel mixes number types
             start = time.perf_counter()
             lowered = program.lower(functools.partial(on_device, device=first))
             try:
