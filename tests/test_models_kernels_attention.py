@@ -78,6 +78,21 @@ def test_cudnn_is_left_out_on_gpus_before_ampere(monkeypatch):
         assert attention_gpu.takes(q, q, False) == taken
 
 
+@pytest.mark.parametrize(("queries", "keys", "causal"), [(64, 77, False), (81, 77, False), (77, 77, True)])
+def test_cudnn_gets_even_lengths_and_the_true_ones(queries, keys, causal, monkeypatch):
+    """cuDNN itself needs a GPU. JAX's own formula, with the same arguments, stands in for it."""
+    attention = jax.nn.dot_product_attention
+
+    def formula(q, k, v, **options):
+        assert options.pop("implementation") == "cudnn"
+        assert q.shape[1] % 2 == k.shape[1] % 2 == 0
+        return attention(q, k, v, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", formula)
+    attend = lambda q, k, v: attention_gpu.attend(q, k, v, causal)
+    assert_is_attention(attend, "float32", 5e-6, shape=(2, queries, keys, 2, 8), causal=causal)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5e-6), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("shape", [(1, 512, 1024, 1, 40), (1, 1024, 512, 1, 160)])
 def test_the_kernel_of_the_tpu_is_attention(shape, dtype, tolerance):
