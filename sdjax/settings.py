@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from sdjax.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+RematPolicy = Literal["attention", "blocks", "levels"]
 """Number types that weights can be loaded, computed with and written in."""
 
 

@@ -47,7 +47,7 @@ def randomised(model, seed=0):
     return model.eval().requires_grad_(False)
 
 
-def read_model(folder: Path, *, dtype="float32", remat=False) -> Read:
+def read_model(folder: Path, *, dtype="float32", remat=None) -> Read:
     """The model in a folder of diffusers or transformers, read by sdjax."""
     config = json.loads((folder / "config.json").read_text())
     kind = config.get("_class_name") or config["architectures"][0]

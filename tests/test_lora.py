@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from sdjax.errors import ConfigError
 from sdjax.formats.lora_file import load_lora, save_lora
 from sdjax.models import unet
 from sdjax.models.layers import Compute
+from sdjax.settings import RematPolicy
 from sdjax.trees import leaves
 
 SD1 = {
@@ -401,7 +403,7 @@ def test_dropout_drops_from_the_adapters_only(base):
 # Gradients.
 
 
-def gradients(read, adapter, inputs, wanted, *, remat=False):
+def gradients(read, adapter, inputs, wanted, *, remat=None):
     """Returns mean((out - wanted)^2), out, and its gradients by the adapter's trained leaves and by the context."""
     model = unet.UNet(read.module.config, Compute(remat=remat))
     trained, scales = lora.split(adapter)
@@ -417,12 +419,13 @@ def gradients(read, adapter, inputs, wanted, *, remat=False):
     return value, out, *grads
 
 
-def test_remat_changes_no_gradient(base):
+@pytest.mark.parametrize("policy", get_args(RematPolicy))
+def test_remat_changes_no_gradient(base, policy):
     config, params = base
     adapter = random_adapter(params, which="conv")
     read = oracle.Read(unet.UNet(config), params)
     wanted = normal(9, BATCH, 8, 8, 4)
-    kept, again = (gradients(read, adapter, inputs_of(SD1), wanted, remat=remat) for remat in (False, True))
+    kept, again = (gradients(read, adapter, inputs_of(SD1), wanted, remat=remat) for remat in (None, policy))
     for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 

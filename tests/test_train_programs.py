@@ -1,5 +1,7 @@
 """The programs that a run is planned with are those it runs: the same shapes, and what to change if they do not fit."""
 
+import dataclasses
+
 import jax
 import micro
 import numpy as np
@@ -108,13 +110,15 @@ def test_advice_names_what_makes_a_run_fit(settings, monkeypatch):
     target = chips.present()
     (plan,) = stages.plan_run(config).stages
     needed = compiled.compile_for(target, [programs.step(config, [plan], jax.devices())])[0].memory
-    assert list(programs._changes(config, 1)) == [
-        "dtype = 'bfloat16'",
-        "data.batch_size = 1, data.accumulation = 8",
-        "remat = true",
-    ]
     changes = programs._changes(config, 1)
-    monkeypatch.setattr(programs, "_changes", lambda *_: {name: changes[name] for name in list(changes)[:2]})
+    assert [list(values) for values in changes] == [
+        ["dtype = 'bfloat16'"],
+        ["data.batch_size = 1, data.accumulation = 8"],
+        [f"remat = true, remat_policy = '{policy}'" for policy in ("attention", "blocks", "levels")],
+    ]
+    stronger = programs._changes(dataclasses.replace(config, remat=True), 1)[-1]
+    assert list(stronger) == ["remat = true, remat_policy = 'levels'"]
+    monkeypatch.setattr(programs, "_changes", lambda *_: changes[:2])
     smaller = target._replace(memory=0.7 * needed)
     assert programs.advice(config, smaller)[-1].startswith("data.batch_size = 1, data.accumulation = 8: 0.0 GB")
     nothing_fits = lambda target, tried: [compiled.Planned(program, None, 9.0) for program in tried]

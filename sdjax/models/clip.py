@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from sdjax.errors import ConfigError
 from sdjax.models.kernels.attention import attention
-from sdjax.models.layers import ACTIVATIONS, Compute, Dense, Embed, LayerNorm
+from sdjax.models.layers import ACTIVATIONS, Compute, Dense, Embed, LayerNorm, remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,8 @@ class EncoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Array:
         norm = lambda name: LayerNorm(self.compute, self.config.layer_norm_eps, name=name)
-        x = x + SelfAttention(self.config.num_attention_heads, self.compute, name="self_attn")(norm("layer_norm1")(x))
+        attend = remat(SelfAttention, self.compute, "attention")
+        x = x + attend(self.config.num_attention_heads, self.compute, name="self_attn")(norm("layer_norm1")(x))
         return x + MLP(self.config, self.compute, name="mlp")(norm("layer_norm2")(x))
 
 
@@ -113,7 +114,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], ...]:
-        layer = nn.remat(EncoderLayer) if self.compute.remat else EncoderLayer
+        layer = remat(EncoderLayer, self.compute, "blocks", "levels")
         states = [x]
         for i in range(self.config.num_hidden_layers):
             states.append(layer(self.config, self.compute, name=f"layers_{i}")(states[-1]))

@@ -7,7 +7,7 @@ collection `params`, and let `lora.adapted` add it. No other code of a forward p
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from sdjax.models.kernels.attention import attention
 from sdjax.models.kernels.convolution import Padding, convolution
 from sdjax.models.kernels.norms import group_norm, layer_norm
 from sdjax.models.kernels.upsampling import upsample_nearest
+from sdjax.settings import RematPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,18 +28,29 @@ class Compute:
 
     dtype: of activations and matrix products. Norm statistics and softmax stay in float32.
     platform: "cpu", "gpu" or "tpu", for which `models.kernels` chooses the fastest way; None: JAX's default backend.
-    remat: whether the backward pass computes each block again, in place of keeping its activations.
+    remat: what the backward pass computes again, in place of keeping its activations. None: nothing.
     """
 
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
     platform: str | None = None
-    remat: bool = False
+    remat: RematPolicy | None = None
 
     @property
     def target(self) -> str:
         """The platform: "cpu", "gpu", "tpu", or the name of another backend of JAX."""
         backend = self.platform or jax.default_backend()
         return "gpu" if backend in ("cuda", "rocm") else backend
+
+
+ModuleT = TypeVar("ModuleT", bound=type[nn.Module])
+
+
+def remat(module: ModuleT, compute: Compute, *policies: RematPolicy, static: tuple[int, ...] = ()) -> ModuleT:
+    """Returns the module, computed again in the backward pass if one of these policies is in use.
+
+    static: places of arguments of its call that are no arrays, counted from `self`.
+    """
+    return nn.remat(module, static_argnums=static) if compute.remat in policies else module
 
 
 def variables(params: Any, *, lora: Any = None, rows: Any = None) -> dict[str, Any]:

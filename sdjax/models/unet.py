@@ -20,6 +20,7 @@ from sdjax.models.layers import (
     LayerNorm,
     Resample,
     ResnetBlock,
+    remat,
     timestep_embedding,
 )
 
@@ -179,7 +180,8 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S C"], context: Float[Array, "B T D"]) -> Array:
-        attend = lambda name: Attention(self.heads, self.compute, upcast=self.upcast, name=name)
+        module = remat(Attention, self.compute, "attention")
+        attend = lambda name: module(self.heads, self.compute, upcast=self.upcast, name=name)
         norm = lambda name: LayerNorm(self.compute, name=name)
         x = x + attend("attn1")(norm("norm1")(x), context if self.only_cross_attention else None)
         x = x + attend("attn2")(norm("norm2")(x), context)
@@ -204,7 +206,7 @@ class SpatialTransformer(nn.Module):
             project = lambda name: Conv(channels, self.compute, size=1, name=name)
         h = project("proj_in")(GroupNorm(self.config.norm_num_groups or 32, 1e-6, self.compute, name="norm")(x))
         h = h.reshape(x.shape[0], -1, channels)
-        block = nn.remat(TransformerBlock) if self.compute.remat else TransformerBlock
+        block = remat(TransformerBlock, self.compute, "blocks", "levels")
         for i in range(self.depth):
             h = block(
                 self.heads,
@@ -238,7 +240,7 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x, time, context, skips: tuple = (), size: tuple[int, int] | None = None):
         config = self.config
-        resnet = nn.remat(ResnetBlock) if self.compute.remat else ResnetBlock
+        resnet = remat(ResnetBlock, self.compute, "blocks", "levels")
         outputs = []
         for i in range(self.layers):
             if skips:
@@ -353,8 +355,9 @@ class UNet(nn.Module):
         x = Conv(channels[0], compute, size=config.conv_in_kernel, name="conv_in")(x)
         skips = (x,)
         last = len(channels) - 1
+        level = remat(Stack, compute, "levels", static=(5,))  # 5: size
         for i, kind in enumerate(config.down_block_types):
-            x, outputs = Stack(
+            x, outputs = level(
                 config,
                 channels[i],
                 config.layers_per_block[i],
@@ -377,7 +380,7 @@ class UNet(nn.Module):
             layers = config.layers_per_block[j] + 1
             taken, skips = skips[-layers:], skips[:-layers]
             size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None  # twice the size, or one less if odd
-            x, _ = Stack(
+            x, _ = level(
                 config,
                 channels[j],
                 layers,

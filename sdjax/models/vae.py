@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sdjax.errors import ConfigError
-from sdjax.models.layers import ACTIVATIONS, Attention, Compute, Conv, GroupNorm, Resample, ResnetBlock
+from sdjax.models.layers import ACTIVATIONS, Attention, Compute, Conv, GroupNorm, Resample, ResnetBlock, remat
 
 EPSILON = 1e-6  # of all norms
 
@@ -70,7 +70,7 @@ class Level(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Array:
-        resnet = nn.remat(ResnetBlock) if self.compute.remat else ResnetBlock
+        resnet = remat(ResnetBlock, self.compute, "blocks", "levels")
         for i in range(self.layers):
             config = self.config
             x = resnet(

@@ -54,7 +54,7 @@ def disabled() -> Iterator[None]:
     import jax
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-    enabled = jax.config.jax_enable_compilation_cache
+    enabled = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009  # JAX makes it while it is imported
     jax.config.update("jax_enable_compilation_cache", False)
     reset_cache()  # JAX reads the setting once
     try:

@@ -21,6 +21,7 @@ from sdjax.settings import (
     NotNegative,
     Positive,
     Range,
+    RematPolicy,
     Seed,
     Text,
     Whole,
@@ -336,6 +337,8 @@ class RunConfig:
     """Rescale the noise schedule so that its last step is pure noise. Needs prediction_type v_prediction."""
     remat: Logged[bool] = False
     """Recompute activations in the backward pass. Needs less memory, but is slower."""
+    remat_policy: Logged[RematPolicy] = "blocks"
+    """What remat computes again: attention only, each block, or in addition each level of the U-Net as a whole."""
     variant: Free[str] = ""
     """Variant of the weight files, such as fp16."""
     on_nan: Logged[Literal["stop", "skip"]] = "stop"

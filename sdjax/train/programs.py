@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from sdjax.errors import ConfigError
 from sdjax.models.layers import variables
 from sdjax.runtime.chips import Target
 from sdjax.runtime.compiled import Program, compile_for, fits
+from sdjax.settings import RematPolicy
 from sdjax.text.encoding import compiled_encode_ids
 from sdjax.train.config import RunConfig
 from sdjax.train.encoding import compiled_moments, images_at_once
@@ -122,13 +123,18 @@ def batch_shapes(plan: StagePlan, size: Size) -> dict[str, PyTree]:
 def advice(config: RunConfig, target: Target) -> list[str]:
     """Returns a line for each change of the settings that makes the training steps fit, or for all changes together.
 
-    Each change is compiled, which can take minutes. An empty list: nothing makes the steps fit.
+    Of several values of one setting, the one that costs least speed. Each change is compiled, which can take minutes.
+    An empty list: nothing makes the steps fit.
     """
+    advised = lambda changes: (
+        line for name, changed in changes.items() if (line := _advised(name, changed, config, target))
+    )
     changes = _changes(config, len(target.devices))
-    lines = [line for name, changed in changes.items() if (line := _advised(name, changed, config, target))]
+    lines = [line for values in changes if (line := next(advised(values), None))]
     if not lines and len(changes) > 1:
-        together = {key: value for changed in changes.values() for key, value in changed.items()}
-        lines = [line] if (line := _advised(", ".join(changes), together, config, target)) else []
+        strongest = [list(values.items())[-1] for values in changes]
+        together = {key: value for _, changed in strongest for key, value in changed.items()}
+        lines = list(advised({", ".join(name for name, _ in strongest): together}))
     return lines
 
 
@@ -148,8 +154,11 @@ def _advised(name: str, changed: dict[str, Any], config: RunConfig, target: Targ
     return f"{name}: {most / 1e9:.1f} GB" if all(fits(each, target) for each in planned) else ""
 
 
-def _changes(config: RunConfig, devices: int) -> dict[str, dict[str, Any]]:
-    """Returns changes that save memory, by their names: the settings to replace. Those least costly in speed first."""
+def _changes(config: RunConfig, devices: int) -> list[dict[str, dict[str, Any]]]:
+    """Returns changes that save memory: for each setting its values by name, as the settings to replace.
+
+    The settings and values that cost least speed come first.
+    """
     replace = dataclasses.replace
     mesh = config.parallel.mesh
     smallest = devices if -1 in (mesh.data, mesh.fsdp) else mesh.data * mesh.fsdp
@@ -161,14 +170,16 @@ def _changes(config: RunConfig, devices: int) -> dict[str, dict[str, Any]]:
         replace(stage, optimizer="adafactor") if "weights" in stage.parts.values() else stage for stage in config.stages
     )
     parallel = replace(config.parallel, mesh=replace(mesh, data=1, fsdp=devices))
-    changes: dict[str, dict[str, Any]] = {
-        "dtype = 'bfloat16'": {"dtype": "bfloat16"},
-        "optimizer = 'adafactor'": {"stages": stages},
-        f"data.batch_size = {size}, data.accumulation = {data.accumulation}": {"data": data},
-        "remat = true": {"remat": True},
-        f"parallel.mesh = {{ data = 1, fsdp = {devices} }}": {"parallel": parallel},
-    }
-    return {name: changed for name, changed in changes.items() if replace(config, **changed) != config}
+    policies = get_args(RematPolicy)
+    stronger = policies[policies.index(config.remat_policy) + 1 if config.remat else 0 :]
+    changes: list[dict[str, dict[str, Any]]] = [
+        {"dtype = 'bfloat16'": {"dtype": "bfloat16"}},
+        {"optimizer = 'adafactor'": {"stages": stages}},
+        {f"data.batch_size = {size}, data.accumulation = {data.accumulation}": {"data": data}},
+        {f"remat = true, remat_policy = '{policy}'": {"remat": True, "remat_policy": policy} for policy in stronger},
+        {f"parallel.mesh = {{ data = 1, fsdp = {devices} }}": {"parallel": parallel}},
+    ]
+    return [values for values in changes if any(replace(config, **changed) != config for changed in values.values())]
 
 
 def _encoding(plan: StagePlan, size: Size) -> Iterator[Program]:

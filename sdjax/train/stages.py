@@ -31,6 +31,7 @@ from sdjax.formats.embedding_file import file_name, load_embedding
 from sdjax.formats.lora_file import KOHYA_FILE, PEFT_FILE
 from sdjax.model import Outline
 from sdjax.runtime.compiler_options import is_large
+from sdjax.settings import RematPolicy
 from sdjax.text import textual_inversion
 from sdjax.train.config import Data, RunConfig, Stage
 from sdjax.train.config_file import flatten
@@ -174,7 +175,7 @@ def plan_run(config: RunConfig, scan: Scan = _scan, devices: Sequence[Any] | Non
         outline.schedule, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr
     )
     outline = dataclasses.replace(outline, schedule=schedule)
-    outline = _with_remat(outline) if config.remat else outline
+    outline = _with_remat(outline, config.remat_policy) if config.remat else outline
     _check_model(config, outline)
     fingerprint = "" if devices is not None else _fingerprint(outline)
     stages: list[StagePlan] = []
@@ -267,12 +268,12 @@ def _check_model(config: RunConfig, outline: Outline) -> None:
         outline.folder.tensors(part)  # a truncated or foreign file is refused by its header
 
 
-def _with_remat(outline: Outline) -> Outline:
+def _with_remat(outline: Outline, policy: RematPolicy) -> Outline:
     def remat(module: Any) -> Any:
-        return module.clone(compute=dataclasses.replace(module.compute, remat=True))
+        return module.clone(compute=dataclasses.replace(module.compute, remat=policy))
 
     texts = {name: remat(module) for name, module in outline.text_models.items()}
-    return dataclasses.replace(outline, unet=remat(outline.unet), text_models=texts)
+    return dataclasses.replace(outline, unet=remat(outline.unet), vae=remat(outline.vae), text_models=texts)
 
 
 def _plan_stage(

@@ -1,7 +1,5 @@
 """Attention on the GPU: cuDNN's fused kernel."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -29,12 +27,18 @@ def attend(
     The backward pass of cuDNN refuses odd lengths, such as a context of 77 tokens. These get one more row, and cuDNN
     the true lengths.
     """
-    attention = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
     batch, queries = q.shape[:2]
-    keys = k.shape[1]
-    if queries % 2 == keys % 2 == 0:
-        return attention(q, k, v)
-    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    lengths = {"query_seq_lengths": queries, "key_value_seq_lengths": keys}
-    out = attention(q, k, v, **{name: jnp.full(batch, length, jnp.int32) for name, length in lengths.items()})
+    queries_used = keys_used = None  # all
+    if queries % 2 or k.shape[1] % 2:
+        queries_used, keys_used = (jnp.full(batch, length, jnp.int32) for length in (queries, k.shape[1]))
+        q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=causal,
+        query_seq_lengths=queries_used,
+        key_value_seq_lengths=keys_used,
+        implementation="cudnn",
+    )
     return out[:, :queries]
