@@ -33,6 +33,7 @@ from sdjax.formats.weights_file import SUFFIXES
 from sdjax.models import clip, unet, vae
 from sdjax.models.layers import Compute, variables
 from sdjax.models.tiling import Tiling, tiled
+from sdjax.runtime.chips import check_dtype
 from sdjax.settings import Dtype, read_value
 from sdjax.text import textual_inversion
 from sdjax.text.encoding import TEXT_ENCODERS, HiddenState, encode_ids
@@ -92,9 +93,10 @@ class Outline:
         dtype: the number type of the weights and the computation: float32, bfloat16 or float16. With float16 the VAE
         stays in float32, whose range it needs. weights: whether the files of the weights must be there; if not, a model
         of the hub is known from a few small files. The other arguments are described in `Options`.
-        Raises ConfigError for a wrong argument, DataError for files that are missing, damaged or of another kind.
+        Raises ConfigError for a wrong argument or a number type that the GPU lacks, DataError for files that are missing, damaged or of another kind.
         """
         read_value(Dtype, str(dtype), "dtype")
+        check_dtype(str(dtype), platform)
         folder = _find(source, variant, tokenizer, prediction_type, weights)
         schedule = diffusion.NoiseSchedule.from_config(folder.scheduler)
         if prediction_type:

@@ -34,8 +34,9 @@ def _run(argv: Sequence[str]) -> None:
         raise ConfigError("give CONFIG.toml of a training run, or --draw --model MODEL")
     if args.target is not None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs on the devices of this machine
-    model = ["--model", args.model] if args.model else []  # a setting of a run too
-    report = _drawing(args) if args.draw else _training(args, [str(args.config), *flags, *model])
+    both = {"--model": args.model, "--dtype": args.dtype}  # settings of a run too
+    flags += [text for flag, value in both.items() if value for text in (flag, value)]
+    report = _drawing(args) if args.draw else _training(args, [str(args.config), *flags])
     print(json.dumps(report) if args.json else "\n".join(_table(report)))
 
 
@@ -72,7 +73,9 @@ def _drawing(args: argparse.Namespace) -> dict[str, Any]:
 
     target = chips.described(args.target) if args.target else chips.present()
     platform = target.devices[0].platform
-    programs = drawing_with(args.model, args.dtype, platform, side=args.size, count=args.count, steps=args.steps)
+    programs = drawing_with(
+        args.model, args.dtype or "bfloat16", platform, side=args.size, count=args.count, steps=args.steps
+    )
     return compiled.report(target, compiled.compile_for(target, programs)) | {"advice": []}
 
 
@@ -95,7 +98,7 @@ def _parser() -> command.Parser:
     add("--size", type=int, metavar="PIXELS", help="with --draw: the side of the pictures (default: the model's)")
     add("--count", type=int, default=1, metavar="N", help="with --draw: pictures drawn at once (default: 1)")
     add("--steps", type=int, default=20, metavar="N", help="with --draw: sampler steps (default: 20)")
-    add("--dtype", default="bfloat16", metavar="TYPE", help="with --draw: number type (default: bfloat16)")
+    add("--dtype", metavar="TYPE", help="with --draw: number type (default: bfloat16)")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

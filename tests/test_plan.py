@@ -85,3 +85,8 @@ def test_a_missing_compiler_is_named(monkeypatch):
         ConfigError, match="--for t4 needs JAX's CUDA plugin: pip install --no-deps jax-cuda12-plugin=="
     ):
         chips.described("t4")
+
+
+def test_the_number_type_is_a_setting_of_a_run_too(config, capsys):
+    assert plan.main([config, "--dtype", "float8"]) == 2
+    assert "float8" in capsys.readouterr().err

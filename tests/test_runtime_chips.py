@@ -5,6 +5,8 @@ import types
 import jax
 import pytest
 
+from sdjax.errors import ConfigError
+from sdjax.model import Outline
 from sdjax.runtime import chips
 
 
@@ -22,6 +24,14 @@ def test_the_fast_number_type(monkeypatch, backend, capability, dtype):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
     assert chips.fast_dtype() == dtype
+
+
+def test_a_gpu_without_bfloat16_says_so(monkeypatch):
+    with pytest.raises(ConfigError, match="this GPU is older than Ampere and has no bfloat16; use 'float16'"):
+        monkeypatch.setattr(chips, "compute_capability", lambda: (7, 5))
+        Outline.load("tiny", "bfloat16", platform="gpu", weights=False)
+    Outline.load("tiny", "float16", platform="gpu", weights=False)
+    Outline.load("tiny", "bfloat16", platform="cpu", weights=False)
 
 
 def test_this_machine():

@@ -107,6 +107,14 @@ def fast_dtype() -> str:
     return "float16" if capability is not None and capability < (8, 0) else "bfloat16"
 
 
+def check_dtype(dtype: str, platform: str | None) -> None:
+    """Raises ConfigError for bfloat16 on a GPU without it. platform: of the computation; None: JAX's default backend."""
+    if dtype == "bfloat16" and (platform or jax.default_backend()) in ("gpu", "cuda"):
+        capability = compute_capability()
+        if capability is not None and capability < (8, 0):
+            raise ConfigError("dtype = 'bfloat16': this GPU is older than Ampere and has no bfloat16; use 'float16'")
+
+
 def described(name: str) -> Target:
     """Returns a TPU slice such as "v5e:2x2" or "v5p:2x2x1", one chip such as "v5e", or one GPU such as "a100".
 
