@@ -93,7 +93,8 @@ class Outline:
         dtype: the number type of the weights and the computation: float32, bfloat16 or float16. With float16 the VAE
         stays in float32, whose range it needs. weights: whether the files of the weights must be there; if not, a model
         of the hub is known from a few small files. The other arguments are described in `Options`.
-        Raises ConfigError for a wrong argument or a number type that the GPU lacks, DataError for files that are missing, damaged or of another kind.
+        Raises ConfigError for a wrong argument or a number type that the GPU lacks, DataError for files that are
+        missing, damaged or of another kind.
         """
         read_value(Dtype, str(dtype), "dtype")
         check_dtype(str(dtype), platform)

@@ -108,7 +108,7 @@ def fast_dtype() -> str:
 
 
 def check_dtype(dtype: str, platform: str | None) -> None:
-    """Raises ConfigError for bfloat16 on a GPU without it. platform: of the computation; None: JAX's default backend."""
+    """Raises ConfigError for bfloat16 on a GPU without it. platform: that computes; None: JAX's default backend."""
     if dtype == "bfloat16" and (platform or jax.default_backend()) in ("gpu", "cuda"):
         capability = compute_capability()
         if capability is not None and capability < (8, 0):
