@@ -36,17 +36,20 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
         ((8, 2, 0), ["overflow"], (4, 0, 1)),
         ((8, 0, 0), ["overflow", "good", "overflow"], (2, 0, 2)),
         ((8, 2, 1), ["bad loss", "good"], (16, 0, 2)),
+        ((8, 1, 0), ["bad result", "good"], (8, 2, 1)),
         ((1, 1, 0), ["overflow"] * 2, (1, 0, 2)),
         ((2.0**127, 2, 0), ["good"], (2.0**127, 0, 0)),
     ],
 )
 def test_the_scale_grows_after_good_steps_and_falls_after_an_overflow(monkeypatch, start, steps, expected):
     monkeypatch.setattr(loss_scaling, "GROWTH_INTERVAL", 3)
-    measured = {"good": (1.0, 1.0), "overflow": (1.0, np.inf), "bad loss": (np.nan, np.nan)}
+    measured = {"good": (1.0, 1.0), "overflow": (1.0, np.inf), "bad loss": (np.nan, np.nan), "bad result": (1.0, 1.0)}
     scale, good, skipped = start
     scaler = loss_scaling.Scaler(jnp.float32(scale), jnp.int32(good), jnp.int32(skipped))
     for step in steps:
-        scaler = loss_scaling.update(scaler, *map(jnp.float32, measured[step]))
+        loss, norm = map(jnp.float32, measured[step])
+        taken = jnp.isfinite(loss) & jnp.isfinite(norm) & (step != "bad result")
+        scaler = loss_scaling.update(scaler, loss, norm, taken)
     assert tuple(map(float, scaler)) == expected
     assert [leaf.dtype for leaf in scaler] == [jnp.float32, jnp.int32, jnp.int32]
 
@@ -118,7 +121,7 @@ def test_gradients_weights_and_scales_are_those_of_pytorch(monkeypatch):
 
         loss, gradients = loss_scaling.value_and_grad(loss_of, scaler)(params, x, y)
         norm = optax.tree.norm(gradients)
-        scaler = loss_scaling.update(scaler, loss, norm)
+        scaler = loss_scaling.update(scaler, loss, norm, jnp.isfinite(loss) & jnp.isfinite(norm))
         assert bool(jnp.isfinite(norm)) == all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(their_gradients))
         scales.append(float(scaler.scale))
         assert scales[-1] == their_scaler.get_scale()

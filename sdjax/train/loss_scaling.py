@@ -84,21 +84,22 @@ def is_remedied(scaler: Scaler, loss: Float[Array, ""], norm: Float[Array, ""]) 
     return overflowed(loss, norm) & (scaler.scale > SMALLEST)
 
 
-def update(scaler: Scaler, loss: Float[Array, ""], norm: Float[Array, ""]) -> Scaler:
+def update(scaler: Scaler, loss: Float[Array, ""], norm: Float[Array, ""], taken: Bool[Array, ""]) -> Scaler:
     """Returns the state after a step, as `GradScaler.update` does.
 
-    loss, norm: the loss and the norm of the gradients, over all devices. A step whose loss is not finite is counted
-    as skipped, and leaves the scale as it is.
+    loss, norm: the loss and the norm of the gradients, over all devices. taken: whether the step was taken: loss, norm
+    and what came out of it are finite. A step that was not taken for another reason than an overflow leaves the scale
+    as it is.
     """
-    overflow, is_good = overflowed(loss, norm), jnp.isfinite(loss) & jnp.isfinite(norm)
-    good = scaler.good + is_good.astype(jnp.int32)
+    overflow = overflowed(loss, norm)
+    good = scaler.good + taken.astype(jnp.int32)
     grows, grown = good >= GROWTH_INTERVAL, scaler.scale * GROWTH
     lower = jnp.maximum(scaler.scale * BACKOFF, SMALLEST)
     higher = jnp.where(grows & jnp.isfinite(grown), grown, scaler.scale)
     return Scaler(
         scale=jnp.where(overflow, lower, higher),
         good=jnp.where(overflow | grows, 0, good),
-        skipped=scaler.skipped + (~is_good).astype(jnp.int32),
+        skipped=scaler.skipped + (~taken).astype(jnp.int32),
     )
 
 

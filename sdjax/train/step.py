@@ -183,7 +183,7 @@ def make_train_step(recipe: Recipe) -> TrainStep:
         kept = kept._replace(step=new.step)
         metrics = {"loss": loss, "grad_norm": norm, "finite": finite}
         if state.scaler is not None:
-            kept = kept._replace(scaler=loss_scaling.update(state.scaler, loss, norm))
+            kept = kept._replace(scaler=loss_scaling.update(state.scaler, loss, norm, finite))
             metrics["finite"] = finite | loss_scaling.is_remedied(state.scaler, loss, norm)
             metrics |= {"loss_scale": state.scaler.scale, "skipped_steps": kept.scaler.skipped}
         if "textual_inversion" in kept.trainable:
