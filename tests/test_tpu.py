@@ -108,7 +108,7 @@ def test_drawing_compiles(micro_models, kind):
 def test_a_program_that_is_too_large_does_not_fit():
     target = chips.described("v5e")
     shape = jax.ShapeDtypeStruct((1 << 33,), np.float32)
-    program = compiled.Program("large", lambda place: jax.jit(lambda x: x + 1).lower(place(shape)), 1)
+    program = compiled.Program("large", lambda place: jax.jit(lambda x: x + 1).lower(*place(shape)), 1)
     (planned,) = compiled.compile_for(target, [program])
     assert not compiled.fits(planned, target)
     assert planned.memory > 2 * 30e9
@@ -117,7 +117,7 @@ def test_a_program_that_is_too_large_does_not_fit():
 def test_programs_for_a_described_chip_are_not_kept(tmp_path):
     """JAX can write them to its compilation cache, but cannot read them again."""
     target, shape = chips.described("v5e"), jax.ShapeDtypeStruct((8, 128), np.float32)
-    program = compiled.Program("small", lambda place: jax.jit(lambda x: x + 1).lower(place(shape)), 1)
+    program = compiled.Program("small", lambda place: jax.jit(lambda x: x + 1).lower(*place(shape)), 1)
     before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", SECONDS)}
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))

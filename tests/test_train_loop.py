@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import micro
 import numpy as np
 import pytest
+from PIL import Image
 
 from sdjax import trees
 from sdjax.errors import ConfigError, DataError, TrainingStopped
@@ -21,6 +22,7 @@ from sdjax.formats.lora_file import load_lora
 from sdjax.model import Outline
 from sdjax.train import checkpoint, config_file
 from sdjax.train.loop import train
+from sdjax.train.validation import Validator
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -208,3 +210,29 @@ def test_bfloat16_with_remat_and_accumulation_trains_under_pmap(settings):
     assert train(config) == 0
     tree = load_lora(f"{config.output}/export/style", Outline.load(config.model).shapes)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
+def test_weights_that_are_split_lie_whole_on_no_device(settings, monkeypatch, tmp_path):
+    """Before and while pictures are drawn; the pictures and the held-out loss are those of one device."""
+    others, whole, draw = {id(array) for array in jax.live_arrays()}, [], Validator._draw
+
+    def drawing(self, model, *prompts):
+        new = (array for array in jax.live_arrays() if id(array) not in others)
+        whole.extend(array.shape for array in new if array.nbytes > 5_000 and len(array.sharding.device_set) == 1)
+        return draw(self, model, *prompts)
+
+    monkeypatch.setattr(Validator, "_draw", drawing)
+    how = {
+        "stages": [{"train": ["unet", "text_encoder"], "steps": 1, "learning_rate": 1e-4}],
+        "validation": {"prompts": ["red circle"], "steps": 1, "guidance": 1.0, "held_out_timesteps": 1},
+    }
+    runs = {}
+    for devices in (2, 1):
+        config = settings(**how, parallel={"mesh": {"data": 1, "fsdp": devices}})
+        config = dataclasses.replace(config, output=str(tmp_path / f"on_{devices}"))
+        assert train(config) == 0
+        runs[devices] = [line["held_out_loss"] for line in micro.metric_lines(Path(config.output), "held_out_loss")]
+        assert bool(whole) == (devices == 1)
+    np.testing.assert_allclose(runs[2], runs[1], rtol=1e-5)
+    sheets = [np.asarray(Image.open(tmp_path / f"on_{n}" / "samples" / "style-1.png"), int) for n in (2, 1)]
+    assert abs(sheets[0] - sheets[1]).max() <= 2

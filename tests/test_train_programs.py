@@ -129,7 +129,7 @@ def test_advice_names_what_makes_a_run_fit(settings, monkeypatch):
 def test_memory_beside_a_program_counts():
     target = chips.present()
     leaf = compiled.on_device({"x": np.zeros((250, 1000), np.float32)}, target.devices[0])
-    lower = lambda place: jax.jit(lambda x: x + 1).lower(place(np.zeros(10, np.float32)))
+    lower = lambda place: jax.jit(lambda x: x + 1).lower(*place(np.zeros(10, np.float32)))
     alone, beside = compiled.compile_for(
         target, [compiled.Program("alone", lower, 1), compiled.Program("beside", lower, 1, resident=leaf)]
     )

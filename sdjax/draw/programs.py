@@ -64,16 +64,16 @@ def drawing(
         conditions, number = (Condition(context, added),), array(dtype=np.int32)
         given = Given(channels=array(count, *cells, 1 + channels)) if outline.is_inpainting else Given()
         tables = (keys, conditions, array(count, 1), array(), array(), given)
-        arrays = place((variables(params["unet"]), state, number, table, *tables))
+        arrays = place(variables(params["unet"]), state, number, table, *tables)
         return compiled_sampler_step(outline).lower(outline.unet, outline.schedule.prediction_type, *arrays)
 
     def decode(place):
-        return compiled_decode.lower(outline.vae, *place((params["vae"], array(1, *cells, channels))))
+        return compiled_decode.lower(outline.vae, *place(params["vae"], array(1, *cells, channels)))
 
     def encode_text(place):
         texts = {name: variables(params[name]) for name in outline.text_models}
         models = tuple(outline.text_models.items())
-        return compiled_encode_ids.lower(models, outline.hidden_state(clip_skip), *place((texts, ids)))
+        return compiled_encode_ids.lower(models, outline.hidden_state(clip_skip), *place(texts, ids))
 
     return [
         Program("encode text", encode_text, runs=1),

@@ -1,7 +1,6 @@
 """What a compiled program needs and does, as its compiler says."""
 
 import contextlib
-import functools
 import math
 import re
 import sys
@@ -42,8 +41,9 @@ class Program(NamedTuple):
     """A program that is compiled from shapes, to see what it needs."""
 
     name: str
-    lower: Callable[[Callable[[PyTree], PyTree]], Any]
-    """`lower(place)` returns the lowered program, as `jax.jit(function).lower` does. place: puts shapes on a device."""
+    lower: Callable[[Callable[..., tuple]], Any]
+    """`lower(place)` returns the lowered program, as `jax.jit(function).lower` does. `place(weights, *others)` returns
+    the shapes of all arguments, placed on devices."""
     runs: int
     """How often it runs."""
     resident: PyTree = ()
@@ -95,7 +95,7 @@ def compile_for(target: Target, programs: Iterable[Program]) -> list[Planned]:
         beside = bytes_on_a_device(program.resident)
         with cache(), jax.numpy_dtype_promotion("standard"):  # JAX's flash kernel mixes number types
             start = time.perf_counter()
-            lowered = program.lower(functools.partial(on_device, device=first))
+            lowered = program.lower(lambda *arguments: on_device(arguments, first))
             try:
                 compiled = _compile(lowered, _WITHOUT_A_GPU if target.described and first.platform == "gpu" else None)
                 figures = figures_of(compiled, time.perf_counter() - start)

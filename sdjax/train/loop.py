@@ -83,6 +83,8 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
         parallel, frozen, key = plan.parallel, first.frozen, first.key
     frozen, state = parallel.place_frozen(frozen), parallel.place_state(stack(states) if copies else states[0])
     del states  # a second copy of everything that is trained
+    for training in trainings:
+        training.prepare_validation(first, frozen["params"])
 
     def batch(number: int) -> PyTree:
         each = [training.batch(number) for training in trainings]
@@ -198,14 +200,22 @@ class Training:
         Copies take what they share from the first.
         """
         shared = None if self is first else first
-        self._dataset, held_out = encode(self.run, self.plan, self.earlier)
-        begun, self.frozen = prepare(self.run, self.plan, self.earlier, shared and shared.frozen["params"])
-        self.validate = Validator(
-            self.run, self.plan, held_out, self.frozen, self.earlier, self.metrics, shared and shared.validate.errors
-        )
+        self._dataset, self._held_out = encode(self.run, self.plan, self.earlier)
+        with self.plan.parallel.loading():
+            begun, self.frozen = prepare(self.run, self.plan, self.earlier, shared and shared.frozen["params"])
         self._order = self.plan.order(self._dataset.repeats, self.run.config.seed)
         state, self._restored = begun if self._restored is None else self._restored, None
         return state
+
+    def prepare_validation(self, first: "Training", placed: PyTree) -> None:
+        """Prepares the validation of the present stage. placed: its frozen weights, on the devices.
+
+        Under `jit` they take the place of those that were loaded, so that no device holds them twice.
+        """
+        if self.plan.parallel.mode == "jit":
+            self.frozen["params"] = placed
+        errors = None if self is first else first.validate.errors
+        self.validate = Validator(self.run, self.plan, self._held_out, self.frozen, self.earlier, self.metrics, errors)
 
     def batch(self, number: int) -> dict[str, np.ndarray]:
         """Returns the batch of step `number` (0 is the first)."""

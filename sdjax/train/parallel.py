@@ -6,9 +6,11 @@ nothing. Under `pmap` it gets the examples of its device, and `reduce` is the me
 must depend on `batch["index"]`, the place of an example in the whole batch, so that the partition changes none of them.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -49,6 +51,15 @@ class Parallel(NamedTuple):
     """Splits a batch over the devices. Every process passes the whole batch."""
     fetch: Callable[[PyTree], PyTree]
     """Returns a placed state as a tree of NumPy arrays and typed PRNG keys."""
+    loading: Callable[[], AbstractContextManager]
+    """Within it new arrays lie where `place_state` and `place_frozen` take them from: with several devices under `jit`
+    in the memory of the host, because one device may be too small for all of them."""
+    place_model: Callable[[PyTree], PyTree]
+    """Places the weights of a model for other programs than the step, such as drawing: under `jit` as `place_frozen`
+    does, under `pmap` on one device."""
+    beside: Callable[[], AbstractContextManager]
+    """Within it those programs compute with what `place_model` placed."""
+    mode: Literal["jit", "pmap"]
 
 
 def divide_cpu(devices: int) -> None:
@@ -116,7 +127,7 @@ def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], opt
 
     def place_state(tree: PyTree) -> PyTree:
         # The step overwrites its state, and device_put may share memory with the argument, even with may_alias=False.
-        return place_frozen(jax.tree.map(lambda leaf: leaf if _is_shape(leaf) else leaf.copy(), tree))
+        return jax.tree.map(lambda leaf: _put(leaf if _is_shape(leaf) else leaf.copy(), split(leaf)), tree)
 
     def place_frozen(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: _put(leaf, split(leaf)), tree)
@@ -140,7 +151,19 @@ def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], opt
         }
 
     step = jax.jit(train_step, donate_argnums=0, compiler_options=options)
-    return Parallel(data * fsdp, step, place_state, place_frozen, place_batch, fetch)
+    beside, loading = lambda: jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _in_host_memory
+    if len(devices) == 1:
+        beside = loading = contextlib.nullcontext
+    return Parallel(
+        data * fsdp, step, place_state, place_frozen, place_batch, fetch, loading, place_frozen, beside, "jit"
+    )
+
+
+def _in_host_memory() -> AbstractContextManager:
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return contextlib.nullcontext()
 
 
 def together(train_step: TrainStep) -> TrainStep:
@@ -207,7 +230,8 @@ def _under_pmap(train_step: TrainStep, devices: list[Any]) -> Parallel:
     def fetch(state: PyTree) -> PyTree:
         return _fetch(jax.tree.map(lambda leaf: leaf[0], state))
 
-    return Parallel(count, step, replicate, replicate, place_batch, fetch)
+    here = contextlib.nullcontext
+    return Parallel(count, step, replicate, replicate, place_batch, fetch, here, jax.device_put, here, "pmap")
 
 
 def _is_shape(leaf: Any) -> bool:

@@ -53,9 +53,14 @@ def _stage(config: RunConfig, run: Run, plans: Sequence[StagePlan], devices: Seq
             for name, leaf in batch_shapes(plan, square).items()
             if name not in ("mask", "weight")
         }
-        arguments = (plan.state.trainable, plan.frozen, batch, jax.ShapeDtypeStruct((), jnp.int32))
+        weights = plan.state.trainable, plan.frozen
+
+        def held_out_loss(place: Any) -> Any:
+            (trainable, frozen), *others = place(weights, batch, jax.ShapeDtypeStruct((), jnp.int32))
+            return errors.lower(trainable, frozen, *others)
+
         runs = validations * config.validation.held_out_timesteps * -(-images // count)
-        programs.append(Program("held-out loss", lambda place: errors.lower(*place(arguments)), runs, resident))
+        programs.append(_beside(plan, Program("held-out loss", held_out_loss, runs, resident)))
     if config.validation.prompts and latents:
         how = config.validation
         drawn = drawing(
@@ -68,8 +73,23 @@ def _stage(config: RunConfig, run: Run, plans: Sequence[StagePlan], devices: Seq
             clip_skip=config.clip_skip,
         )
         pictures = validations * len(how.prompts)
-        programs += [program._replace(runs=program.runs * pictures, resident=resident) for program in drawn]
+        programs += [
+            _beside(plan, program._replace(runs=program.runs * pictures, resident=resident)) for program in drawn
+        ]
     return [program._replace(name=f"{plan.stage.name}: {program.name}") for program in programs]
+
+
+def _beside(plan: StagePlan, program: Program) -> Program:
+    """Returns a program of the validation on the devices that it computes on."""
+    parallel = plan.parallel
+    if parallel.mode == "pmap" or parallel.devices == 1:
+        return program
+
+    def lower(place: Any) -> Any:
+        with parallel.beside():
+            return program.lower(lambda weights, *others: (parallel.place_model(weights), *others))
+
+    return program._replace(lower=lower, devices=parallel.devices)
 
 
 def largest(plan: StagePlan) -> Size:
@@ -189,12 +209,12 @@ def _encoding(plan: StagePlan, size: Size) -> Iterator[Program]:
     pixels = jax.ShapeDtypeStruct((count, *size, 3), jnp.float32)
     images = len(plan.records) * max(1, plan.data.random_crops) * (2 if plan.data.flip else 1) + len(plan.held_out)
     weights = outline.abstract_params("vae")
-    encode = lambda place: compiled_moments.lower(outline.vae, *place((weights, pixels)))
+    encode = lambda place: compiled_moments.lower(outline.vae, *place(weights, pixels))
     yield Program("encode images", encode, -(-images // count))
     if not recipe.trains_text:
         texts = {name: variables(outline.abstract_params(name)) for name in outline.text_models}
-        arguments = (texts, outline.abstract_ids(TEXTS_AT_ONCE, plan.chunks))
+        ids = outline.abstract_ids(TEXTS_AT_ONCE, plan.chunks)
         models = tuple(outline.text_models.items())
         captions = {caption for record in (*plan.records, *plan.held_out) for caption in record.captions}
-        encode = lambda place: compiled_encode_ids.lower(models, recipe.hidden, *place(arguments))
+        encode = lambda place: compiled_encode_ids.lower(models, recipe.hidden, *place(texts, ids))
         yield Program("encode captions", encode, -(-len(captions) // TEXTS_AT_ONCE))

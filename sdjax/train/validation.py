@@ -48,7 +48,7 @@ class Validator:
     ) -> None:
         """errors: those of another validator with the same recipe, so as not to compile them again."""
         self._run, self._plan, self._frozen, self._earlier, self._metrics = run, plan, frozen, earlier, metrics
-        self._settings = run.config.validation
+        self._settings, self._parallel = run.config.validation, plan.parallel
         self._samples = Path(run.config.output) / "samples"
         self._held_out_loss = None
         self._drawn: dict[int, list[Image.Image]] = {}
@@ -74,10 +74,12 @@ class Validator:
 
     def __call__(self, step: int, state: State) -> None:
         """Measures and draws with the state (on the host) after `step` steps."""
-        best = evaluated(self._plan.recipe, state)
-        if self._held_out_loss is not None:
-            self._metrics.held_out(step, self._held_out_loss(best, self._frozen))
-        if self._captions:
+        with self._parallel.beside():
+            if self._held_out_loss is not None:
+                best = self._parallel.place_model(evaluated(self._plan.recipe, state))
+                self._metrics.held_out(step, self._held_out_loss(best, self._frozen))
+            if not self._captions:
+                return
             self._drawn = {k: v for k, v in self._drawn.items() if k == 0}  # the first and the newest are kept
             self._drawn[step] = self._draw(self._current(state))
             name = f"{self._plan.stage.name}-{step}.png"
@@ -92,8 +94,13 @@ class Validator:
         if not self._captions:
             return None
         number, name = self._plan.number, self._plan.stage.name
-        is_base = self._earlier == NOTHING and 0 in self._drawn and not self._plan.words
-        before = self._originals or (self._drawn[0] if is_base else self._draw(self._base(), self._without_words()))
+        if self._originals:
+            before = self._originals
+        elif self._earlier == NOTHING and 0 in self._drawn and not self._plan.words:
+            before = self._drawn[0]
+        else:
+            with self._parallel.beside():
+                before = self._draw(self._base(), self._without_words())
         columns = {"original" if self._originals else "base": before}
         if number and 0 in self._drawn and not self._originals:
             columns[self._run.config.stages[number - 1].name] = self._drawn[0]
@@ -146,20 +153,23 @@ class Validator:
             for part, trained in models.items()
         }
         rows = after(recipe, self._earlier, state, self._frozen).rows
-        return Model(recipe.outline, params | jax.device_put(self._untrained), rows)
+        return Model(recipe.outline, self._parallel.place_model(params | self._untrained), rows)
 
     @functools.cached_property
     def _untrained(self) -> dict[str, PyTree]:
         """The weights of the parts that the steps do not compute with. They are read once, and lie on the host."""
         recipe = self._plan.recipe
         parts = [part for part in recipe.outline.shapes if part not in recipe.models]
-        return {part: jax.device_get(base_weights(recipe.outline, part, self._earlier)) for part in parts}
+        with self._parallel.loading():
+            return {part: jax.device_get(base_weights(recipe.outline, part, self._earlier)) for part in parts}
 
     def _base(self) -> Model:
         """Returns the model before the first stage."""
         outline = self._run.outline
         at_hand = self._frozen["params"] | self._untrained if self._earlier == NOTHING else {}
-        return Model(outline, {p: at_hand[p] if p in at_hand else outline.load_weights(p) for p in outline.shapes})
+        with self._parallel.loading():
+            params = {part: at_hand[part] if part in at_hand else outline.load_weights(part) for part in outline.shapes}
+        return Model(outline, self._parallel.place_model(params))
 
 
 def _masked_pictures(bucket: Bucket, plan: StagePlan, *, count: int) -> list[tuple[str, Image.Image, Image.Image]]:
