@@ -18,6 +18,8 @@ from typing import Any, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
@@ -34,6 +36,7 @@ from sdjax.models import clip, unet, vae
 from sdjax.models.layers import Compute, variables
 from sdjax.models.tiling import Tiling, tiled
 from sdjax.runtime.chips import check_dtype
+from sdjax.runtime.devices import mesh_of, split_examples, within
 from sdjax.settings import Dtype, read_value
 from sdjax.text import textual_inversion
 from sdjax.text.encoding import TEXT_ENCODERS, HiddenState, encode_ids
@@ -276,6 +279,7 @@ class Model:
     placeholders: text model -> vectors [K, D] of the new words in its tokenizer.
     adapters: part -> LoRA tree with a leading axis, one adapter for each picture of a call (see `with_loras`).
     tiling: how the autoencoder divides large pictures; None computes them whole.
+    mesh: the devices that pictures are drawn on, see `on_devices`; None: one.
     """
 
     outline: Outline
@@ -283,6 +287,7 @@ class Model:
     placeholders: dict[str, Float[Array, "K D"]] = dataclasses.field(default_factory=dict)
     adapters: dict[str, Any] = dataclasses.field(default_factory=dict)
     tiling: Tiling | None = None
+    mesh: Mesh | None = None
 
     @classmethod
     def load(cls, source: str | os.PathLike, dtype: str = "float32", **how: Unpack[Options]) -> "Model":
@@ -344,20 +349,25 @@ class Model:
             images = np.stack([pixels(image, Size(image.height, image.width)) for image in images])
         values = jnp.asarray(images, jnp.float32)
         encode = functools.partial(compiled_encode, self.outline.vae, self.params["vae"])
-        means = [self._in_tiles(encode, values[i : i + 1], encode=True) for i in range(len(values))]
-        return vae.scale_latents(self.outline.vae.config, jnp.concatenate(means))
+        return vae.scale_latents(self.outline.vae.config, self._in_parts(encode, values, encode=True))
 
     def decode_latents(self, latents: Float[Array | np.ndarray, "B h w 4"]) -> Float[Array, "B H W 3"]:
-        """Pictures with values in [0, 1]. They are decoded one at a time, so memory does not grow with the batch."""
+        """Pictures with values in [0, 1]. Each device decodes one at a time: memory does not grow with the batch."""
         unscaled = vae.unscale_latents(self.outline.vae.config, jnp.asarray(latents, jnp.float32))
         decode = functools.partial(compiled_decode, self.outline.vae, self.params["vae"])
-        return jnp.concatenate(
-            [self._in_tiles(decode, unscaled[i : i + 1], encode=False) for i in range(len(unscaled))]
-        )
+        return self._in_parts(decode, unscaled, encode=False)
+
+    def _in_parts(self, compute: Callable[[Any], Array], values: Array, *, encode: bool) -> Array:
+        """Computes one example at a time on each device, or one tile of it."""
+        at_once = self.mesh.size if self.mesh and not self.tiling and len(values) % self.mesh.size == 0 else 1
+        parts = (values[i : i + at_once] for i in range(0, len(values), at_once))
+        with within(self.mesh):
+            if self.tiling is not None:
+                return jnp.concatenate([self._in_tiles(compute, part, encode=encode) for part in parts])
+            return jnp.concatenate([compute(split_examples(self.mesh, part)) for part in parts])
 
     def _in_tiles(self, compute: Callable[[Any], Array], values: Array, *, encode: bool) -> Array:
-        if self.tiling is None:
-            return compute(values)
+        assert self.tiling is not None
         config = self.outline.vae.config
         channels = config.latent_channels if encode else config.out_channels
         whole = tiled(compute, np.asarray(values), self.tiling, factor=config.factor, encode=encode, channels=channels)
@@ -374,6 +384,20 @@ class Model:
         return _predict(self.outline.unet, self.params["unet"], latents, timesteps, context, added or None)
 
     # ------------------------------------------------------------------------------------------------ changing
+
+    def on_devices(self, count: int | None = None) -> "Model":
+        """Returns the model with a copy of its weights on each of the first `count` devices, which share the pictures.
+
+        count: by default all of JAX's. A call that draws a multiple of `count` pictures is split evenly; of any other
+        call every device draws all pictures. Raises ConfigError if there are fewer devices.
+        """
+        devices = jax.devices()
+        if not 1 <= (count := len(devices) if count is None else count) <= len(devices):
+            raise ConfigError(f"{count} devices: JAX has {len(devices)}")
+        mesh = mesh_of(devices[:count], count, 1)
+        placed = jax.device_put((self.params, self.placeholders, self.adapters), NamedSharding(mesh, P()))
+        params, placeholders, adapters = placed
+        return dataclasses.replace(self, params=params, placeholders=placeholders, adapters=adapters, mesh=mesh)
 
     def with_tiled_vae(self, tile: int = 512, overlap: int = 64) -> "Model":
         """Returns the model with an autoencoder that works in overlapping tiles, to save memory on large pictures.

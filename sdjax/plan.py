@@ -47,8 +47,8 @@ def _training(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     config = parse_args(argv, prog="sdjax plan").config
 
     from sdjax.runtime import chips, compiled
+    from sdjax.runtime.devices import divide_cpu
     from sdjax.train import programs
-    from sdjax.train.parallel import divide_cpu
 
     if args.target is None:
         divide_cpu(config.parallel.cpu_devices)

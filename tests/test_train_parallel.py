@@ -169,7 +169,7 @@ def test_impossible_partitions_are_refused(settings, message):
     ("asked", "flags", "seen"), [(2, "", 2), (1, "", 1), (2, "--xla_force_host_platform_device_count=3", 3)]
 )
 def test_the_cpu_is_divided_as_asked(asked, flags, seen):
-    program = f"from sdjax.train import parallel; parallel.divide_cpu({asked}); print(parallel.jax.device_count())"
+    program = f"from sdjax.runtime import devices; devices.divide_cpu({asked}); print(devices.jax.device_count())"
     environment = {**os.environ, "XLA_FLAGS": flags}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert run.stdout.strip() == str(seen), run.stderr

@@ -19,6 +19,7 @@ from sdjax.draw.request import Request
 from sdjax.errors import ConfigError
 from sdjax.model import Model, Outline
 from sdjax.models.layers import timestep_embedding
+from sdjax.runtime.devices import split_examples
 from sdjax.text import syntax
 from sdjax.text.encoding import zeroed
 from sdjax.text.syntax import Sections
@@ -126,7 +127,7 @@ def conditions(model: Model, request: Request, group: Group, evaluations: int) -
     for i in range(evaluations):
         now = tuple(tuple(steps[min(max(i, 1), len(steps)) - 1] for steps in texts.by_step) for texts in group.texts)
         if now not in encoded:
-            encoded[now] = _conditions(model, request, group, now)
+            encoded[now] = split_examples(model.mesh, _conditions(model, request, group, now))
         by_evaluation.append(encoded[now])
     return by_evaluation
 

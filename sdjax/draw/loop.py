@@ -23,6 +23,7 @@ from sdjax.formats.png_parameters import parameters_text
 from sdjax.model import Model, Outline
 from sdjax.models import unet
 from sdjax.runtime.compiler_options import compiler_options, is_large
+from sdjax.runtime.devices import split_examples, within
 
 
 class Given(NamedTuple):
@@ -239,11 +240,16 @@ def _sample_group(
     settings, outline = request.settings, model.outline
     guidance, rescale = jnp.float32(settings["guidance"]), jnp.float32(settings["guidance_rescale"])
     sampler_step = compiled_sampler_step(outline)
+    split = functools.partial(split_examples, model.mesh)
+    keys, weights, given = split((keys, group.weights, given))
     for i in tqdm(range(int(table.length)), desc=settings["sampler"], disable=not request.progress, leave=False):
-        state = sampler_step(
-            outline.unet, outline.schedule.prediction_type, variables, state, np.int32(i), table,
-            keys, conditions[i], group.weights, guidance, rescale, given,
-        )  # fmt: skip
+        # The compiler may place the result otherwise, and would compile the step again for it.
+        state = sampling.State(split(state.latents), split(state.history, axis=1))
+        with within(model.mesh):
+            state = sampler_step(
+                outline.unet, outline.schedule.prediction_type, variables, state, np.int32(i), table,
+                keys, conditions[i], weights, guidance, rescale, given,
+            )  # fmt: skip
     return np.asarray(state.latents)
 
 

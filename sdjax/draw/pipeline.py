@@ -122,6 +122,13 @@ class StableDiffusion:
 
     # ------------------------------------------------------------------------------------------------ changing
 
+    def on_devices(self, count: int | None = None) -> "StableDiffusion":
+        """Returns the model with a copy of its weights on several devices, which share the pictures of a call.
+
+        See `Model.on_devices`.
+        """
+        return StableDiffusion(self.model.on_devices(count))
+
     def with_tiled_vae(self, tile: int = 512, overlap: int = 64) -> "StableDiffusion":
         """Returns the model with an autoencoder that works in overlapping tiles; see `Model.with_tiled_vae`."""
         return StableDiffusion(self.model.with_tiled_vae(tile, overlap))

@@ -27,8 +27,8 @@ def _run(argv: Sequence[str]) -> int:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from sdjax.runtime import compilation_cache, host_memory
+    from sdjax.runtime.devices import divide_cpu
     from sdjax.train.loop import train
-    from sdjax.train.parallel import divide_cpu
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("sdjax").setLevel(logging.INFO)

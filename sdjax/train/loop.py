@@ -208,11 +208,11 @@ class Training:
         return state
 
     def prepare_validation(self, first: "Training", placed: PyTree) -> None:
-        """Prepares the validation of the present stage. placed: its frozen weights, on the devices.
+        """Prepares the validation of the present stage. placed: its frozen weights as they lie on the devices.
 
-        Under `jit` they take the place of those that were loaded, so that no device holds them twice.
+        On a mesh they take the place of those that were loaded.
         """
-        if self.plan.parallel.mode == "jit":
+        if self.plan.parallel.mesh is not None:
             self.frozen["params"] = placed
         errors = None if self is first else first.validate.errors
         self.validate = Validator(self.run, self.plan, self._held_out, self.frozen, self.earlier, self.metrics, errors)

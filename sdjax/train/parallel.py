@@ -8,7 +8,6 @@ must depend on `batch["index"]`, the place of an example in the whole batch, so 
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, Protocol
@@ -16,12 +15,13 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from sdjax.errors import ConfigError
 from sdjax.runtime.compiler_options import compiler_options
+from sdjax.runtime.devices import mesh_of, split_largest, within
 
 
 class TrainStep(Protocol):
@@ -55,22 +55,10 @@ class Parallel(NamedTuple):
     """Within it new arrays lie where `place_state` and `place_frozen` take them from: with several devices under `jit`
     in the memory of the host, because one device may be too small for all of them."""
     place_model: Callable[[PyTree], PyTree]
-    """Places the weights of a model for other programs than the step, such as drawing: under `jit` as `place_frozen`
-    does, under `pmap` on one device."""
-    beside: Callable[[], AbstractContextManager]
-    """Within it those programs compute with what `place_model` placed."""
-    mode: Literal["jit", "pmap"]
-
-
-def divide_cpu(devices: int) -> None:
-    """Makes JAX see the CPU as this many devices, unless XLA_FLAGS sets their number.
-
-    XLA computes most operations of a small model in one thread, so parts of a batch on several devices use the cores
-    better than the whole batch on one. Each device holds a copy of what is not split. Call this before anything asks
-    JAX for its devices.
-    """
-    if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", devices)
+    """Places the weights of a model for other programs than the step, such as drawing: with several devices under `jit`
+    as `place_frozen` does, else on one device."""
+    mesh: Mesh | None
+    """The mesh that `place_model` places on. None: one device."""
 
 
 def parallelize(
@@ -118,12 +106,12 @@ def _mesh_sizes(data: int, fsdp: int, devices: int) -> tuple[int, int]:
 
 
 def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], options: dict[str, Any]) -> Parallel:
-    mesh = jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    mesh = mesh_of(devices, data, fsdp)
     everywhere = NamedSharding(mesh, P())
     parts = NamedSharding(mesh, P(("data", "fsdp")))
 
     def split(leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, _split_largest(leaf.shape, fsdp))
+        return NamedSharding(mesh, split_largest(leaf.shape, fsdp))
 
     def place_state(tree: PyTree) -> PyTree:
         # The step overwrites its state, and device_put may share memory with the argument, even with may_alias=False.
@@ -133,7 +121,7 @@ def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], opt
         return jax.tree.map(lambda leaf: _put(leaf, split(leaf)), tree)
 
     def train_step(state: PyTree, frozen: PyTree, batch: PyTree, key: jax.Array) -> tuple[PyTree, PyTree]:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for kernels that must be divided by hand
+        with within(mesh):
             state, metrics = step_of(state, frozen, batch, key, reduce=lambda tree: tree)
         return jax.lax.with_sharding_constraint((state, metrics), (jax.tree.map(split, state), everywhere))
 
@@ -151,12 +139,10 @@ def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], opt
         }
 
     step = jax.jit(train_step, donate_argnums=0, compiler_options=options)
-    beside, loading = lambda: jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _in_host_memory
-    if len(devices) == 1:
-        beside = loading = contextlib.nullcontext
-    return Parallel(
-        data * fsdp, step, place_state, place_frozen, place_batch, fetch, loading, place_frozen, beside, "jit"
-    )
+    several = _in_host_memory, place_frozen, mesh
+    one = contextlib.nullcontext, jax.device_put, None
+    placed = place_state, place_frozen, place_batch, fetch
+    return Parallel(data * fsdp, step, *placed, *(several if len(devices) > 1 else one))
 
 
 def _in_host_memory() -> AbstractContextManager:
@@ -230,8 +216,8 @@ def _under_pmap(train_step: TrainStep, devices: list[Any]) -> Parallel:
     def fetch(state: PyTree) -> PyTree:
         return _fetch(jax.tree.map(lambda leaf: leaf[0], state))
 
-    here = contextlib.nullcontext
-    return Parallel(count, step, replicate, replicate, place_batch, fetch, here, jax.device_put, here, "pmap")
+    placed = replicate, replicate, place_batch, fetch
+    return Parallel(count, step, *placed, contextlib.nullcontext, jax.device_put, None)
 
 
 def _is_shape(leaf: Any) -> bool:
@@ -244,15 +230,6 @@ def _put(leaf: Any, sharding: NamedSharding) -> Any:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.jit(lambda: leaf, out_shardings=sharding)()  # device_put refuses keys across processes
     return jax.device_put(leaf, sharding)
-
-
-def _split_largest(shape: tuple[int, ...], parts: int) -> P:
-    """Returns the split of the longest axis that `parts` divides. Without such an axis each device gets a copy."""
-    fitting = [axis for axis, length in enumerate(shape) if length % parts == 0]
-    if parts == 1 or not fitting:
-        return P()
-    axis = max(fitting, key=lambda a: shape[a])
-    return P(*(None,) * axis, "fsdp")
 
 
 def _fetch(state: PyTree) -> PyTree:

@@ -15,6 +15,7 @@ from sdjax.errors import ConfigError
 from sdjax.models.layers import variables
 from sdjax.runtime.chips import Target
 from sdjax.runtime.compiled import Program, compile_for, fits
+from sdjax.runtime.devices import within
 from sdjax.settings import RematPolicy
 from sdjax.text.encoding import compiled_encode_ids
 from sdjax.train.config import RunConfig
@@ -82,11 +83,11 @@ def _stage(config: RunConfig, run: Run, plans: Sequence[StagePlan], devices: Seq
 def _beside(plan: StagePlan, program: Program) -> Program:
     """Returns a program of the validation on the devices that it computes on."""
     parallel = plan.parallel
-    if parallel.mode == "pmap" or parallel.devices == 1:
+    if parallel.mesh is None:
         return program
 
     def lower(place: Any) -> Any:
-        with parallel.beside():
+        with within(parallel.mesh):
             return program.lower(lambda weights, *others: (parallel.place_model(weights), *others))
 
     return program._replace(lower=lower, devices=parallel.devices)

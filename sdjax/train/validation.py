@@ -19,6 +19,7 @@ from sdjax.draw.pipeline import StableDiffusion
 from sdjax.formats.png_parameters import save_png
 from sdjax.model import Model
 from sdjax.models import vae
+from sdjax.runtime.devices import within
 from sdjax.train.config import Validation
 from sdjax.train.metrics import Metrics
 from sdjax.train.results import NOTHING, Results, after, base_weights
@@ -74,12 +75,11 @@ class Validator:
 
     def __call__(self, step: int, state: State) -> None:
         """Measures and draws with the state (on the host) after `step` steps."""
-        with self._parallel.beside():
-            if self._held_out_loss is not None:
-                best = self._parallel.place_model(evaluated(self._plan.recipe, state))
+        if self._held_out_loss is not None:
+            best = self._parallel.place_model(evaluated(self._plan.recipe, state))
+            with within(self._parallel.mesh):
                 self._metrics.held_out(step, self._held_out_loss(best, self._frozen))
-            if not self._captions:
-                return
+        if self._captions:
             self._drawn = {k: v for k, v in self._drawn.items() if k == 0}  # the first and the newest are kept
             self._drawn[step] = self._draw(self._current(state))
             name = f"{self._plan.stage.name}-{step}.png"
@@ -99,8 +99,7 @@ class Validator:
         elif self._earlier == NOTHING and 0 in self._drawn and not self._plan.words:
             before = self._drawn[0]
         else:
-            with self._parallel.beside():
-                before = self._draw(self._base(), self._without_words())
+            before = self._draw(self._base(), self._without_words())
         columns = {"original" if self._originals else "base": before}
         if number and 0 in self._drawn and not self._originals:
             columns[self._run.config.stages[number - 1].name] = self._drawn[0]
@@ -153,7 +152,8 @@ class Validator:
             for part, trained in models.items()
         }
         rows = after(recipe, self._earlier, state, self._frozen).rows
-        return Model(recipe.outline, self._parallel.place_model(params | self._untrained), rows)
+        placed = self._parallel.place_model(params | self._untrained)
+        return Model(recipe.outline, placed, rows, mesh=self._parallel.mesh)
 
     @functools.cached_property
     def _untrained(self) -> dict[str, PyTree]:
@@ -169,7 +169,7 @@ class Validator:
         at_hand = self._frozen["params"] | self._untrained if self._earlier == NOTHING else {}
         with self._parallel.loading():
             params = {part: at_hand[part] if part in at_hand else outline.load_weights(part) for part in outline.shapes}
-        return Model(outline, self._parallel.place_model(params))
+        return Model(outline, self._parallel.place_model(params), mesh=self._parallel.mesh)
 
 
 def _masked_pictures(bucket: Bucket, plan: StagePlan, *, count: int) -> list[tuple[str, Image.Image, Image.Image]]:

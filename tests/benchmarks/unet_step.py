@@ -27,9 +27,10 @@ from sdjax.models.layers import Compute
 from sdjax.models.unet import UNet, UNetConfig, abstract_params
 from sdjax.runtime import host_memory
 from sdjax.runtime.compiler_options import is_large
+from sdjax.runtime.devices import divide_cpu
 from sdjax.train.config import Stage
 from sdjax.train.optimizers import make_optimizer
-from sdjax.train.parallel import divide_cpu, parallelize
+from sdjax.train.parallel import parallelize
 
 CONFIGS = {
     "sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),

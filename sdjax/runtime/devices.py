@@ -1,0 +1,61 @@
+"""Several devices: how the CPU is divided into them, and how arrays are placed on a mesh of them."""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+
+def divide_cpu(devices: int) -> None:
+    """Makes JAX see the CPU as this many devices, unless XLA_FLAGS sets their number.
+
+    XLA computes most operations of a small model in one thread, so parts of a batch on several devices use the cores
+    better than the whole batch on one. Each device holds a copy of what is not split. Call this before anything asks
+    JAX for its devices.
+    """
+    if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def mesh_of(devices: Sequence[Any], data: int, fsdp: int) -> Mesh:
+    """Returns a mesh of `data * fsdp` devices: a batch is split over all of them, weights over the axis fsdp."""
+    return Mesh(np.array(devices).reshape(data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def within(mesh: Mesh | None) -> AbstractContextManager:
+    """Returns a context. Programs that are compiled in it divide by hand over the mesh what the compiler cannot divide.
+
+    Such are the kernels written in Pallas, see `models.kernels.attention.by_example`. None: one device.
+    """
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def split_largest(shape: tuple[int, ...], parts: int) -> P:
+    """Returns the split of the longest axis that `parts` divides. Without such an axis each device gets a copy."""
+    fitting = [axis for axis, length in enumerate(shape) if length % parts == 0]
+    if parts == 1 or not fitting:
+        return P()
+    axis = max(fitting, key=lambda a: shape[a])
+    return P(*(None,) * axis, "fsdp")
+
+
+def split_examples(mesh: Mesh | None, tree: PyTree, axis: int = 0) -> PyTree:
+    """Returns arrays of one example each row, placed on the mesh. axis: that of the rows.
+
+    The rows are split over all devices if their number is a multiple, else every device gets all. None: as they are.
+    """
+    if mesh is None:
+        return tree
+
+    def put(leaf: Any) -> Any:
+        split = P(*(None,) * axis, mesh.axis_names) if leaf.shape[axis] % mesh.size == 0 else P()
+        return jax.device_put(leaf, NamedSharding(mesh, split))
+
+    return jax.tree.map(put, tree)
