@@ -94,15 +94,27 @@ def test_cudnn_gets_even_lengths_and_the_true_ones(queries, keys, causal, monkey
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5e-6), ("bfloat16", 2e-2)])
-@pytest.mark.parametrize("shape", [(1, 512, 1024, 1, 40), (1, 1024, 512, 1, 160)])
-def test_the_kernel_of_the_tpu_is_attention(shape, dtype, tolerance):
-    """Interpreted, with blocks of the sizes that a TPU gets; heads that fill no lanes, and heads that are padded."""
-    with pallas_tpu.force_tpu_interpret_mode(), jax.numpy_dtype_promotion("standard"):  # as in test_lowering.py
+@pytest.mark.parametrize(
+    "shape", [(1, 512, 512, 1, 160), (1, 512, 1536, 1, 80), (1, 1024, 2048, 1, 64), (2, 512, 512, 2, 40)]
+)
+def test_the_kernels_of_the_tpu_are_attention(shape, dtype, tolerance):
+    """Interpreted; one iteration over the keys, and several of 2 or 4 blocks."""
+    with pallas_tpu.force_tpu_interpret_mode():
         assert_is_attention(lambda q, k, v: attention(q, k, v, target="tpu"), dtype, tolerance, shape=shape)
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_the_kernels_of_the_tpu_hold_some_keys_at_a_time(parts, monkeypatch):
+    """As heads of the size of the autoencoder's make them. A quarter is a single block."""
+    monkeypatch.setattr(attention_tpu, "_held", lambda tokens, each: tokens // parts)
+    with pallas_tpu.force_tpu_interpret_mode():
+        assert_is_attention(
+            lambda q, k, v: attention(q, k, v, target="tpu"), "float32", 5e-6, shape=(1, 512, 1024, 1, 40)
+        )
+
+
 @pytest.mark.parametrize("tokens", [512, 1536, 4096, 4608, 9216])
-def test_the_blocks_of_the_tpu_divide_the_tokens(tokens):
-    for most in (512, 1024, 4096):
-        block = attention_tpu._largest(tokens, most, 512)
-        assert tokens % block == block % 512 == 0 and block <= most
+def test_the_keys_that_the_tpu_holds_divide_the_tokens(tokens):
+    for each in (512, 3000, 24000):
+        held = attention_tpu._held(tokens, each)
+        assert tokens % held == held % attention_tpu.KEYS == 0 and held * each <= attention_tpu.HELD

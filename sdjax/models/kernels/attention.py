@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from sdjax.models.kernels import attention_cpu, attention_gpu, attention_tpu
+from sdjax.models.kernels import attention_cpu, attention_gpu
 
 
 def attention(
@@ -38,8 +38,11 @@ def attention(
         return attention_gpu.attend(q, k, v, causal)
     # TPU: long sequences, for the same reason. Never measured: sdjax has not run on a TPU. The compiler cannot divide a
     # kernel written in Pallas over a mesh, so each device computes its examples.
-    if target == "tpu" and attention_tpu.takes(q, k, causal):
-        return by_example(lambda q, k, v: attention_tpu.attend(q, k, v, causal), q, k, v)
+    if target == "tpu":
+        from sdjax.models.kernels import attention_tpu  # here, because Pallas takes 0.4 s to import
+
+        if attention_tpu.takes(q, k, causal):
+            return by_example(lambda q, k, v: attention_tpu.attend(q, k, v, causal), q, k, v)
     if target == "cpu":
         return definition(q, k, v, causal)
     # The same definition as JAX writes it, with the precisions that GPU and TPU need in half precision.
