@@ -78,11 +78,13 @@ class Formatter(logging.Formatter):
 def interrupts() -> Iterator[list[int]]:
     """Within the block, Ctrl-C raises KeyboardInterrupt, and does so again each second until the block ends.
 
-    Python drops an exception in a callback of the garbage collector, of which JAX has one, and in `__del__`. The yielded
-    list is empty until Ctrl-C was pressed. Outside the main thread this does nothing.
+    Python drops an exception in a callback of the garbage collector, of which JAX has one, and in `__del__`. The
+    yielded list is empty until Ctrl-C was pressed. Outside the main thread, and where Ctrl-C is ignored, this does
+    nothing.
     """
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+    main = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+    if not main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield received
         return
 

@@ -30,7 +30,9 @@ def _run(argv: Sequence[str]) -> int:
     from sdjax.train.loop import train
     from sdjax.train.parallel import divide_cpu
 
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setFormatter(command.Formatter("%(message)s"))
+    logging.basicConfig(handlers=[shown])
     logging.getLogger("sdjax").setLevel(logging.INFO)
     compilation_cache.enable()
     divide_cpu(arguments.config.parallel.cpu_devices)

@@ -1,0 +1,71 @@
+"""Errors of commands in one line, whatever they hold, and Ctrl-C that is never lost."""
+
+import logging
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from sdjax.errors import DataError
+from sdjax.runtime import command
+
+
+def raising(error):
+    def run(argv):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (DataError("bad \x1b[31mtensor\x07\u202e"), 3, r"error: bad \x1b[31mtensor\x07\u202e"),
+        (OSError(28, "No space left on device", "out.png"), 3, "error: out.png: No space left on device"),
+        (MemoryError(), 4, "error: out of memory"),
+        (KeyError("x"), 1, "error: sdjax did not expect this, given `a.png --width 8`: KeyError: 'x'"),
+    ],
+)
+def test_an_error_is_told_without_a_traceback(capsys, error, code, expected):
+    assert command.run(raising(error), ["a.png", "--width", "8"]) == code
+    assert capsys.readouterr().err.splitlines()[0] == expected
+    with pytest.raises(type(error)):
+        command.run(raising(error), ["--debug"])
+
+
+def test_log_messages_do_not_control_the_terminal():
+    record = logging.LogRecord("sdjax", logging.INFO, "", 0, "name \x1b[2J", (), None)
+    assert command.Formatter("%(message)s").format(record) == r"name \x1b[2J"
+
+
+@pytest.mark.parametrize("place", ["callback", "swallowed"])
+def test_ctrl_c_is_not_lost(place):
+    """An exception in a callback of the garbage collector, of which JAX has one, is dropped by Python."""
+    code = f"""
+        import gc, os, signal, sys, time
+        from sdjax.runtime import command
+
+        def callback(phase, info):
+            gc.callbacks.remove(callback)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+        def work(argv):
+            if {place!r} == "callback":
+                gc.callbacks.append(callback)
+                gc.collect()
+            else:
+                try:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.1)
+                except BaseException:
+                    pass
+            print("goes on", flush=True)
+            time.sleep(20)
+
+        command._AGAIN = 0.1
+        sys.exit(command.run(work, []))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=15)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "goes on\n", "stopped\n")
