@@ -358,7 +358,7 @@ def _open(place: Path) -> tuple[dict[str, np.memmap], dict[str, Any]]:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes the temporary folders of killed runs. Those unchanged for less than a day may belong to a run and stay."""
+    """Removes the temporary folders of killed runs. Those changed within a day may belong to a run."""
     for path in folder.glob(".new-*"):
         with contextlib.suppress(FileNotFoundError):  # another run sweeps too
             if time.time() - path.stat().st_mtime > 86400:
