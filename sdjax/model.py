@@ -519,7 +519,7 @@ def _building(source: str | os.PathLike) -> Iterator[None]:
     """Raises DataError for configs of a model's files that no module can be made from."""
     try:
         yield
-    except SdjaxError:
+    except (SdjaxError, MemoryError):
         raise
     except Exception as error:  # the modules take their configs on trust
         reason = next(iter(str(error).splitlines()), "")[:100]

@@ -1,4 +1,4 @@
-"""A few hundred inputs of the kind of `tests/fuzz/run.py`: damaged files, configs and prompts for every reader."""
+"""A few hundred inputs of the kind of `fuzz.run`: damaged files, configs and prompts for every reader."""
 
 import logging
 import random

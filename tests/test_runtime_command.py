@@ -6,6 +6,7 @@ import sys
 import textwrap
 
 import pytest
+from PIL import Image
 
 from sdjax.errors import DataError
 from sdjax.runtime import command
@@ -69,3 +70,21 @@ def test_ctrl_c_is_not_lost(place):
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=15)
     assert (done.returncode, done.stdout, done.stderr) == (130, "goes on\n", "stopped\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_that_really_runs_out_of_memory_says_so(tmp_path):
+    Image.new("1", (9000, 9000)).save(tmp_path / "large.png")
+    code = """
+        import resource, sys
+        import numpy, PIL.PngImagePlugin
+        from sdjax import generate
+        import sdjax.draw.jobs
+        pages = int(open("/proc/self/statm").read().split()[0])
+        limit = pages * resource.getpagesize() + (40 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        sys.exit(generate.main(["--model", "tiny", "--prompt", "x", "--image", "large.png"]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (4, "error: out of memory\n")

@@ -174,6 +174,8 @@ def _read(path: str | Path, use: Callable[[Image.Image], T], *, any_shape: bool 
             return use(image)
     except DataError as e:
         raise DataError(f"{path}: {e}") from None
+    except MemoryError:
+        raise
     except Exception as e:  # a malformed file makes Pillow raise nearly anything
         raise DataError(f"{path}: cannot be read as an image: {str(e) or type(e).__name__}") from e
 

@@ -53,7 +53,7 @@ def _told(error: Exception, argv: Sequence[str]) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, OSError):  # a full disk, or a folder without permission
         return DataError.exit_code, f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # the second is JAX's
         return TrainingStopped.exit_code, "out of memory"
     first = next(iter(str(error).splitlines()), "")[:300]
     return 1, (
