@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 from sdjax.errors import ConfigError, DataError, SdjaxError, TrainingStopped
 
-INTERRUPTED = 130
 _AGAIN = 1.0  # seconds
 
 
@@ -22,21 +21,27 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; `{self.prog} --help` lists the flags")
 
 
-def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
+def run(
+    command: Callable[[Sequence[str]], int | None],
+    argv: Sequence[str] | None,
+    signals: Sequence[int] = (signal.SIGINT,),
+) -> int:
     """Runs a command and returns its exit code.
 
     The code is the command's, or 0 if the command returns None. An error gives 2 (usage), 3 (data or weights) or 4
-    (training stopped itself, or no memory is left), and Ctrl-C gives 130. 1 is an error that sdjax did not foresee.
+    (training stopped itself, or no memory is left), and a signal gives 128 and its number, 130 for Ctrl-C. 1 is an
+    error that sdjax did not foresee. signals: those that end the command after its unfinished files are removed.
     argv: by default that of the process. With --debug in it, errors are raised with their traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
+    received: list[int] = []
     try:
-        with interrupts() as interrupted:
+        with _stopped_by(signals, received):
             code = command(argv) or 0
-        if not interrupted:
+        if not received:
             return code
     except KeyboardInterrupt:
-        pass
+        received = received or [signal.SIGINT]
     except Exception as error:
         if "--debug" in argv:
             raise
@@ -44,7 +49,7 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
         print(f"error: {printable(message)}", file=sys.stderr)
         return code
     print("stopped", file=sys.stderr)
-    return INTERRUPTED
+    return 128 + received[0]
 
 
 def _told(error: Exception, argv: Sequence[str]) -> tuple[int, str]:
@@ -75,21 +80,20 @@ class Formatter(logging.Formatter):
 
 
 @contextlib.contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """Within the block, Ctrl-C raises KeyboardInterrupt, and does so again each second until the block ends.
+def _stopped_by(signals: Sequence[int], received: list[int]) -> Iterator[None]:
+    """Within the block, these signals raise KeyboardInterrupt, and do so again each second until the block ends.
 
-    Python drops an exception in a callback of the garbage collector, of which JAX has one, and in `__del__`. The
-    yielded list is empty until Ctrl-C was pressed. Outside the main thread, and where Ctrl-C is ignored, this does
+    Python drops an exception in a callback of the garbage collector, of which JAX has one, and in `__del__`.
+    received: gets the numbers of the signals. A signal that is ignored stays so. Outside the main thread this does
     nothing.
     """
-    received: list[int] = []
-    main = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
-    if not main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield received
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
         return
 
     def handle(number: int, frame: Any) -> NoReturn:
-        received.append(number)
+        if number != signal.SIGALRM:
+            received.append(number)
         signal.setitimer(signal.ITIMER_REAL, _AGAIN)
         raise KeyboardInterrupt
 
@@ -98,10 +102,11 @@ def interrupts() -> Iterator[list[int]]:
             hook(unraisable)
 
     hook = sys.unraisablehook
-    former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGALRM)}
+    caught = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
+    former = {number: signal.signal(number, handle) for number in (*caught, signal.SIGALRM)}
     sys.unraisablehook = ignored
     try:
-        yield received
+        yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in former.items():

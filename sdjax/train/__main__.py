@@ -7,8 +7,6 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
-from typing import NoReturn
 
 from sdjax.runtime import command
 from sdjax.train.config_file import parse_args
@@ -17,8 +15,7 @@ from sdjax.train.config_file import parse_args
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; see `command.run`."""
     # A run stopped before the first step still removes its unfinished files. Training has a handler that saves first.
-    signal.signal(signal.SIGTERM, _leave)
-    return command.run(_run, argv)
+    return command.run(_run, argv, (signal.SIGINT, signal.SIGTERM))
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -39,10 +36,6 @@ def _run(argv: Sequence[str]) -> int:
     host_memory.keep()
     with logging_redirect_tqdm():
         return train(arguments.config, resume=arguments.resume, resume_step=arguments.resume_step)
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":
