@@ -22,8 +22,8 @@ import micro
 
 from sdjax.train import checkpoint, config_file
 
-CODES = {0, 3, 128 + signal.SIGTERM, -signal.SIGKILL}
-"""Done, a full disk, stopped after saving, killed."""
+CODES = {0, 3, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL}
+"""Done, a full disk, stopped (the second: while Python starts or ends), killed."""
 
 
 def main() -> int:
@@ -36,9 +36,7 @@ def main() -> int:
         while sum(soak.counts.values()) < arguments.faults:
             for kind in ("one", "copies"):
                 soak.run(kind)
-        print(f"{soak.runs} runs, faults: {dict(soak.counts)}")
-        for text in soak.wrong:
-            print(text)
+        print(f"{soak.runs} runs, faults: {dict(soak.counts)}, {len(soak.wrong)} wrong")
     return bool(soak.wrong)
 
 
@@ -78,7 +76,7 @@ class Soak:
 
     def run(self, kind: str) -> None:
         """Trains one run to its end under three to eight faults, and compares its export."""
-        output = self.root / f"{kind} {self.runs}"
+        output, known = self.root / f"{kind} {self.runs}", len(self.wrong)
         for number in range(self.draw.randint(3, 8)):
             fault = self.draw.choice(["kill -9", "SIGTERM", "full disk", "unreadable checkpoint"])
             self.counts[fault] += 1
@@ -95,10 +93,10 @@ class Soak:
         code = self.start(kind, output, "--resume").wait()
         log = (self.root / f"{output.name}.log").read_text(errors="replace")
         if code or "Traceback" in log:
-            self.wrong.append(f"{output.name}: ended with {code}\n{log[-3000:]}")
+            self.wrong.append(f"{output.name}: ended with {code}, or shows a traceback\n{log[-3000:]}")
         elif exports(output) != self.expected[kind]:
             self.wrong.append(f"{output.name}: other bits")
-        print(f"{output.name}: {dict(self.counts)}, {len(self.wrong)} wrong", flush=True)
+        print(f"{output.name}: {dict(self.counts)}", *self.wrong[known:], sep="\n", flush=True)
         self.runs += 1
         shutil.rmtree(output, ignore_errors=True)
 
