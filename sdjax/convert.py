@@ -36,6 +36,13 @@ def _run(argv: Sequence[str]) -> None:
         print(path)
 
 
+def _check_free(args: argparse.Namespace, *paths: Path) -> None:
+    """Raises ConfigError for a path that holds something, which only --overwrite replaces."""
+    for path in paths:
+        if not args.overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise ConfigError(f"{path}: exists already; --overwrite replaces it")
+
+
 def _parser() -> command.Parser:
     parser = command.Parser(
         prog="sdjax convert",
@@ -58,6 +65,7 @@ def _parser() -> command.Parser:
     add("--tokenizer", metavar="DIR", help="folder of the tokenizer, for a model in a single file (that on the hub)")
     add("--prediction-type", metavar="NAME", default="", help="epsilon or v_prediction, if the model has the wrong one")
     add("--for-inpainting", action="store_true", help="diffusers, single_file: add a mask to the input, for training")
+    add("--overwrite", action="store_true", help="replace what is at DST")
     add("--debug", action="store_true", help="show the tracebacks of errors")
     return parser
 
@@ -100,6 +108,7 @@ def _outline(source: str, args: argparse.Namespace):
 
 
 def _model(args: argparse.Namespace) -> list[Path]:
+    _check_free(args, args.dst)
     source = _outline(args.src, args)
     if args.for_inpainting and source.is_inpainting:
         raise ConfigError(f"--for-inpainting: {args.src} is made for inpainting already")
@@ -118,6 +127,7 @@ def _lora(args: argparse.Namespace) -> list[Path]:
 
     from sdjax.formats.lora_file import load_lora, save_lora
 
+    _check_free(args, args.dst)
     base = _outline(args.base or args.model, args)
     adapters = load_lora(args.src, base.shapes) if args.model else _extract(args, _outline(args.src, args), base)
     args.dst.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +172,7 @@ def _embedding(args: argparse.Namespace) -> list[Path]:
         paths = [args.dst / file_name(word) for word in words]
     if len(set(paths)) != len(paths):
         raise ConfigError(f"{args.src}: the words {', '.join(words)} would share a file name: use --token one by one")
+    _check_free(args, *paths)
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     for path, (word, rows) in zip(paths, words.items(), strict=True):
         save_embedding(path, word, rows, dtype=jnp.dtype(args.dtype or "float32"))

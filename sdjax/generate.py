@@ -4,6 +4,7 @@ JAX is imported only after the command line has been checked, so `--help` and mi
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import os
@@ -60,6 +61,8 @@ def _run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     settings = _settings(args)
     axes = [grids.parse_axis(text) for text in (args.grid_x, args.grid_y) if text is not None]
+    if len({axis.name for axis in axes}) < len(axes):
+        raise ConfigError(f"--grid-x and --grid-y both vary {axes[0].name}: choose another setting for one of them")
     prompts = _prompts(args, on_axis=any(axis.name == "prompt" for axis in axes))
     _check_values(args, len(prompts), settings)
     embeddings = [_file("--embedding", text) for text in args.embedding]
@@ -94,23 +97,23 @@ def _run(argv: Sequence[str]) -> None:
     if args.tiled_vae is not None:
         model = model.with_tiled_vae(args.tiled_vae, args.tiled_vae // 8)
     pictures: dict[int, Image.Image] = {}
-    number = _next_number(out)
     groups = jobs.grouped(loras)
-    for n, (merged, places) in enumerate(groups.items(), 1):
-        adapted = _with_loras(model, merged, adapters)
-        if n == len(groups):
-            del model  # or the weights without LoRAs stay in memory beside those with them
-        for chosen, batch in jobs.batches([bare[i] for i in places], args.batch_size):
-            with out_of_memory.advice("try a smaller --batch-size, a smaller picture, --dtype bfloat16"):
-                drawn = jobs.draw(adapted, batch)
-            for i, picture in zip((places[n] for n in chosen), drawn, strict=False):
-                job, prompt = wanted[i], bare[i].settings["prompt"]
-                _mention(picture, prompt, job.settings["prompt"], given[i])
-                _save(picture, out / f"{number + i:05d}-{job.settings['seed']}-{safe_name(prompt)}.png")
-                pictures[i] = picture
-    in_order = [pictures[i] for i in range(len(pictures))]
-    for name, sheet in _sheets(in_order, axes, args.num_images):
-        _save(sheet, out / name)
+    with _numbers(out, len(wanted)) as number:
+        for n, (merged, places) in enumerate(groups.items(), 1):
+            adapted = _with_loras(model, merged, adapters)
+            if n == len(groups):
+                del model  # or the weights without LoRAs stay in memory beside those with them
+            for chosen, batch in jobs.batches([bare[i] for i in places], args.batch_size):
+                with out_of_memory.advice("try a smaller --batch-size, a smaller picture, --dtype bfloat16"):
+                    drawn = jobs.draw(adapted, batch)
+                for i, picture in zip((places[n] for n in chosen), drawn, strict=False):
+                    job, prompt = wanted[i], bare[i].settings["prompt"]
+                    _mention(picture, prompt, job.settings["prompt"], given[i])
+                    _save(picture, out / f"{number + i:05d}-{job.settings['seed']}-{safe_name(prompt)}.png")
+                    pictures[i] = picture
+        in_order = [pictures[i] for i in range(len(pictures))]
+        for name, sheet in _sheets(in_order, axes, args.num_images):
+            _save(sheet, _free(out, name, number))
 
 
 def _with_loras(model: Any, loras: Sequence[Lora], adapters: Mapping[Path, Mapping[str, Any]]) -> Any:
@@ -322,10 +325,37 @@ def safe_name(prompt: str) -> str:
     return words.encode()[:_LONGEST_NAME].decode(errors="ignore").strip("-") or "picture"
 
 
-def _next_number(folder: Path) -> int:
-    """One more than the highest number in the names of pictures in a folder, so that none is overwritten."""
-    matches = (re.match(r"(\d{5,})-.*\.png$", name) for name in os.listdir(folder))
-    return max((int(match[1]) + 1 for match in matches if match), default=0)
+@contextlib.contextmanager
+def _numbers(folder: Path, count: int) -> Iterator[int]:
+    """Yields the first of `count` numbers for the names of pictures, which no other run gets during the block.
+
+    They follow the highest number in the folder, so that no picture is overwritten. A hidden file holds the last one.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError, ImportError):  # network drives may have no locks, and Windows has no fcntl
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        matches = (re.match(r"\.?(\d{5,})-.*\.png$", name) for name in os.listdir(folder))
+        first = max((int(match[1]) + 1 for match in matches if match), default=0)
+        claim = folder / f".{first + count - 1:05d}-claimed.png"
+        claim.touch()
+    finally:
+        os.close(descriptor)
+    try:
+        yield first
+    finally:
+        claim.unlink(missing_ok=True)
+
+
+def _free(folder: Path, name: str, number: int) -> Path:
+    """The path of a grid: its name or, if that is taken, its name with the number of the first picture of this run."""
+    try:
+        (folder / name).touch(exist_ok=False)
+    except FileExistsError:
+        return folder / f"{Path(name).stem}-of-{number:05d}.png"
+    return folder / name
 
 
 def _mention(picture: Image.Image, drawn: str, prompt: str, loras: Sequence[Lora]) -> None:

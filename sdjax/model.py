@@ -7,11 +7,13 @@ read. `Model` adds the weights. Neither ever changes: methods such as `with_lora
     model = outline.with_weights()  # reads the weights; both at once: Model.load("tiny")
 """
 
+import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -25,7 +27,7 @@ from PIL import Image
 
 from sdjax import diffusion, lora
 from sdjax.data.images import Size, pixels
-from sdjax.errors import ConfigError, DataError
+from sdjax.errors import ConfigError, DataError, SdjaxError
 from sdjax.formats.diffusers_folder import ModelFolder, read_folder, save_folder
 from sdjax.formats.embedding_file import load_embedding
 from sdjax.formats.lora_file import load_lora
@@ -42,6 +44,8 @@ from sdjax.text import textual_inversion
 from sdjax.text.encoding import TEXT_ENCODERS, HiddenState, encode_ids
 from sdjax.text.syntax import Sections
 from sdjax.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class Options(TypedDict, total=False):
@@ -102,26 +106,32 @@ class Outline:
         read_value(Dtype, str(dtype), "dtype")
         check_dtype(str(dtype), platform)
         folder = _find(source, variant, tokenizer, prediction_type, weights)
-        schedule = diffusion.NoiseSchedule.from_config(folder.scheduler)
+        with _building(source):
+            schedule = diffusion.NoiseSchedule.from_config(folder.scheduler)
         if prediction_type:
             schedule = diffusion.altered(schedule, prediction_type=prediction_type)
             folder = dataclasses.replace(folder, scheduler=dict(schedule.config))
         computed_in = lambda part: jnp.dtype("float32" if part == "vae" and dtype == "float16" else dtype)
         compute = {part: Compute(dtype=computed_in(part), platform=platform) for part in folder.configs}
-        unet_config = unet.UNetConfig.from_dict(folder.configs["unet"])
-        vae_config = vae.VAEConfig.from_dict(folder.configs["vae"])
-        texts = {
-            name: clip.TextConfig.from_dict(folder.configs[name]) for name in TEXT_ENCODERS if name in folder.configs
-        }
+        with _building(source):
+            _check_sizes(folder.configs)
+            unet_config = unet.UNetConfig.from_dict(folder.configs["unet"])
+            vae_config = vae.VAEConfig.from_dict(folder.configs["vae"])
+            texts = {
+                name: clip.TextConfig.from_dict(folder.configs[name])
+                for name in TEXT_ENCODERS
+                if name in folder.configs
+            }
+            shapes = {
+                "unet": unet.abstract_params(unet_config),
+                "vae": vae.abstract_params(vae_config),
+                **{name: clip.abstract_params(config) for name, config in texts.items()},
+            }
         return cls(
             unet=unet.UNet(unet_config, compute["unet"]),
             vae=vae.AutoencoderKL(vae_config, compute["vae"]),
             text_models={name: clip.TextModel(config, compute[name]) for name, config in texts.items()},
-            shapes={
-                "unet": unet.abstract_params(unet_config),
-                "vae": vae.abstract_params(vae_config),
-                **{name: clip.abstract_params(config) for name, config in texts.items()},
-            },
+            shapes=shapes,
             tokenizers={
                 place: Tokenizer.from_folder(folder.tokenizers[place], window=texts[name].max_position_embeddings)
                 for name, place in TEXT_ENCODERS.items()
@@ -362,12 +372,19 @@ class Model:
         at_once = self.mesh.size if self.mesh and not self.tiling and len(values) % self.mesh.size == 0 else 1
         parts = (values[i : i + at_once] for i in range(0, len(values), at_once))
         with within(self.mesh):
-            if self.tiling is not None:
-                return jnp.concatenate([self._in_tiles(compute, part, encode=encode) for part in parts])
-            return jnp.concatenate([compute(split_examples(self.mesh, part)) for part in parts])
+            return jnp.concatenate([self._in_tiles(compute, part, encode=encode) for part in parts])
 
     def _in_tiles(self, compute: Callable[[Any], Array], values: Array, *, encode: bool) -> Array:
-        assert self.tiling is not None
+        if self.tiling is None:
+            try:
+                return jax.block_until_ready(compute(split_examples(self.mesh, values)))
+            except jax.errors.JaxRuntimeError as error:  # out of memory, or too large for a library of XLA
+                cells = 512 // (1 if encode else self.outline.vae.config.factor)
+                if max(values.shape[1:3]) <= cells:
+                    raise
+                cause = next(iter(str(error).splitlines()), "")[:100]
+                log.warning("the autoencoder fails on a whole picture (%s): it works in tiles (--tiled-vae)", cause)
+                return self.with_tiled_vae()._in_parts(compute, values, encode=encode)
         config = self.outline.vae.config
         channels = config.latent_channels if encode else config.out_channels
         whole = tiled(compute, np.asarray(values), self.tiling, factor=config.factor, encode=encode, channels=channels)
@@ -521,6 +538,29 @@ class Model:
                 model_index=source.model_index,
                 dtype=dtype and jnp.dtype(dtype),
             )
+
+
+@contextlib.contextmanager
+def _building(source: str | os.PathLike) -> Iterator[None]:
+    """Raises DataError for configs of a model's files that no module can be made from."""
+    try:
+        yield
+    except (SdjaxError, MemoryError):
+        raise
+    except Exception as error:  # the modules take their configs on trust
+        reason = next(iter(str(error).splitlines()), "")[:100]
+        raise DataError(f"{source}: its configs make no model ({type(error).__name__}: {reason})") from error
+
+
+def _check_sizes(configs: Mapping[str, Any]) -> None:
+    """Raises DataError for numbers in configs that would take endless time or memory to follow."""
+
+    for part, config in configs.items():
+        for key, value in config.items():
+            least, most = (0, 1000) if "layers" in key else (-10_000_000, 10_000_000)
+            values = value if isinstance(value, list) else [value]
+            if len(values) > 1000 or any(type(number) is int and not least <= number <= most for number in values):
+                raise DataError(f"{part}: {key} = {str(value)[:40]} in its config.json is out of range")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from sdjax.errors import ConfigError
+from sdjax.runtime.strict_json import is_text
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 RematPolicy = Literal["attention", "blocks", "levels"]
@@ -50,15 +51,23 @@ class Range(NamedTuple):
         return low and value <= self.high and (self.multiple == 1 or value % self.multiple == 0)
 
 
+LONGEST_NAME = 120
+"""Most bytes of a name that becomes part of the name of a file. File systems allow 255 for the whole."""
+
+
 class Matching(NamedTuple):
-    """The rule that a whole text matches a regular expression. expected: the rule in words."""
+    """The rule that a whole text matches a regular expression and is short. expected: the rule in words.
+
+    longest: most bytes of the text in UTF-8.
+    """
 
     pattern: str
     expected: str
+    longest: float = math.inf
 
     def allows(self, value: str) -> bool:
         """Whether the value obeys the rule."""
-        return re.fullmatch(self.pattern, value, re.DOTALL) is not None
+        return len(value.encode()) <= self.longest and re.fullmatch(self.pattern, value, re.DOTALL) is not None
 
 
 Count = Annotated[int, Range(1)]
@@ -68,12 +77,16 @@ Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Text = Annotated[str, Matching(".+", "not empty")]
-FileName = Annotated[str, Matching(r"[\w.-]*\w[\w.-]*", "a name of letters, digits, '_', '-' and '.'")]
+FileName = Annotated[
+    str, Matching(r"[\w.-]*\w[\w.-]*", "a short name of letters, digits, '_', '-' and '.'", LONGEST_NAME)
+]
 
 
 def wrong(key: str, value: Any, expected: str) -> ConfigError:
     """The error for a value that breaks a rule."""
-    return ConfigError(f"{key} = {value!r}: expected {expected}")
+    shown = repr(value)
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+    return ConfigError(f"{key} = {shown}: expected {expected}")
 
 
 def read_record(cls: type, table: Any, key: str = "") -> Any:
@@ -132,7 +145,9 @@ def read_value(hint: Any, value: Any, key: str) -> Any:
     number = {int: numbers.Integral, float: numbers.Real}.get(hint)
     if number is not None and isinstance(value, number) and not isinstance(value, bool):
         value = hint(value)
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+    if hint is str and isinstance(value, str) and not is_text(value):
+        raise wrong(key, value, "text in UTF-8, without halves of characters")
+    if type(value) is not hint or (isinstance(value, float) and not math.isfinite(value)):
         raise wrong(key, value, {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[hint])
     return value
 

@@ -47,6 +47,10 @@ def test_a_folder_to_a_file_and_back(model, tmp_path, capsys):
     assert __main__.main(["convert", str(model.outline.folder.path), str(file), "--to", "single_file"]) == 0
     assert run(file, folder, "--to", "diffusers", "--tokenizer", model.outline.folder.path) == 0
     assert capsys.readouterr().out.splitlines() == [str(file), str(folder)]
+    for target, form in ((file, "single_file"), (folder, "diffusers")):
+        assert run(model.outline.folder.path, target, "--to", form) == 2
+        assert f"{target}: exists already; --overwrite replaces it" in capsys.readouterr().err
+    assert run(model.outline.folder.path, folder, "--to", "diffusers", "--overwrite") == 0
     same(Model.load(folder).params, model.params)
     half = tmp_path / "half.safetensors"
     assert run(folder, half, "--to", "single_file", "--dtype", "float16", "--prediction-type", "v_prediction") == 0
@@ -118,7 +122,7 @@ def test_embeddings(model, tmp_path, capsys):
     assert list(load_embedding(target)) == ["<x>"] and read_safetensors(target).tensors["<x>"].dtype == np.float16
     both = {"text_encoder": np.ones((1, 768), np.float32), "text_encoder_2": np.ones((1, 1280), np.float32)}
     save_embedding(tmp_path / "xl.safetensors", "<y>", both)
-    assert run(tmp_path / "xl.safetensors", target, "--to", "embedding") == 0
+    assert run(tmp_path / "xl.safetensors", target, "--to", "embedding", "--overwrite") == 0
     assert load_embedding(target)["<y>"].keys() == both.keys()
     capsys.readouterr()
     for flags, fault in (((target,), "write them to a folder"), ((tmp_path / "y", "--token", "<z>"), "names one word")):
@@ -162,7 +166,7 @@ def test_faults_of_files_have_their_exit_code(model, tmp_path, capsys):
         (tmp_path / "none.safetensors", tmp_path / "a", "--to", "embedding"),
         (tmp_path / "none.safetensors", tmp_path / "a", "--to", "diffusers"),
         (model.outline.folder.path, file / "x" / "a.safetensors", "--to", "single_file"),
-        (model.outline.folder.path, file, "--to", "diffusers"),
+        (model.outline.folder.path, file, "--to", "diffusers", "--overwrite"),
     ):
         assert run(*words) == 3
         assert capsys.readouterr().err.startswith("error: ")

@@ -145,6 +145,22 @@ def test_a_damaged_entry_is_computed_again(folder, damage, caplog):
     np.testing.assert_array_equal(after, before)
 
 
+def test_two_runs_that_compute_an_entry_at_once_share_the_first(folder):
+    """The entry that is there first is never removed: the other run may be hashing or reading it."""
+    places = []
+
+    class Slower(Encoder):
+        def __call__(self, images):
+            if not self.shapes:  # another run begins later and ends earlier
+                places.append(moments(folder, Encoder()).filename)
+                places.append(os.stat(places[0]).st_ino)
+            return super().__call__(images)
+
+    mine = moments(folder, Slower())
+    assert [mine.filename, os.stat(mine.filename).st_ino] == places
+    assert len(list((folder.parent / "cache").iterdir())) == 1
+
+
 def test_bad_images_are_skipped_counted_and_remembered(folder, caplog):
     (folder / "2.png").write_bytes(b"text")
     (folder / "6.png").write_bytes(b"")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from sdjax.data import images
 from sdjax.data.images import Crop, Size, random_crops, read_mask, read_size, to_float
 from sdjax.data.images import read_image as read_views
 from sdjax.errors import DataError
@@ -300,3 +301,32 @@ def test_the_alpha_channel_as_a_mask(tmp_path):
     halves().save(tmp_path / "opaque.png")
     with pytest.raises(DataError, match=r"opaque.png: has no alpha channel .*data.mask_path"):
         read_mask(tmp_path / "opaque.png", Size(4, 4), alpha=True)
+
+
+def test_a_picture_is_read_whole_with_its_transparency(tmp_path, caplog):
+    """The reader of drawing has the guards of training, but takes any shape."""
+    path = tmp_path / "a.png"
+    Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(path)
+    assert np.asarray(images.read_picture(path)).tolist() == [[0, 100, 255]]
+    Image.new("RGBA", (90, 3), (1, 2, 3, 4)).save(path)
+    assert images.read_picture(path).getpixel((0, 0)) == (1, 2, 3, 4)
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert images.read_picture(tmp_path / "a.gif").convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+    assert "holds several frames: the first is taken" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["bomb", "postscript"])
+def test_a_picture_to_draw_from_is_guarded(tmp_path, kind):
+    path = tmp_path / "a.png"
+    if kind == "bomb":
+        Image.new("1", (10_000, 10_000)).save(path)
+    else:  # would be handed to Ghostscript
+        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(DataError, match=r"a\.png: cannot be read as an image"):
+        images.read_picture(path)
+
+
+def test_deep_grey_is_not_clipped_in_the_library():
+    deep = Image.fromarray(np.full((8, 8), 257 * 100, np.uint16))
+    assert images.on_white(deep).getpixel((0, 0)) == (100, 100, 100)

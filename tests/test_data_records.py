@@ -109,10 +109,19 @@ def test_links_stay_inside_the_folder(tmp_path):
         ('{"text": "x"}', "line 2: expected"),
         ('{"file_name": "b.png", "text": 3}', "line 2: text = 3"),
         ('{"file_name": "a.png", "text": "again"}', "line 2: a.png is listed twice"),
+        ('{"file_name": "b\\u0000.png"}', r"line 2: 'b\\x00.png' is no name of a file"),
+        ('{"file_name": "b\\ud83d.png"}', "line 2 is not JSON: holds half of a character"),
+        ('{"file_name": "b.png", "text": "half \\ud83d"}', "line 2 is not JSON: holds half of a character"),
+        ('{"file_name": "b.png", "text": ' + "[" * 100_000, "line 2 is not JSON: nested too deeply"),
+        ('{"file_name": "b.png", "text": ' + "1" * 5000 + "}", "line 2 is not JSON: a number has too many digits"),
+        ('{"file_name": "' + "b" * 5000 + '"}', "line 2: 'b+' is no name of a file"),
+        ('{"file_name": "circle/b.png"}', "line 2: 'b.png' is no name of a file|leads out"),
     ],
+    ids=lambda value: value[:40],
 )
 def test_malformed_metadata(tmp_path, line, message):
     image(tmp_path / "a.png")
+    (tmp_path / "circle").symlink_to("circle")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + line)
     with pytest.raises(DataError, match=message):
         scan(tmp_path)
@@ -135,6 +144,14 @@ def test_folders_name_and_repeat_their_images(tmp_path):
     image(tmp_path / "g.png")
     with pytest.raises(DataError, match=r"no caption for g.png; .*in no sub-folder"):
         scan(tmp_path, missing_caption="folder")
+
+
+def test_a_date_in_the_name_of_a_folder_is_no_number_of_repeats(tmp_path):
+    image(tmp_path / "20240101_trip" / "a.png")
+    with pytest.raises(DataError, match=r"'20240101_trip' asks for each image 20240101 times, at most 9999"):
+        scan(tmp_path, missing_caption="folder")
+    (record,) = scan(tmp_path, missing_caption="folder", repeats={"*": 2})
+    assert (record.repeats, record.caption) == (2, "trip")
 
 
 def test_repeats_by_pattern(tmp_path, caplog):
@@ -178,7 +195,7 @@ def test_masks_have_the_names_of_their_images(tmp_path):
         with_masks(records, tmp_path / "masks", "hole")
     (hole,) = with_masks(records[:1], tmp_path / "masks", "hole")
     assert hole.hole == hole.mask == tmp_path / "masks" / "a.png"
-    assert len({fingerprint([r]) for r in (hole, records[0], hole._replace(mask=None))}) == 3
+    assert len({str(fingerprint([r])) for r in (hole, records[0], hole._replace(mask=None))}) == 3
     image(tmp_path / "out.png")
     (tmp_path / "masks" / "sub" / "b.png").symlink_to(tmp_path / "out.png")
     with pytest.raises(DataError, match=r"'b.png' leads out of the folder"):

@@ -92,3 +92,7 @@ def test_files_on_an_axis_are_labelled_by_the_part_that_differs():
     assert grids.parse_axis(f"lora={files}").labels == ["lora: none", "lora: rank1", "lora: rank16"]
     assert grids.parse_axis("lora=a/b.pt:0.5,a/b.pt:1").labels == ["lora: b.pt:0.5", "lora: b.pt:1"]
     assert grids.parse_axis("steps=5,6").labels == ["steps: 5", "steps: 6"]
+
+
+def test_a_comma_in_a_value_is_escaped():
+    assert grids.parse_axis(r"prompt=a\, b, c").values == ("a, b", "c")

@@ -314,7 +314,11 @@ def test_nothing_is_compiled_for_another_mask_or_setting(tiny):
         (Image.new("L", (64, 64), 255), {"fill": "magic"}, "fill = 'magic': expected one of original, noise"),
         (Image.new("L", (64, 64), 255), {"mask_blur": -1}, "mask_blur = -1: expected at least 0 and at most 1024"),
         (Image.new("L", (64, 64), 255), {"strength": 0}, "strength = 0.0: expected above 0"),
-        (Image.new("L", (64, 64), 255), {"height": 60}, "height = 60: expected at least 8, a multiple of 8"),
+        (
+            Image.new("L", (64, 64), 255),
+            {"height": 60},
+            "height = 60: expected at least 8 and at most 16384, a multiple of 8",
+        ),
     ],
 )
 def test_what_cannot_be_painted_is_refused(tiny, mask, how, message):

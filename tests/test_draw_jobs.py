@@ -67,6 +67,15 @@ def test_a_line_takes_the_place_of_the_settings_of_the_flags():
         ("{", 3, "not JSON"),
         ('["a"]', 3, "give a table with a prompt"),
         ({"prompt": None}, 3, "give a table with a prompt"),
+        ("[" * 100_000, 3, "not JSON: nested too deeply"),
+        ('{"prompt": "a", "seed": ' + "1" * 5000 + "}", 3, "not JSON: a number has too many digits"),
+        ('{"prompt": "half \\ud83d"}', 3, "not JSON: holds half of a character"),
+        ({"prompt": "[a:" * 2000}, 2, "nested more than 100 deep"),
+        ({"prompt": "(a:" + "9" * 400 + ")"}, 2, "in a prompt is too large"),
+        ({"prompt": "<lora:x:nan>"}, 2, "the weights of a LoRA must be numbers"),
+        ({"width": 99999999999999999992}, 2, "width = 99999999999999999992: expected at least 8 and at most 16384"),
+        ({"image": "IN", "outpaint": [0, 0, 10**12, 0]}, 2, "outpaint makes a picture of 1000000000064x64 pixels"),
+        ({"image": "a\0b"}, 3, "embedded null byte"),
         ({"stepz": 1}, 2, "unknown key stepz: did you mean steps?"),
         ({"steps": 2.5}, 2, "steps = 2.5: expected a whole number"),
         ({"karras": 1}, 2, "karras = 1: expected true or false"),
@@ -74,7 +83,7 @@ def test_a_line_takes_the_place_of_the_settings_of_the_flags():
         ({"steps": 0}, 2, "steps = 0: expected at least 1 and at most 1000"),
         ({"seed": -1}, 2, "seed = -1: expected at least 0 and at most 4294967295"),
         ({"guidance": float("nan")}, 2, "guidance = nan: expected a number"),
-        ({"width": 60}, 2, "width = 60: expected at least 8, a multiple of 8"),
+        ({"width": 60}, 2, "width = 60: expected at least 8 and at most 16384, a multiple of 8"),
         ({"sampler": "magic"}, 2, "sampler = 'magic': expected one of ddim"),
         ({"sampler": "ddim", "karras": True}, 2, "sampler 'ddim' has no Karras sigmas"),
         ({"clip_skip": 9}, 2, "clip_skip = 9: must lie in 1 (last layer)"),
@@ -97,6 +106,7 @@ def test_errors_begin_with_the_line(files, outline, line, code, expected):
         wanted = read('{"prompt": "a", "steps": 3}', "", line)
         jobs.check_alone(wanted)
         jobs.check(outline, wanted)
+    assert len(str(raised.value)) < 500
     assert raised.value.exit_code == code
     assert str(raised.value).startswith("jobs.jsonl, line 3: ") and expected in str(raised.value)
 

@@ -11,7 +11,8 @@ from pictures import SCHEDULERS, compilations, pixels_of, start, text_and_unet_l
 from PIL import Image
 
 import sdjax
-from sdjax.errors import ConfigError
+from sdjax import lora
+from sdjax.errors import ConfigError, TrainingStopped
 
 quickly = {"steps": 3, "progress": False}
 
@@ -113,7 +114,9 @@ def test_transparent_and_grey_images_are_read(tiny):
     [
         ({"sampler": "magic"}, "sampler = 'magic': expected one of ddim, pndm"),
         ({"steps": 0}, "steps = 0: expected at least 1 and at most 1000"),
-        ({"height": 60}, "height = 60: expected at least 8, a multiple of 8"),
+        ({"negative_prompt": [5]}, r"negative_prompt = \[5\]: expected a text, or a list of texts"),
+        ({"num_images": "2"}, "num_images = '2': expected a whole number"),
+        ({"height": 60}, "height = 60: expected at least 8 and at most 16384, a multiple of 8"),
         ({"width": -8}, "width = -8"),
         ({"guidance": -1.0}, "guidance = -1.0: expected at least 0 and at most 1000"),
         ({"guidance_rescale": 2.0}, "guidance_rescale = 2.0: expected at least 0 and at most 1"),
@@ -144,6 +147,23 @@ def test_bad_img2img_settings_are_named(tiny, how, message):
         tiny.img2img("taco", Image.new("RGB", (64, 64)), **({"progress": False} | how))
     with pytest.raises(ConfigError, match="2 images for 3 pictures"):
         tiny.img2img("taco", [Image.new("RGB", (64, 64))] * 2, num_images=3)
+
+
+def test_arguments_of_another_kind_are_named(tiny):
+    with pytest.raises(ConfigError, match="prompt = 5: expected a text, or a list of texts"):
+        tiny.text2image(5)
+    for image in (np.zeros((64, 64, 3)), None, "a.png", []):
+        with pytest.raises(ConfigError, match=f"image is a {type(image).__name__}: give a PIL image"):
+            tiny.img2img("taco", image)
+    with pytest.raises(ConfigError, match="image is a ndarray: give a PIL image"):
+        tiny.inpaint("taco", np.zeros((64, 64, 3)), Image.new("L", (64, 64), 255))
+
+
+def test_a_picture_that_is_not_a_number_is_an_error_and_no_black_picture(tiny):
+    adapter = lora.init(jax.random.key(0), tiny.params["unet"], rank=2)
+    adapter = lora.map_layers(lambda layer: layer | {"up": layer["up"] + 1e38}, adapter)
+    with pytest.raises(TrainingStopped, match=r"the picture of 'taco' is not a number \(NaN\)"):
+        tiny.with_lora({"unet": adapter}).text2image("taco", **quickly)
 
 
 def test_each_picture_has_its_own_lora(tiny):

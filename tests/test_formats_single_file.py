@@ -530,7 +530,7 @@ def test_tokenizers_pad_as_the_family_does(model, kind, foreign, tmp_path, monke
         raise DataError(f"{repository}: the hub cannot be reached")
 
     monkeypatch.setattr(single_file, "snapshot", offline)
-    with pytest.raises(DataError, match="the tokenizer is not in the file; give its folder as tokenizer"):
+    with pytest.raises(DataError, match="the tokenizer is not in the file; give its folder with --tokenizer DIR"):
         padding()
 
 

@@ -305,7 +305,32 @@ def test_plain_pickle_of_data_is_not_a_torch_file(tmp_path):
 
 def test_a_dict_keyed_by_deeply_nested_tuples_does_not_crash_the_interpreter(tmp_path):
     graph = b"\x80\x02})" + b"\x85" * 300_000 + b"Ns."
-    refused(zipped(tmp_path / "a.pt", graph), "tuple for a key")
+    refused(zipped(tmp_path / "a.pt", graph), "nested more than 20 deep")
+    refused(zipped(tmp_path / "a.pt", b"\x80\x02})\x85Ns."), "tuple for a key")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (b"](" + b")" + b"\x85" * 300_000 + b"e", "nested more than 20 deep"),  # killed the process when it was hashed
+        (b"](]e", "the key of a storage is a list"),
+        (b"]()e", "the key of a storage is a tuple"),
+    ],
+)
+def test_strange_keys_of_storages_in_a_legacy_file(tmp_path, keys, message):
+    head = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, {}))
+    (tmp_path / "a.pt").write_bytes(head + b"\x80\x02" + keys + b".")
+    refused(tmp_path / "a.pt", message)
+
+
+def test_names_that_are_no_text_are_never_printed(tmp_path):
+    """A tuple of itself twice, 18 times over, has 260,000 items."""
+    graph = b"\x80\x04)\x94" + b"".join(b"h" + bytes([i, ord("h"), i]) + b"\x86\x94" for i in range(18))
+    refused(zipped(tmp_path / "a.pt", graph + b"h\x12h\x12\x93."), "by something that is not text")
+
+
+def test_a_pickle_of_endless_instructions(tmp_path):
+    refused(zipped(tmp_path / "a.pt", b"\x80\x02" + b"N0" * 600_000 + b"N."), "1000000 instructions|never does")
 
 
 def test_memo_bomb(tmp_path):

@@ -14,7 +14,8 @@ from PIL import Image
 
 import sdjax
 from sdjax import generate, lora
-from sdjax.draw.settings import declarations
+from sdjax.draw import jobs
+from sdjax.draw.settings import complete_job, declarations
 from sdjax.formats.embedding_file import save_embedding
 from sdjax.formats.lora_file import save_lora
 
@@ -63,6 +64,25 @@ def test_nothing_is_overwritten_and_one_picture_makes_no_grid(tmp_path):
         assert run("--prompt", "red heart", *STEPS, "--out", tmp_path) == 0
         assert (tmp_path / f"{number}-0-red-heart.png").exists()
     assert len(os.listdir(tmp_path)) == 2
+
+
+def test_two_runs_in_one_folder_take_different_numbers(tmp_path):
+    """The second one begins before the first has written anything."""
+    with generate._numbers(tmp_path, 3) as first, generate._numbers(tmp_path, 2) as second:
+        assert (first, second) == (0, 3)
+        (tmp_path / "00004-0-x.png").touch()
+    assert os.listdir(tmp_path) == ["00004-0-x.png"]
+    with generate._numbers(tmp_path, 1) as third:
+        assert third == 5
+
+
+def test_a_grid_is_never_replaced(tmp_path):
+    flags = ("--prompt", "red heart", "--num-images", 2, *ONE, *STEPS, "--out", tmp_path)
+    assert run(*flags) == 0
+    first = (tmp_path / "grid.png").read_bytes()
+    assert run(*flags, "--seed", 5) == 0
+    assert (tmp_path / "grid.png").read_bytes() == first
+    assert (tmp_path / "grid-of-00002.png").stat().st_size
 
 
 def test_prompts_come_from_a_file_too(tmp_path):
@@ -128,8 +148,8 @@ def test_an_image_is_redrawn_at_its_size_down_to_multiples_of_8(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "code", "expected"),
     [
-        (["--width", "63"], 2, "--width = 63: expected at least 8, a multiple of 8"),
-        (["--height", "0"], 2, "--height = 0: expected at least 8, a multiple of 8"),
+        (["--width", "63"], 2, "--width = 63: expected at least 8 and at most 16384, a multiple of 8"),
+        (["--height", "0"], 2, "--height = 0: expected at least 8 and at most 16384, a multiple of 8"),
         (["--steps", "0"], 2, "--steps = 0: expected at least 1 and at most 1000"),
         (["--steps", "many"], 2, "--steps = 'many': expected a whole number"),
         (["--guidance", "nan"], 2, "--guidance = nan: expected a number"),
@@ -161,6 +181,11 @@ def test_an_image_is_redrawn_at_its_size_down_to_multiples_of_8(tmp_path):
         (["--prompts-file", "missing.txt"], 3, "--prompts-file missing.txt: No such file"),
         (["--prompts-file", "IMAGE"], 3, "not UTF-8 text"),
         (["--widht", "64"], 2, "--widht"),
+        (["--width", "99999999999999999992"], 2, "--width = 99999999999999999992: expected at least 8 and at most"),
+        (["--width", "9" * 5000], 2, "...: expected a whole number"),
+        (["--prompt", "half \udc80"], 2, "prompt = 'half \\udc80': expected text in UTF-8"),
+        (["--image", "IMAGE", "--outpaint", "0,0,0,999999999999"], 2, "outpaint makes a picture of 64x1000000000063"),
+        (["--grid-x", "steps=2,3", "--grid-y", "steps=4"], 2, "--grid-x and --grid-y both vary steps"),
         (["--out", "TEXT/below"], 2, "cannot be written to"),
     ],
 )
@@ -377,3 +402,9 @@ def test_a_file_of_jobs_must_be_readable_and_hold_one(tmp_path, capsys):
         assert run("--jobs", tmp_path / f"{name}.jsonl", "--out", tmp_path / "out") == 3
         error = capsys.readouterr().err
         assert error.startswith(f"error: --jobs {tmp_path / name}.jsonl: ") and fault in error
+
+
+def test_a_size_far_from_the_models_is_mentioned(outline, caplog):
+    wanted = [jobs.Job(complete_job({"prompt": "a", "width": 512, "height": 64}))]
+    jobs.check(outline, wanted)
+    assert "512x64 pixels are far from the 64 of tiny" in caplog.text

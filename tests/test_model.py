@@ -1,7 +1,9 @@
 """A model and its outline: loading, what the parts say, its text, image and U-Net computations, and what changes it."""
 
 import dataclasses
+import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pictures
 import pytest
 from PIL import Image
 
+import sdjax.model
 from sdjax import lora
 from sdjax.errors import ConfigError, DataError
 from sdjax.model import Model, Outline
@@ -210,6 +213,49 @@ def test_the_autoencoder_in_tiles_is_another_model(model):
     assert model.tiling is None and latents.shape == whole.shape
     assert 0 < np.abs(np.asarray(latents - whole)).mean() < 0.2 * np.asarray(whole).std()
     assert in_tiles.decode_latents(latents).shape == (1, 128, 128, 3)
+
+
+def test_a_picture_too_large_for_the_autoencoder_is_computed_in_tiles(model, monkeypatch, caplog):
+    """XLA's library for the CPU fails on very large convolutions, and a GPU has no memory for them."""
+    decode = sdjax.model.compiled_decode
+
+    def failing(module, params, latents):
+        if latents.shape[1] > 256:
+            raise jax.errors.JaxRuntimeError("INTERNAL: YNNPACK operation failed\nmore")
+        return decode(module, params, latents)
+
+    latents = np.random.default_rng(0).normal(size=(1, 264, 8, 4)).astype(np.float32)
+    expected = model.with_tiled_vae().decode_latents(latents)
+    monkeypatch.setattr("sdjax.model.compiled_decode", failing)
+    np.testing.assert_array_equal(model.decode_latents(latents), expected)
+    assert "(INTERNAL: YNNPACK operation failed): it works in tiles (--tiled-vae)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"block_out_channels": None},
+        {"block_out_channels": "wide"},
+        {"block_out_channels": []},
+        {"block_out_channels": [16, 0]},
+        {"layers_per_block": 10**9},
+        {"layers_per_block": -1},
+        {"norm_num_groups": 7},
+        {"norm_num_groups": 0},
+        {"attention_head_dim": 0},
+        {"cross_attention_dim": 10**30},
+        {"down_block_types": ["DownBlock2D"]},
+        {"down_block_types": 5},
+    ],
+    ids=str,
+)
+def test_configs_that_make_no_model_are_an_error(micro_models, tmp_path, changes):
+    shutil.copytree(micro_models(), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    file = tmp_path / "model/unet/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises((DataError, ConfigError)) as error:
+        Outline.load(tmp_path / "model", weights=False)
+    assert len(str(error.value).splitlines()) <= 2
 
 
 def test_one_timestep_stands_for_all_examples(model):

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 
 import jax
 import pytest
@@ -81,3 +82,27 @@ print(jax.jit(lambda x: jnp.sin(x) + 1)(0.0))
     again = run()
     assert again.stdout == "1.0\n"
     assert "Error reading persistent compilation cache entry" in again.stderr
+
+
+def test_an_entry_that_was_cut_off_is_written_anew(tmp_path):
+    code = f"""
+        import jax, os, pathlib
+        from sdjax.runtime import compilation_cache
+        folder = pathlib.Path({str(tmp_path)!r}) / "xla"
+        compilation_cache.enable(folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        def program(x):
+            return x * 2 + 1
+        jax.jit(program)(1.0)
+        (entry,) = folder.glob("jit_program-*-cache")
+        whole = entry.stat().st_size
+        os.truncate(entry, whole // 2)
+        jax.clear_caches()
+        assert jax.jit(program)(1.0) == 3
+        assert entry.stat().st_size > 0.9 * whole  # it also holds how long the compilation took
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Error reading persistent compilation cache entry" in done.stderr

@@ -129,8 +129,10 @@ def test_a_value_gets_the_type_of_its_annotation(hint, value, expected):
         (Annotated[float, Range(0, 1, above=True)], 0, "above 0 and at most 1"),
         (Annotated[int, Range(0, 3)] | None, 4, "at least 0 and at most 3"),
         (Seed, 2**32, "at least 0 and at most 4294967295"),
-        (FileName, "a/b", "a name of letters, digits, '_', '-' and '.'"),
-        (FileName, "..", "a name of letters, digits, '_', '-' and '.'"),
+        (FileName, "a/b", "a short name of letters, digits, '_', '-' and '.'"),
+        (FileName, "..", "a short name of letters, digits, '_', '-' and '.'"),
+        (FileName, "ä" * 61, "a short name of letters, digits, '_', '-' and '.'"),
+        (str, "half \ud83d", "text in UTF-8, without halves of characters"),
         (Annotated[str, Matching("a+", "only a")], "aab", "only a"),
     ],
 )

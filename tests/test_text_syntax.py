@@ -1,11 +1,14 @@
 """A1111's prompt language: the cases that A1111 documents, stray brackets, and texts that might break a parser."""
 
+import contextlib
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdjax.errors import ConfigError
-from sdjax.text.syntax import at_each_step, emphasis, without_loras
+from sdjax.text.syntax import at_each_step, emphasis, subprompts, without_loras
 
 UP, DOWN = 1.1, 1 / 1.1
 
@@ -139,11 +142,44 @@ def test_any_text_is_a_prompt(prompt, steps):
             assert span.text and isinstance(span.weight, float)
 
 
-def test_deep_brackets_are_parsed():
-    deep = "(" * 2000 + "a" + ")" * 2000
+def test_brackets_nest_a_hundred_deep():
+    deep = "(" * 100 + "a" + ")" * 100
     assert at_each_step(deep, 2) == [deep, deep]
-    assert at_each_step("[" * 5000, 1) == ["[" * 5000]
-    assert emphasis(deep)[0][0].weight > 1e80
+    assert at_each_step("[" * 100, 1) == ["[" * 100]
+    assert emphasis(deep)[0][0].weight > 1e4
+    for read in (emphasis, lambda text: at_each_step(text, 2)):
+        for text in ("(" * 101, "[" * 2000, "[a:" * 2000 + "b" + ":3]" * 2000):
+            with pytest.raises(ConfigError, match="nested more than 100 deep"):
+                read(text)
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [
+        (emphasis, "(a:" + "9" * 400 + ")"),
+        (emphasis, "((a:1e3:99999999999999999):99999999999999999)"),
+        (subprompts, "a AND b :" + "9" * 400),
+    ],
+)
+def test_weights_beyond_float32_are_refused(read, text):
+    with pytest.raises(ConfigError, match="too large"):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("(a" * 50 + "a " * 50_000, " " * 100_000, ":" + "1" * 100_000),
+        *("<lora:" * 20_000, "[a:" + "1" * 100_000, "a:b" * 30_000),
+    ],
+    ids=lambda text: text[:6],
+)
+def test_long_prompts_take_no_long_time(text):
+    start = time.perf_counter()
+    for read in (emphasis, subprompts, without_loras, lambda text: at_each_step(text, 2)):
+        with contextlib.suppress(ConfigError):  # of a weight of 100,000 digits
+            read(text)
+    assert time.perf_counter() - start < 2
 
 
 def test_tags_of_loras_are_removed():
@@ -153,3 +189,6 @@ def test_tags_of_loras_are_removed():
     assert without_loras("a <lora> <b:c> lora:x:1") == ("a <lora> <b:c> lora:x:1", [])
     with pytest.raises(ConfigError, match="<lora:one:strong>: the weights of a LoRA must be numbers"):
         without_loras("<lora:one:strong>")
+    for weight in ("nan", "inf", "1e999"):
+        with pytest.raises(ConfigError, match="the weights of a LoRA must be numbers"):
+            without_loras(f"<lora:one:{weight}>")

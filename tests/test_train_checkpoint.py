@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from sdjax.errors import ConfigError, DataError, TrainingStopped
-from sdjax.train.checkpoint import StopSignal, locked, restore, save, steps
+from sdjax.train.checkpoint import StopSignal, locked, prune, restore, save, steps
 
 
 def state_of(step):
@@ -38,9 +38,10 @@ def like(metadata):
     return jax.eval_shape(lambda: state_of(0))
 
 
-def write(folder, *numbers, **settings):
+def write(folder, *numbers, keep=3):
     for step in numbers:
-        save(folder, step, state_of(step), {"stage": 0, "rate": 0.1, "step": step}, **settings)
+        save(folder, step, state_of(step), {"stage": 0, "rate": 0.1, "step": step})
+        prune(folder, step, keep=keep)
 
 
 def same(a, b):
@@ -101,6 +102,34 @@ def test_saving_after_going_back_drops_the_abandoned_future(tmp_path):
     assert restored_step(tmp_path, step=10) == 10
     write(tmp_path, 15)
     assert steps(tmp_path) == [10, 15]
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_one_before_it_is_removed(tmp_path, monkeypatch):
+    """After a power cut only what was synced is certain: the files, the names in their folders, and the new name."""
+    write(tmp_path, 1, keep=1)
+    events = []
+    fsync, rename, rmtree = os.fsync, Path.rename, shutil.rmtree
+
+    def record(kind, path):
+        events.append((kind, os.path.relpath(path, tmp_path)))
+
+    def synced(descriptor):
+        record("sync", os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def renamed(path, target):
+        files = [path, *path.rglob("*")]
+        missing = {os.path.relpath(file, tmp_path) for file in files} - {name for _, name in events}
+        assert not missing
+        record("rename", target)
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: (record("remove", path), rmtree(path, **options)))
+    write(tmp_path, 2, keep=1)
+    after = events[events.index(("rename", "step_00000002")) :]
+    assert after == [("rename", "step_00000002"), ("sync", "."), ("remove", "step_00000001")]
 
 
 def test_nothing_saved_is_none_and_a_missing_step_an_error(tmp_path):
@@ -281,8 +310,8 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(tmp_path):
     """
     with child(code, tmp_path) as process:
         output, errors = process.communicate(timeout=60)
-    assert "checkpoint of step 2 not saved" in output, errors
-    assert len(output.splitlines()) == 1
+    assert output == f"checkpoint of step 2 not saved in {tmp_path}: File too large\n"
+    assert "Traceback" not in errors
     assert restored_step(tmp_path) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
 
@@ -298,6 +327,27 @@ def test_the_second_run_in_a_folder_is_refused(tmp_path):
             pass
     with locked(folder):
         pass
+
+
+def test_a_lock_that_is_a_link_is_refused_and_its_target_stays(tmp_path):
+    (tmp_path / "precious").write_text("keep me")
+    (tmp_path / ".lock").symlink_to("precious")
+    with pytest.raises(ConfigError, match="cannot be written"), locked(tmp_path):
+        pass
+    assert (tmp_path / "precious").read_text() == "keep me"
+
+
+def test_a_run_that_fails_at_once_leaves_no_folder(tmp_path):
+    (tmp_path / "old").mkdir()
+    for folder, left in (("a/b/run", False), ("old", True)):
+        with pytest.raises(DataError), locked(tmp_path / folder):
+            raise DataError("no images")
+        assert (tmp_path / folder).exists() == left
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(DataError), locked(tmp_path / "a/run"):
+        (tmp_path / "a/run/config.toml").touch()
+        raise DataError("later")
+    assert (tmp_path / "a/run/config.toml").exists()
 
 
 def test_the_lock_of_a_killed_run_is_taken_over(tmp_path):

@@ -204,7 +204,7 @@ def test_another_run_is_refused_with_the_list(caplog):
     current = {"fingerprint.model": "cd", "stages.0.lora_rank": 8, "stages.0.learning_rate": 1e-3, "output": "b"}
     with pytest.raises(DataError) as error:
         compare_runs(saved, current, run_of())
-    assert 'fingerprint.model was "ab", is "cd"' in str(error.value)
+    assert "model is another one" in str(error.value)
     assert "stages.0.lora_rank was 4, is 8" in str(error.value)
     assert "learning_rate" not in str(error.value)
     assert "another stages.0.learning_rate: was 0.0001, is 0.001" in caplog.text
@@ -212,11 +212,14 @@ def test_another_run_is_refused_with_the_list(caplog):
         compare_runs(saved, {**saved, "stages.1.name": "more"}, run_of())
 
 
-def test_changed_data_is_refused_unless_allowed():
-    saved, current = {"fingerprint.data.a": "ab"}, {"fingerprint.data.a": "cd"}
-    with pytest.raises(DataError, match=r"fingerprint\.data\.a"):
+def test_changed_images_are_named_and_refused_unless_allowed(caplog):
+    saved = {"fingerprint.data.a": {"same.png": "0", "1.png": "1", "gone.png": "2"}}
+    current = {"fingerprint.data.a": {"same.png": "0", "1.png": "3", **{f"new{i}.png": "4" for i in range(9)}}}
+    shown = "1 changed (1.png), 9 new (new0.png, new1.png, new2.png, ...), 1 missing (gone.png)"
+    with pytest.raises(DataError, match=rf"data\.a: {re.escape(shown)} \(--checkpoint\.allow-changed-data"):
         compare_runs(saved, current, run_of())
     compare_runs(saved, current, run_of(checkpoint={"allow_changed_data": True}))
+    assert shown in caplog.text
 
 
 def test_a_run_saved_before_a_setting_existed_had_it_at_its_default():
@@ -233,6 +236,7 @@ def test_a_run_saved_before_a_setting_existed_had_it_at_its_default():
         ("seed", None), ("data.resolution", None), ("clip_skip", None), ("stages.0.lora_rank", None),
         ("stages.0.train", None), ("fingerprint.model", None), ("copies.0.name", None),
         ("stages.3.learning_rate.unet", OnResume.LOGGED), ("stages.0.data.batch_size", OnResume.LOGGED),
+        ("data.background", OnResume.LOGGED), ("data.on_bad_image", OnResume.LOGGED),
         ("data.repeats.cat/*", OnResume.LOGGED), ("stages.0.vae_loss.l1", OnResume.LOGGED), ("dtype", OnResume.LOGGED),
         ("output", OnResume.FREE), ("data.path", OnResume.FREE), ("validation.prompts", OnResume.FREE),
         ("parallel.mesh.data", OnResume.FREE), ("checkpoint.keep", OnResume.FREE),

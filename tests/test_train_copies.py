@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from sdjax.errors import ConfigError
-from sdjax.train import config_file
+from sdjax.train import checkpoint, config_file, loop
 from sdjax.train.loop import train
+from sdjax.train.stages import plan_runs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -92,6 +93,35 @@ def test_resumed_at_different_steps_ends_with_the_same_bits(together, settings):
     for copy in config.copies:
         before, after = (exports(root / copy.name) for root in (together, Path(config.output)))
         assert all(np.array_equal(before[key], after[key]) for key in before)
+
+
+def test_stopped_between_the_saves_of_two_copies_all_stand_at_one_step(settings, monkeypatch, caplog):
+    """With keep = 1 the step before is removed only when all copies have saved. Before that there is the beginning."""
+    config = settings("between", stages=STAGES[:1], checkpoint={"every": 1, "keep": 1}, validation={})
+    save, calls = checkpoint.save, []
+
+    def save_until_stopped(*arguments):
+        save(*arguments)
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "save", save_until_stopped)
+        train(config)
+    outputs = [Path(member.output) for member in config.members()]
+    assert [checkpoint.steps(output / "checkpoints") for output in outputs] == [[1, 2], [1, 2], [1]]
+    assert restored(config) == [1, 1, 1]
+    for output, last in zip(outputs, (1, 0, 0), strict=True):  # as if it had been stopped at the first save
+        micro.remove_checkpoints_after(output, last)
+    assert restored(config) == [0, 0, 0]
+    assert "saved for the first time: starting fresh" in caplog.text
+
+
+def restored(config):
+    trainings = [loop.Training(run) for run in plan_runs(config)]
+    loop.restore_all(trainings, None)
+    return [training.reached for training in trainings]
 
 
 def test_a_copy_goes_on_alone(together, settings, tmp_path):

@@ -192,7 +192,8 @@ def ids_of(run, texts):
 
 
 @pytest.mark.parametrize("template", ["object", ["a {} here", "see {}"]], ids=str)
-def test_templates_take_the_place_of_captions(model, images, template):
+def test_templates_take_the_place_of_captions(model, images, template, caplog):
+    (images / "metadata.jsonl").unlink()  # no captions are needed, and none is missed
     run = plan_run(model, images, {"validation_count": 1}, template=template, **WORDS)
     dataset, held_out = encoded(run)
     texts = [text.replace("{}", "<disc>") for text in textual_inversion.templates(template)]
@@ -204,6 +205,7 @@ def test_templates_take_the_place_of_captions(model, images, template):
     np.testing.assert_array_equal(ids[held_out.buckets[0].text_rows], ids_of(run, texts[:1])[None])
     seen = {row.tobytes() for batch in batches(run, dataset, 100) for row in batch["text_encoder"]}
     assert seen == {row.tobytes() for row in ids_of(run, texts)}
+    assert "caption" not in caplog.text
 
 
 def test_words_join_captions_that_lack_them(model, images):
@@ -323,15 +325,22 @@ def test_drawing_class_images_goes_on_after_a_kill(model, images):
     run = plan_run(model, images, prior_prompt="a circle", prior_count=total)
     jax.clear_caches()  # a program that another file compiled with optimizations may round differently from the child's
     records = class_images(run, run.stages[0], NOTHING)
-    assert [record.name for record in records] == [*(f"drawn-{n:05d}.png" for n in range(total - 1)), "own.png"]
+    names = sorted(path.name for path in prior.glob("drawn-*.png"))
+    assert [name[-10:] for name in names] == [f"-{n:05d}.png"[-10:] for n in range(total - 1)]
+    assert [record.name for record in records] == [*names, "own.png"]
     assert {record.caption for record in records} == {"a circle"}
     for name, (mtime, content) in drawn.items():
         assert ((prior / name).stat().st_mtime_ns, (prior / name).read_bytes()) == (mtime, content)
     # A whole run from the start draws the same pictures.
-    first = (prior / "drawn-00000.png").read_bytes()
-    (prior / "drawn-00000.png").unlink()
+    first = (prior / names[0]).read_bytes()
+    (prior / names[0]).unlink()
     class_images(run, run.stages[0], NOTHING)
-    assert (prior / "drawn-00000.png").read_bytes() == first
+    assert (prior / names[0]).read_bytes() == first
+    # Another prompt draws other pictures. Those of the first prompt stay, but are not its class images.
+    other = plan_run(model, images, prior_prompt="a square", prior_count=2)
+    records = class_images(other, other.stages[0], NOTHING)
+    assert len(records) == 2 and not {record.name for record in records} & set(names)
+    assert set(names) <= {path.name for path in prior.iterdir()}
 
 
 def test_everything_at_once_resumes_to_the_bit(model, shapes):

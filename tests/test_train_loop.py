@@ -109,11 +109,35 @@ def test_resuming_another_run_is_refused_with_the_differences(finished, settings
         train(config, resume=True)
 
 
+def test_resuming_on_another_model_or_with_another_word_is_refused(everything, micro_models, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(micro_models(), model)
+    index = model / "model_index.json"
+    index.write_text(index.read_text().replace("{", '{"force_zeros_for_empty_prompt": true, ', 1))
+    with pytest.raises(DataError, match=r"cannot resume, the run has changed: model is another one: its weights, conf"):
+        train(dataclasses.replace(everything, model=str(model)), resume=True)
+    stages = [dataclasses.replace(stage, placeholder_tokens=()) for stage in everything.stages]
+    for i, stage in enumerate(everything.stages):
+        words = tuple(word.replace("<plana>", "<planb>") for word in stage.placeholder_tokens)
+        stages[i] = dataclasses.replace(stage, placeholder_tokens=words)
+    with pytest.raises(DataError, match=r"stages\.0\.placeholder_tokens was .*<plana>.*, is .*<planb>"):
+        train(dataclasses.replace(everything, stages=tuple(stages)), resume=True)
+
+
+def test_resuming_with_another_rate_and_batch_is_logged(finished, settings, caplog):
+    config, _ = copy_of(finished, settings, validation={}, stages=[{"learning_rate": 1e-3}])
+    data = dataclasses.replace(config.data, batch_size=2, background="black")
+    assert train(dataclasses.replace(config, data=data), resume=True) == 0
+    for change in ("stages.0.learning_rate: was 0.005, is 0.001",
+                   "data.batch_size: was 4, is 2", 'data.background: was "white", is "black"'):  # fmt: skip
+        assert f"resuming with another {change}" in caplog.text
+
+
 def test_resuming_with_other_images_is_refused_unless_allowed(finished, settings, tmp_path):
     images = micro.make_images(tmp_path / "other", 10)
     config, _ = copy_of(finished, settings)
     data = dataclasses.replace(config.data, path=str(images))
-    with pytest.raises(DataError, match=r"data\.style"):
+    with pytest.raises(DataError, match=r"data\.style: .* new \(.*allow-changed-data"):
         train(dataclasses.replace(config, data=data), resume=True)
     allowed = dataclasses.replace(config.checkpoint, allow_changed_data=True)
     assert train(dataclasses.replace(config, data=data, checkpoint=allowed), resume=True) == 0
@@ -189,10 +213,11 @@ def test_out_of_memory_gives_advice(settings, monkeypatch):
         train(settings(data={"cache": ""}))
 
 
-def test_a_folder_that_cannot_be_written_is_refused_first(settings, no_weights, tmp_path):
+@pytest.mark.parametrize("folder", ["file/run", "/proc/run"])  # even root cannot write to /proc
+def test_a_folder_that_cannot_be_written_is_refused_first(settings, no_weights, tmp_path, folder):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
-        train(dataclasses.replace(settings(), output=str(tmp_path / "file" / "run")))
+        train(dataclasses.replace(settings(), output=str(tmp_path / folder)))
 
 
 # ------------------------------------------------------------------------------------------------- options of the step

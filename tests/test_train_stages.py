@@ -1,13 +1,18 @@
 """Settings that do not fit the model, the images or each other are refused before any weight is read."""
 
 import dataclasses
+import json
 import os
+import re
 import shutil
+from contextlib import nullcontext
 
 import pytest
 from micro import WORDS
 
 from sdjax.errors import ConfigError, DataError
+from sdjax.model import Outline
+from sdjax.train import stages
 from sdjax.train.loop import train
 from sdjax.train.stages import plan_run, plan_runs
 
@@ -41,6 +46,8 @@ def test_bad_settings_are_refused(settings, no_weights, changes, error, message)
         ({**WORDS, "placeholder_tokens": ["heart"], "vectors_per_token": 1}, "'heart' is a word of the vocabulary"),
         ({**WORDS, "init_tokens": ["nothing.safetensors", "red"]}, "nothing.safetensors"),
         ({**WORDS, "placeholder_tokens": ["<a>", "{A}"]}, r"\{A\} and <a> would both be exported as a.safetensors"),
+        ({**WORDS, "placeholder_tokens": ["<a>", f"<{'b' * 200}>"]}, "<bbb.* is too long for the name of a file"),
+        ({"name": "s" * 200}, r"stages\.0\.name = .*a short name"),
         ({**WORDS, "placeholder_tokens": ["<a>", "<lora>"]}, "<lora> and the LoRA would both be exported as lora.saf"),
         ({"train": ["text_encoder_2"]}, "no text_encoder_2"),
         ({"train": ["lora"], "lora_parts": ["text_encoder_2"]}, "no text_encoder_2"),
@@ -80,3 +87,59 @@ def test_truncated_weights_are_refused(settings, micro_models, no_weights, tmp_p
     os.truncate(weights, weights.stat().st_size - 100)
     with pytest.raises(DataError, match="truncated"):
         train(dataclasses.replace(settings(), model=str(model)))
+
+
+def test_an_output_among_the_pictures_is_refused(settings, micro_images, tmp_path):
+    """Its samples would become training pictures of the resumed run. With metadata.jsonl only listed ones count."""
+    shutil.copytree(micro_images, tmp_path / "all")
+    config = dataclasses.replace(settings(data={"path": str(tmp_path / "all")}), output=str(tmp_path / "all/run"))
+    assert plan_run(config)
+    (tmp_path / "all/metadata.jsonl").unlink()
+    stage = dataclasses.replace(config.stages[0], prior_prompt="x", prior_path=str(tmp_path))
+    data = dataclasses.replace(config.data, caption="circle")
+    with pytest.raises(ConfigError, match=r"output = .* lies in data\.path"):
+        plan_run(dataclasses.replace(config, data=data))
+    data = dataclasses.replace(data, path=str(micro_images))
+    with pytest.raises(ConfigError, match=r"output = .* lies in prior_path"):
+        plan_run(dataclasses.replace(config, data=data, stages=(stage,)))
+
+
+def test_a_caption_of_many_windows_is_named(settings, micro_images, tmp_path, caplog, no_weights):
+    shutil.copytree(micro_images, tmp_path / "all")
+    lines = (tmp_path / "all/metadata.jsonl").read_text()
+    for words, error in ((80, False), (10_000, True)):
+        (tmp_path / "all/metadata.jsonl").write_text(lines.replace("green circle", "green " * words, 1))
+        config = settings(data={"path": str(tmp_path / "all")})
+        with pytest.raises(DataError, match=r"caption of 01\.png .* takes \d{3} windows") if error else nullcontext():
+            plan_run(config)
+    assert re.search(r"caption of 01\.png .* takes 6 windows .* every caption is encoded with 6", caplog.text)
+
+
+def test_the_fingerprint_is_of_all_that_the_computation_takes_from_the_model(micro_models, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(micro_models(), model)
+
+    def write(name, **changes):
+        (model / name).write_text(json.dumps(json.loads((model / name).read_text()) | changes))
+
+    def flip():  # a bit between the places that were once sampled
+        file = model / "vae/diffusion_pytorch_model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+
+    def fingerprint():
+        return stages._fingerprint(Outline.load(model))
+
+    known = [fingerprint()]
+    write("unet/config.json", _name_or_path="elsewhere")
+    assert fingerprint() == known[0]
+    for change in (
+        lambda: write("scheduler/scheduler_config.json", beta_end=0.013),
+        lambda: write("unet/config.json", act_fn="gelu"),
+        lambda: write("tokenizer/tokenizer_config.json", pad_token="!"),
+        flip,
+    ):
+        change()
+        known.append(fingerprint())
+    assert len(set(known)) == 5

@@ -6,9 +6,11 @@ name and renamed when it is complete, so a killed run leaves no partial entry. A
 is computed again.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -28,6 +30,9 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2
 """Version of the entries, part of what each depends on. Raise it whenever an entry's contents change their meaning."""
+
+_FAULTS = (OSError, ValueError, KeyError, TypeError)
+"""What `_open` raises for a damaged entry."""
 
 TEXTS_AT_ONCE = 16
 """Captions that are encoded at a time."""
@@ -278,7 +283,7 @@ def _entry(
     if place.exists():
         try:
             return _open(place)
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except _FAULTS as e:
             log.warning("cache entry %s is damaged (%s) and is computed again", place, e)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -290,12 +295,32 @@ def _entry(
         ) from e
     try:
         _write(temporary, rows, notes)
-        if place.exists():
-            shutil.rmtree(place)
-        temporary.rename(place)
+        return _publish(temporary, place)
+    except OSError as e:
+        raise DataError(f"cannot write the cache in {folder}: {e.strerror or e}") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return _open(place)
+
+
+def _publish(temporary: Path, place: Path) -> tuple[dict[str, np.memmap], dict[str, Any]]:
+    """Renames a complete entry to its place and opens it, or opens the good entry that another run has put there.
+
+    An entry is never removed while it is good, since other runs may be reading it.
+    """
+    for _ in range(10):
+        try:
+            temporary.rename(place)
+        except OSError:
+            if not place.exists():
+                raise
+        try:
+            return _open(place)
+        except _FAULTS:
+            aside = Path(tempfile.mkdtemp(prefix=".new-", dir=place.parent))
+            with contextlib.suppress(FileNotFoundError):  # another run has moved it away
+                place.rename(aside / "damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+    raise DataError(f"cache entry {place} is damaged again and again; set data.cache to another folder")
 
 
 def _write(place: Path, rows: Iterable[Mapping[str, np.ndarray]], notes: dict[str, Any]) -> None:
@@ -303,6 +328,7 @@ def _write(place: Path, rows: Iterable[Mapping[str, np.ndarray]], notes: dict[st
     index: dict[str, dict[str, Any]] = {}
     digests: dict[str, Any] = {}
     for arrays in rows:
+        os.utime(place)  # see `_sweep`
         for name, array in arrays.items():
             entry = index.setdefault(name, {"dtype": array.dtype.name, "shape": [0, *array.shape[1:]]})
             if entry["shape"][1:] != list(array.shape[1:]) or entry["dtype"] != array.dtype.name:
@@ -332,7 +358,8 @@ def _open(place: Path) -> tuple[dict[str, np.memmap], dict[str, Any]]:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes the temporary folders of killed runs. Folders less than a day old may belong to a run and stay."""
+    """Removes the temporary folders of killed runs. Those changed within a day may belong to a run."""
     for path in folder.glob(".new-*"):
-        if time.time() - path.stat().st_mtime > 86400:
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another run sweeps too
+            if time.time() - path.stat().st_mtime > 86400:
+                shutil.rmtree(path, ignore_errors=True)

@@ -75,15 +75,26 @@ def read_image(
     """
 
     def upright(image: Image.Image) -> Image.Image:
-        # The second frame of a phone's MPO is a preview.
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-            log.warning("%s holds several frames: the first is taken", path)
+        _mention_frames(path, image)
         return _rgb(ImageOps.exif_transpose(image), background)
 
     image = _read(path, upright)
     _check_enlargement(path, image, size)
     # Crops begin at whole pixels, so that a crop that is not resized stays sharp.
     return _cut(image, size, crops, Image.Resampling.LANCZOS, whole=True)
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """Reads an image whole, turned upright, in 8 bits, with its transparency. See `read_image` for what is refused.
+
+    Images that are too small or too narrow for training are taken.
+    """
+
+    def upright(image: Image.Image) -> Image.Image:
+        _mention_frames(path, image)
+        return eight_bits(ImageOps.exif_transpose(image))
+
+    return _read(path, upright, any_shape=True)
 
 
 def read_mask(
@@ -116,6 +127,7 @@ def to_float(image: UInt8[np.ndarray, "*S"]) -> Float32[np.ndarray, "*S"]:
 
 def on_white(image: Image.Image) -> Image.Image:
     """The image in RGB, on white where it is transparent."""
+    image = eight_bits(image)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -134,27 +146,43 @@ def picture(values: Float[np.ndarray, "H W 3"]) -> Image.Image:
     return Image.fromarray(np.round(np.asarray(values) * 255).astype(np.uint8))
 
 
-def _read(path: str | Path, use: Callable[[Image.Image], T]) -> T:
-    """Returns `use` of the opened image. Every error becomes a DataError that names the file."""
+def eight_bits(image: Image.Image) -> Image.Image:
+    """The image; one of deeper grey is converted to 8 bits. Raises DataError for grey that is not of 16 bits."""
+    return _from_deep_grey(image) if image.mode in ("I", "F") or image.mode.startswith("I;16") else image
+
+
+def _mention_frames(path: str | Path, image: Image.Image) -> None:
+    # The second frame of a phone's MPO is a preview.
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        log.warning("%s holds several frames: the first is taken", path)
+
+
+def _read(path: str | Path, use: Callable[[Image.Image], T], *, any_shape: bool = False) -> T:
+    """Returns `use` of the opened image. Every error becomes a DataError that names the file.
+
+    any_shape: take images that are narrower than MAX_ASPECT allows.
+    """
     try:
         with warnings.catch_warnings(), Path(path).open("rb") as file:
             # Pillow only warns of a bomb just below its limit for errors. Other warnings (of odd EXIF) do not matter.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return use(_open(file))
+            image = _open(file)
+            # Checked before decoding, which an image of a wrong shape does not need.
+            if not any_shape and max(image.size) > MAX_ASPECT * min(image.size):
+                raise DataError(f"{image.width}x{image.height} is too narrow; at most {MAX_ASPECT}:1")
+            return use(image)
     except DataError as e:
         raise DataError(f"{path}: {e}") from None
+    except MemoryError:
+        raise
     except Exception as e:  # a malformed file makes Pillow raise nearly anything
         raise DataError(f"{path}: cannot be read as an image: {str(e) or type(e).__name__}") from e
 
 
 def _open(file: BinaryIO) -> Image.Image:
     Image.init()
-    image = Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
-    # Checked before decoding, which an image of a wrong shape does not need.
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise DataError(f"{image.width}x{image.height} is too narrow; at most {MAX_ASPECT}:1")
-    return image
+    return Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
 
 
 def _check_enlargement(path: str | Path, image: Image.Image, size: Size) -> None:
@@ -183,8 +211,7 @@ def _cut(
 
 
 def _rgb(image: Image.Image, background: str) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _from_deep_grey(image).convert("RGB")
+    image = eight_bits(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

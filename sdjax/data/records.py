@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from sdjax.errors import DataError
+from sdjax.runtime import strict_json
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+
+
+MOST_REPEATS = 9999
+"""How often an epoch may show an image. A larger number before the name of a folder is a date, or a mistake."""
 
 
 class Record(NamedTuple):
@@ -43,7 +48,7 @@ def scan(
     folder: str | Path,
     *,
     caption: str = "",
-    missing_caption: Literal["fail", "empty", "skip", "folder"] = "fail",
+    missing_caption: Literal["fail", "empty", "skip", "folder", "unused"] = "fail",
     repeats: Mapping[str, int] | None = None,
 ) -> tuple[Record, ...]:
     """The images of a folder and its sub-folders with their captions, sorted by name.
@@ -54,7 +59,8 @@ def scan(
 
     caption: the caption of images that have none.
     missing_caption: what happens to images that still have none. With "folder", their caption is the name of their
-    sub-folder, and images in a sub-folder called N_NAME are shown N times an epoch.
+    sub-folder, and images in a sub-folder called N_NAME are shown N times an epoch (at most
+    MOST_REPEATS). With "unused", no caption matters.
     repeats: pattern (fnmatch) over names -> how often an epoch shows the image, 0 to leave it out. The first pattern
     that matches counts, instead of N.
 
@@ -69,15 +75,20 @@ def scan(
     captioned = _from_metadata(root, metadata) if metadata.is_file() else _from_text_files(root)
     records, missing = [], []
     for name, (path, own_caption) in sorted(captioned.items()):
-        times, folder_caption = _from_folder_name(name) if missing_caption == "folder" else (1, "")
+        number, folder_caption = _from_folder_name(name) if missing_caption == "folder" else ("1", "")
         pattern = next((p for p in repeats if fnmatch.fnmatchcase(name, p)), None)
-        times = times if pattern is None else repeats[pattern]
+        if pattern is None and len(number) > len(str(MOST_REPEATS)):
+            raise DataError(
+                f"{root}: the folder {Path(name).parent.name!r} asks for each image {number} times, at most "
+                f"{MOST_REPEATS} are possible: rename it, or set data.repeats"
+            )
+        times = int(number) if pattern is None else repeats[pattern]
         if not times:
             continue
         text = own_caption or caption or folder_caption
         if not text:
             missing.append(name)
-        if text or missing_caption == "empty":
+        if text or missing_caption in ("empty", "unused"):
             records.append(Record(name, path, text, times))
     for pattern in repeats:
         if not fnmatch.filter(captioned, pattern):
@@ -88,7 +99,7 @@ def scan(
             "write NAME.txt or metadata.jsonl, set data.caption, or data.missing_caption = 'empty' or 'skip'"
             + (" (these images are in no sub-folder)" if missing_caption == "folder" else "")
         )
-    if missing:
+    if missing and missing_caption != "unused":
         action = "skipped" if missing_caption == "skip" else "taken with an empty caption"
         log.warning("%s: no caption for %s: %s", root, _some(missing), action)
     if not records:
@@ -142,14 +153,15 @@ def split(
     )
 
 
-def fingerprint(records: Iterable[Record]) -> str:
-    """Hex digest of names, captions, images and masks. Any change alters it; the machine and the folder do not."""
-    total = hashlib.sha256()
+def fingerprint(records: Iterable[Record]) -> dict[str, str]:
+    """Name -> digest of the caption, image and masks. Any change alters it; the machine and the folder do not."""
+    digests = {}
     for record in records:
         masks = [] if record.mask is None else [file_digest(record.mask)]
         masks += [] if record.hole is None else ["hole", file_digest(record.hole)]
-        total.update(json.dumps([record.name, record.caption, file_digest(record.path), *masks]).encode())
-    return total.hexdigest()
+        content = json.dumps([record.name, record.caption, file_digest(record.path), *masks])
+        digests[record.name] = hashlib.sha256(content.encode()).hexdigest()[:20]
+    return digests
 
 
 _digests: dict[Path, tuple[tuple[int, ...], str]] = {}  # absolute path -> state of the file and its digest
@@ -177,11 +189,11 @@ def file_digest(path: Path) -> str:
         return ""
 
 
-def _from_folder_name(name: str) -> tuple[int, str]:
+def _from_folder_name(name: str) -> tuple[str, str]:
     """The repeats and the caption of an image by its sub-folder: 1 and cat for cat/, 3 and cat for 3_cat/."""
     folder = Path(name).parent.name
     number, caption = re.fullmatch(r"(?:(\d+)_)?(.*)", folder, re.DOTALL).groups()  # type: ignore[union-attr]
-    return int(number or 1), caption.strip()
+    return number or "1", caption.strip()
 
 
 _Captioned = dict[str, tuple[Path, str]]  # name -> path and caption, which may be empty
@@ -193,14 +205,16 @@ def _from_metadata(root: Path, metadata: Path) -> _Captioned:
         lines = metadata.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at U+2028 in a caption
     except UnicodeDecodeError:
         raise DataError(f"{metadata} is not UTF-8") from None
+    except OSError as e:
+        raise DataError(f"{metadata}: {e.strerror or e}") from None
     captioned: _Captioned = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{metadata} line {number}"
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as e:
+            entry = strict_json.parse(line)
+        except ValueError as e:
             raise DataError(f"{where} is not JSON: {e}") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
             raise DataError(f'{where}: expected {{"file_name": ..., "text": ...}}')
@@ -232,7 +246,15 @@ def _from_text_files(root: Path) -> _Captioned:
                 captioned[name] = (path, text.read_text(encoding="utf-8-sig").strip())
             except UnicodeDecodeError:
                 log.warning("%s is not UTF-8: counted as missing", text)
+            except OSError as e:
+                raise DataError(f"{text}: {e.strerror or e}") from None
     return captioned
+
+
+def takes_all_below(folder: str | Path, inner: str | Path) -> bool:
+    """Whether `scan` of a folder would also take the images that are written to `inner`."""
+    root = Path(folder).resolve()
+    return Path(inner).resolve().is_relative_to(root) and not (root / "metadata.jsonl").is_file()
 
 
 def images_below(root: Path) -> set[Path]:
@@ -248,7 +270,12 @@ def images_below(root: Path) -> set[Path]:
 
 def _inside(root: Path, path: Path, where: str) -> Path:
     """`path` without links and dots. Raises DataError if it is not inside `root`, which must have none either."""
-    resolved = path.resolve()
+    try:
+        resolved = path.resolve()
+        if any(len(part.encode()) > 255 for part in path.parts):
+            raise ValueError("too long")
+    except (OSError, ValueError, RuntimeError) as e:  # a null byte, a name that is too long, links in a circle
+        raise DataError(f"{where}: {path.name[:100]!r} is no name of a file: {e}") from None
     if not resolved.is_relative_to(root):
         raise DataError(f"{where}: {path.name!r} leads out of the folder; copy the file into {root}")
     return resolved

@@ -1,6 +1,7 @@
 """Several pictures in one image: plain sheets, sheets with captions, and labelled grids (A1111's X/Y plot)."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,13 +40,14 @@ def _distinct_parts(files: Sequence[str]) -> list[str]:
 
 
 def parse_axis(text: str) -> Axis:
-    """Reads an axis from `NAME=VALUE,VALUE`. Raises ConfigError."""
+    r"""Reads an axis from `NAME=VALUE,VALUE`, where `\,` is a comma in a value. Raises ConfigError."""
     name, equals, values = text.partition("=")
     name = name.strip().replace("-", "_")
     names = [name for name, (_, declared) in declarations().items() if declared.axis]
     if not equals or name not in names:
         raise ConfigError(f"grid {text!r}: give NAME=VALUE,VALUE with a name of {', '.join(names)}")
-    return Axis(name, tuple(from_text(name, value.strip(), f"grid {text!r}: {name}") for value in values.split(",")))
+    parts = [part.replace("\\,", ",").strip() for part in re.split(r"(?<!\\),", values)]
+    return Axis(name, tuple(from_text(name, part, f"grid {text!r}: {name}") for part in parts))
 
 
 def sheet(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageFilter
 
-from sdjax.data.images import on_white
-from sdjax.draw.settings import PictureSettings
+from sdjax.data.images import Size, eight_bits, on_white
+from sdjax.draw.settings import LARGEST_SIDE, PictureSettings
 from sdjax.errors import ConfigError
 
 
@@ -150,6 +150,9 @@ def outpainted(
     if min(sides.values()) < 0 or not any(sides.values()):
         given = ", ".join(map(str, sides.values()))
         raise ConfigError(f"outpaint = {given}: pixels at the left, top, right and bottom, 0 or more, one above 0")
+    size = Size(top + image.height + bottom, left + image.width + right)
+    if max(size) > LARGEST_SIDE:
+        raise ConfigError(f"outpaint makes a picture of {size} pixels: at most {LARGEST_SIDE} at a side")
     edges = [(top, bottom), (left, right)]
     inner = np.zeros((image.height, image.width), np.uint8)
     if mask is not None:
@@ -206,9 +209,10 @@ def cells(mask: Float[np.ndarray, "B H W"], factor: int) -> Float[np.ndarray, "B
 
 
 def _brightness(mask: Image.Image) -> Image.Image:
-    """Returns the brightness of a mask in any 8-bit mode. Transparent pixels count as black."""
-    if mask.mode in ("I", "F") or mask.mode.startswith("I;16"):
-        raise ConfigError(f"the mask has mode {mask.mode}: give an 8-bit image, white where to paint")
+    """Returns the brightness of a mask in 8 bits. Transparent pixels count as black."""
+    if mask.mode == "F":
+        raise ConfigError("the mask has mode F: give an image of 8 or 16 bits, white where to paint")
+    mask = eight_bits(mask)
     if mask.has_transparency_data:
         mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA"))
     return mask.convert("L")

@@ -3,21 +3,25 @@
 import contextlib
 import dataclasses
 import functools
-import json
+import logging
 import math
 import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from sdjax.data import images
 from sdjax.draw import loop
 from sdjax.draw.inpainting import Frame, outpainted
 from sdjax.draw.request import Request, img2img_request, inpaint_request, text2image_request
 from sdjax.draw.settings import JobSettings, Masking, SecondPass, Shared, Subject, complete_job
 from sdjax.errors import ConfigError, DataError
 from sdjax.model import Model, Outline
+from sdjax.runtime import strict_json
 from sdjax.text.syntax import LoraTag, without_loras
+
+log = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
@@ -86,9 +90,9 @@ def read_jobs(lines: Sequence[str], base: Mapping[str, Any], source: str) -> lis
 def _table(line: str) -> dict[str, Any]:
     """The settings of a line. A setting of null counts as left out."""
     try:
-        table = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error.msg}") from None
+        table = strict_json.parse(line)
+    except ValueError as error:
+        raise DataError(f"not JSON: {error}") from None
     if not isinstance(table, dict) or not isinstance(table.get("prompt"), str):
         raise DataError("give a table with a prompt")
     return {name: value for name, value in table.items() if value is not None}
@@ -147,6 +151,12 @@ def check(outline: Outline, jobs: Sequence[Job]) -> None:
     for group in _groups(jobs):
         with blaming(jobs[group[0]].origin):
             request, _ = _request(outline, [jobs[group[0]]])
+            if max(request.size) > 4 * outline.native_size:
+                height, width = request.size
+                log.warning(
+                    "%dx%d pixels are far from the %d of %s: expect a poor picture, or draw it small with hires_scale",
+                    *(width, height, outline.native_size, outline.name),
+                )
         for job in (jobs[number] for number in group):
             with blaming(job.origin):
                 words = {"prompts": (job.settings["prompt"],), "negatives": (job.settings["negative_prompt"],)}
@@ -196,18 +206,17 @@ def inputs(job: Job) -> tuple[Image.Image, Image.Image | None]:
 
 
 def read_image(path: str, flag: str) -> Image.Image:
-    """Reads an image and turns it upright. Raises DataError, which names the flag and the file."""
+    """Reads an image and turns it upright; see `images.read_picture`. Errors name the flag and the file."""
     try:
         status = os.stat(path)
         return _read_once(path, status.st_mtime_ns, status.st_size)
     except FileNotFoundError:
         raise DataError(f"{flag} {path}: no such file") from None
-    except Exception as error:  # a malformed file makes Pillow raise nearly anything
-        raise DataError(f"{flag} {path}: cannot be read as an image: {error}") from error
+    except (DataError, OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise DataError(f"{flag} {path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 @functools.lru_cache(maxsize=8)
 def _read_once(path: str, changed: int, size: int) -> Image.Image:
     """Reads an image. Another time of change or another size of the file means that it is read again."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image)
+    return images.read_picture(path)

@@ -18,7 +18,7 @@ from sdjax.draw.conditioning import Condition
 from sdjax.draw.inpainting import Frame
 from sdjax.draw.request import Request
 from sdjax.draw.settings import changed, labelled
-from sdjax.errors import ConfigError
+from sdjax.errors import ConfigError, TrainingStopped
 from sdjax.formats.png_parameters import parameters_text
 from sdjax.model import Model, Outline
 from sdjax.models import unet
@@ -150,10 +150,16 @@ def pictures(
 ) -> list[Image.Image]:
     """Decodes latents to pictures that carry their settings in `info["parameters"]`.
 
+    Raises TrainingStopped for a picture that holds NaN, which would come out black.
     pasting: in inpainting, for each picture the function that pastes the decoded pixels, in [0, 1], into its image.
     """
     drawn = []
     for i, values in enumerate(np.asarray(model.decode_latents(latents))):
+        if not np.isfinite(values).all():
+            raise TrainingStopped(
+                f"the picture of {request.prompts[i][:80]!r} is not a number (NaN): the weights of its prompt or LoRA "
+                "are too large, or float16 overflows, where bfloat16 and float32 do not"
+            )
         image = pasting[i](values) if pasting else picture(values)
         fields = png_fields(request, i, model.outline.name, inpainted=pasting is not None)
         image.info["parameters"] = parameters_text(request.prompts[i], request.negatives[i], fields)

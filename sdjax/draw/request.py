@@ -1,7 +1,7 @@
 """One call to draw: its prompts, seeds and settings, checked against the model before anything is computed."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -12,6 +12,7 @@ from PIL import Image
 from sdjax.draw import sampling
 from sdjax.draw.inpainting import Frame, make_frames
 from sdjax.draw.settings import (
+    LARGEST_SIDE,
     InpaintSettings,
     PictureSettings,
     Settings,
@@ -21,7 +22,7 @@ from sdjax.draw.settings import (
 )
 from sdjax.errors import ConfigError
 from sdjax.model import Outline
-from sdjax.settings import Range, Seed, read_value
+from sdjax.settings import Range, Seed, read_value, wrong
 
 _SECOND_NOISE = 1_000_000
 """Folded into the key of a picture for its second noise. Samplers fold in the numbers of steps, which are smaller."""
@@ -162,7 +163,7 @@ def img2img_request(
     strength: float,
 ) -> tuple[Request, list[Image.Image]]:
     """The request of `StableDiffusion.img2img` and its images."""
-    images = [image] if isinstance(image, Image.Image) else list(image)
+    images = _images(image)
     size = (max(8, images[0].height // 8 * 8), max(8, images[0].width // 8 * 8))
     request = _request(outline, prompt, negative_prompt, settings, size=size, strength=strength)
     _check_count(images, request)
@@ -180,7 +181,7 @@ def inpaint_request(
     strength: float,
 ) -> tuple[Request, list[Frame]]:
     """The request of `StableDiffusion.inpaint` and the frames to paint."""
-    images = [image] if isinstance(image, Image.Image) else list(image)
+    images = _images(image)
     masks: list[Any] = list(mask) if isinstance(mask, list | tuple) else [mask]
     if len(masks) not in (1, len(images)):
         raise ConfigError(f"{len(masks)} masks for {len(images)} images: give one, or one each")
@@ -213,16 +214,17 @@ def _request(
     strength: float = 1.0,
 ) -> Request:
     """Makes a request. size: height and width in pixels where the settings have none."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+    prompts = _texts(prompt, "prompt")
+    negatives = _texts(negative_prompt, "negative_prompt")
+    negatives = negatives * len(prompts) if isinstance(negative_prompt, str) else negatives
     settings = dict(settings)
-    count = settings.pop("num_images", 1)
+    count = read_value(int, settings.pop("num_images", 1), "num_images")
     if not prompts or count < 1:
         raise ConfigError(f"{len(prompts)} prompts times num_images = {count}: at least one picture is needed")
     if len(negatives) != len(prompts):
         raise ConfigError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one each")
     for name, default in zip(("height", "width"), size, strict=True):
-        side = Annotated[int, Range(outline.size_multiple, multiple=outline.size_multiple)]
+        side = Annotated[int, Range(outline.size_multiple, LARGEST_SIDE, multiple=outline.size_multiple)]
         settings[name] = read_value(side, settings.get(name) or default, name)
     repeat = lambda texts: tuple(text for text in texts for _ in range(count))
     total = len(prompts) * count
@@ -233,6 +235,21 @@ def _request(
     call = {name: settings.pop(name) for name in ("latents", "progress") if name in settings}
     strength = read_value(Strength, strength, "strength")
     return Request(repeat(prompts), repeat(negatives), seeds, variation_seeds, complete(settings), strength, **call)
+
+
+def _texts(given: Any, name: str) -> list[str]:
+    if not isinstance(given, str) and not (
+        isinstance(given, Iterable) and all(isinstance(text, str) for text in given)
+    ):
+        raise wrong(name, given, "a text, or a list of texts")
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _images(given: Any, name: str = "image") -> list[Image.Image]:
+    images = [given] if isinstance(given, Image.Image) else list(given) if isinstance(given, (list, tuple)) else []
+    if not images or not all(isinstance(image, Image.Image) for image in images):
+        raise ConfigError(f"{name} is a {type(given).__name__}: give a PIL image, or a list of them")
+    return images
 
 
 def _seeds(name: str, seed: int | Sequence[int], count: int, *, counting: bool) -> tuple[int, ...]:

@@ -33,7 +33,9 @@ else:
 
 Steps = Annotated[int, Range(1, 1000)]
 Guidance = Annotated[float, Range(0, 1000)]
-Side = Annotated[int, Range(8, multiple=8)]
+LARGEST_SIDE = 16384
+"""Longest side of a picture in pixels."""
+Side = Annotated[int, Range(8, LARGEST_SIDE, multiple=8)]
 Strength = Annotated[float, Range(0, 1, above=True)]
 Pixels = Annotated[int, Range(0, 1024)]
 

@@ -16,6 +16,7 @@ from sdjax.formats.hub import snapshot
 from sdjax.formats.parameter_names import listing, to_state_dict
 from sdjax.formats.safetensors_file import save_safetensors
 from sdjax.formats.weights_file import read_tensors
+from sdjax.runtime import strict_json
 from sdjax.runtime.whole_file import replacing_folder
 
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -219,7 +220,7 @@ def _class_of(index: Mapping[str, Any], name: str) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = strict_json.parse(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path}: missing") from None
     except OSError as error:

@@ -35,7 +35,7 @@ def infer_configs(family: str, parts: Mapping[str, Tensors], prediction_type: st
         unet["sample_size"] = size // 2 ** (len(vae["block_out_channels"]) - 1)
         if family == SD2:
             unet["upcast_attention"] = prediction_type == "v_prediction"
-    except (KeyError, IndexError) as error:
+    except (KeyError, IndexError, ValueError) as error:
         raise DataError(f"not the structure of a {family} model: no {error.args[0]}") from None
     return {"unet": unet, "vae": vae, **configs}
 
@@ -170,4 +170,6 @@ def _count(tensors: Tensors, prefix: str) -> int:
 
 
 def _shape(tensors: Tensors, name: str) -> tuple[int, ...]:
+    if tensors[name].ndim < 2:
+        raise ValueError(f"{name} of two or more axes")
     return tensors[name].shape

@@ -1,6 +1,5 @@
 """LoRA in the naming of diffusers and PEFT: `unet.down_blocks.0....to_q.lora_A.weight`, and its older spellings."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ import numpy as np
 from sdjax.errors import DataError
 from sdjax.formats.lora_layer import TorchAdapter, alpha_of, group_tensors, rank_of
 from sdjax.formats.parameter_names import module_name, text_module_name
+from sdjax.runtime import strict_json
 from sdjax.trees import Path, layers
 
 _ADAPTER = r"(?:\.(?!weight$)\w+)?"  # PEFT's adapter name, as in lora_A.default.weight
@@ -97,7 +97,7 @@ def _modern_name(part: str, module: str) -> str:
 def _read_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
     """PEFT's configuration, with keys such as `unet.lora_alpha`."""
     try:
-        settings = json.loads(metadata.get(_METADATA, "{}"))
+        settings = strict_json.parse(metadata.get(_METADATA, "{}"))
     except ValueError as error:
         raise DataError(f"the metadata entry {_METADATA} is not JSON: {error}") from None
     if not isinstance(settings, dict):

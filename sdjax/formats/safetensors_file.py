@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from sdjax.errors import DataError
+from sdjax.runtime import strict_json
 from sdjax.runtime.whole_file import replacing
 
 _MAX_HEADER = 100_000_000  # bytes, the reference implementation's limit
@@ -164,10 +165,10 @@ def _bad_length(size: int, length: int) -> str:
 
 def _parse_header(path: Path, text: bytes, head: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(text, object_pairs_hook=_reject_duplicates)
+        header = strict_json.parse(text, pairs=_reject_duplicates)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path}: {_impostor(head) or f'the safetensors header is not JSON: {error}'}") from None
     if not isinstance(header, dict):
         raise DataError(f"{path}: the safetensors header is not a JSON object")
@@ -177,8 +178,9 @@ def _parse_header(path: Path, text: bytes, head: bytes) -> dict[str, Any]:
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise DataError(f"duplicate key in the header: {next(name for name in names if names.count(name) > 1)!r}")
+        seen: set[str] = set()
+        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise DataError(f"duplicate key in the header: {repeated!r}")
     return entries
 
 
@@ -204,7 +206,7 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int
 
 
 def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
 
 
 def _by_place(entry: tuple[tuple[np.dtype, tuple[int, ...], int, int], str]) -> tuple[int, int]:

@@ -30,6 +30,7 @@ from sdjax.formats.safetensors_file import save_safetensors
 from sdjax.formats.torch_file import read_torch
 from sdjax.formats.weights_file import SUFFIXES as SUFFIXES
 from sdjax.formats.weights_file import is_safetensors, read_tensors
+from sdjax.runtime import strict_json
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ TOKENIZER = "openai/clip-vit-large-patch14"
 """The repository on the hub whose tokenizer every Stable Diffusion uses."""
 VOCABULARY = 49408
 """Number of words of that tokenizer."""
+_GIVE_TOKENIZER = "give its folder with --tokenizer DIR, or tokenizer= in Python"
 _TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
 _CONFIGS = "sdjax.configs"
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
@@ -102,7 +104,7 @@ def read_single_file(
             scheduler = {**scheduler, "prediction_type": prediction_type}
         check_input_channels(configs["unet"], f"a {family} model")
         prefixes = {ldm: ours for ours, ldm in ldm_prefixes(unet_structure(configs["unet"])).items()}
-        levels = len(configs["vae"]["block_out_channels"])
+        levels = _levels(configs)
         parts["unet"] = _renamed(parts["unet"], lambda module: ldm_name(module, prefixes) or module)
         parts["vae"] = _renamed(parts["vae"], lambda module: vae_name(module, levels))
         tokenizers = _tokenizers(family, tokenizer, configs)
@@ -139,7 +141,7 @@ def save_single_file(
         if (name := ldm_name(module, prefixes)) is None:
             raise DataError(f"{path}: the U-Net's {module} has no name in a single file: keep this model as a folder")
         tensors[f"{_UNET}{name}.{leaf}"] = tensor
-    levels = len(configs["vae"]["block_out_channels"])
+    levels = _levels(configs)
     for key, tensor in to_state_dict(params["vae"]).items():
         module, _, leaf = key.rpartition(".")
         if ".attentions." in key and tensor.ndim == 2:  # a convolution of 1 x 1 in LDM
@@ -207,13 +209,21 @@ def _recorded_configs(metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict
     if _CONFIGS not in metadata:
         return None
     try:
-        content = json.loads(metadata[_CONFIGS])
+        content = strict_json.parse(metadata[_CONFIGS])
         configs, scheduler = dict(content["configs"]), dict(content["scheduler"])
         if not {"unet", "vae", "text_encoder"} <= configs.keys() or not all(map(dict, configs.values())):
             raise ValueError("parts are missing")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"the metadata entry {_CONFIGS} is damaged: {error}") from None
     return configs, scheduler
+
+
+def _levels(configs: Mapping[str, Mapping[str, Any]]) -> int:
+    """The number of resolutions of the VAE."""
+    channels = configs["vae"].get("block_out_channels")
+    if not isinstance(channels, (list, tuple)):
+        raise DataError("the config of its VAE has no list block_out_channels")
+    return len(channels)
 
 
 def _split(tensors: Mapping[str, np.ndarray], family: str) -> dict[str, dict[str, np.ndarray]]:
@@ -264,11 +274,11 @@ def _tokenizers(
     else:
         words = configs["text_encoder"].get("vocab_size", VOCABULARY)
         if words != VOCABULARY:
-            raise DataError(f"its tokenizer has {words} words, Stable Diffusion's {VOCABULARY}: give its folder")
+            raise DataError(f"its tokenizer has {words} words, Stable Diffusion's {VOCABULARY}: {_GIVE_TOKENIZER}")
         try:
             folder = snapshot(TOKENIZER, _TOKENIZER_FILES)
         except DataError as error:
-            raise DataError(f"the tokenizer is not in the file; give its folder as tokenizer. {error}") from None
+            raise DataError(f"the tokenizer is not in the file; {_GIVE_TOKENIZER}. {error}") from None
     return {name: folder if pad is None else _padded(folder, pad) for name, pad in _PADDING[family].items()}
 
 

@@ -61,7 +61,7 @@ def _read_zip(path: Path, mapped: mmap.mmap) -> Any:
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:  # errors of zipfile
+    except Exception as error:  # zipfile raises many kinds for a damaged file
         raise DataError(f"broken or truncated zip file: {error}") from None
     if len({entry.filename for entry in entries}) != len(entries):
         raise DataError("duplicate entries in the zip file")
@@ -119,7 +119,8 @@ def _data_offset(mapped: mmap.mmap, entry: zipfile.ZipInfo) -> int:
 
 def _read_legacy(mapped: mmap.mmap) -> Any:
     """The object in a file of torch before 1.6: five pickles, then the count (8 bytes) and numbers of each storage."""
-    if run_pickle(mapped, _no_storage) != _LEGACY_MAGIC:
+    magic = run_pickle(mapped, _no_storage)
+    if type(magic) is not int or magic != _LEGACY_MAGIC:
         raise DataError("a plain Python pickle, not a PyTorch file")
     run_pickle(mapped, _no_storage)  # the version of the protocol
     system = run_pickle(mapped, _no_storage)
@@ -138,6 +139,8 @@ def _read_legacy(mapped: mmap.mmap) -> Any:
     position = mapped.tell()
     storages = {}
     for key in keys if isinstance(keys, list) else []:
+        if not isinstance(key, str):
+            raise DataError(f"the key of a storage is a {type(key).__name__}, not text")
         if key not in wanted:
             raise DataError(f"storage {key!r} belongs to no tensor")
         dtype, count = wanted[key]

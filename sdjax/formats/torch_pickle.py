@@ -7,6 +7,7 @@ it imports a module.
 
 import math
 import pickletools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,11 @@ from sdjax.errors import DataError
 
 MAX_PICKLE = 16 * 2**20
 """Largest size of a pickle in bytes, without the numbers of its tensors. That of Stable Diffusion has about 1 MiB."""
+
+MAX_STEPS = 1_000_000
+"""Most instructions of a pickle. That of Stable Diffusion with its optimizer has about 200,000."""
+MAX_NESTING = 20
+"""Most tuples that lie one in another. Hashing or printing a deeper one could overflow the stack of the interpreter."""
 
 _DTYPES = {
     "float64": np.dtype(np.float64),
@@ -81,19 +87,34 @@ def run_pickle(stream: Any, find: FindStorage) -> Any:
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    nesting: dict[int, tuple[int, tuple]] = {}
     start = stream.tell()
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            if stream.tell() - start > MAX_PICKLE:
-                raise DataError(f"the pickle is over the limit of {MAX_PICKLE} bytes")
-            if opcode.name == "STOP":
-                return stack.pop()
-            _step(opcode.name, argument, stack, memo, find)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns of odd escapes in the old form of text
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+                if stream.tell() - start > MAX_PICKLE or count > MAX_STEPS:
+                    raise DataError(f"the pickle is over the limit of {MAX_PICKLE} bytes or {MAX_STEPS} instructions")
+                if opcode.name == "STOP":
+                    return stack.pop()
+                _step(opcode.name, argument, stack, memo, find)
+                if opcode.name.startswith("TUPLE"):
+                    _check_nesting(stack[-1], nesting)
     except DataError:
         raise
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"broken or truncated pickle: {type(error).__name__}: {error}") from None
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        # The error itself may hold a value of the pickle, which could be endless.
+        raise DataError(f"broken or truncated pickle ({type(error).__name__})") from None
     raise DataError("truncated pickle")
+
+
+def _check_nesting(made: tuple, nesting: dict[int, tuple[int, tuple]]) -> None:
+    """Notes how deep a new tuple is nested. nesting: id of a tuple -> its depth, and the tuple, to keep it alive."""
+    depth = 1 + max((nesting[id(item)][0] for item in made if id(item) in nesting), default=0)
+    if depth > MAX_NESTING:
+        raise DataError(f"tuples are nested more than {MAX_NESTING} deep")
+    if depth > 1 or made:
+        nesting[id(made)] = (depth, made)
 
 
 # The functions that take the place of those a pickle may call.
@@ -194,7 +215,9 @@ _CONSTANTS: dict[str, Any] = {
 
 
 def _lookup(module: Any, name: Any) -> Any:
-    full = f"{module}.{name}"
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise DataError("the pickle names a function by something that is not text; nothing was run")
+    full = f"{module}.{name}"[:200]
     if full in _CONSTANTS:
         return _CONSTANTS[full]
     if full in _CALLS:

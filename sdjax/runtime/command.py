@@ -1,11 +1,17 @@
 """Shared by the commands: a parser that raises ConfigError, and errors shown in one line with an exit code."""
 
 import argparse
+import contextlib
+import logging
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
-from sdjax.errors import ConfigError, DataError, SdjaxError
+from sdjax.errors import ConfigError, DataError, SdjaxError, TrainingStopped
+
+_AGAIN = 1.0  # seconds
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,22 +21,94 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; `{self.prog} --help` lists the flags")
 
 
-def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
+def run(
+    command: Callable[[Sequence[str]], int | None],
+    argv: Sequence[str] | None,
+    signals: Sequence[int] = (signal.SIGINT,),
+) -> int:
     """Runs a command and returns its exit code.
 
     The code is the command's, or 0 if the command returns None. An error gives 2 (usage), 3 (data or weights) or 4
-    (training stopped itself), and Ctrl-C gives 130.
+    (training stopped itself, or no memory is left), and a signal gives 128 and its number, 130 for Ctrl-C. 1 is an
+    error that sdjax did not foresee. signals: those that end the command after its unfinished files are removed.
     argv: by default that of the process. With --debug in it, errors are raised with their traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
+    received: list[int] = []
     try:
-        return command(argv) or 0
-    except (SdjaxError, OSError) as error:  # OSError: a full disk, or a folder without permission
+        with _stopped_by(signals, received):
+            code = command(argv) or 0
+        if not received:
+            return code
+    except KeyboardInterrupt:
+        received = received or [signal.SIGINT]
+    except Exception as error:
         if "--debug" in argv:
             raise
-        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        print(f"error: {message}", file=sys.stderr)
-        return error.exit_code if isinstance(error, SdjaxError) else DataError.exit_code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        code, message = _told(error, argv)
+        print(f"error: {printable(message)}", file=sys.stderr)
+        return code
+    print("stopped", file=sys.stderr)
+    return 128 + received[0]
+
+
+def _told(error: Exception, argv: Sequence[str]) -> tuple[int, str]:
+    """The exit code and the message of an error."""
+    if isinstance(error, SdjaxError):
+        return error.exit_code, str(error)
+    if isinstance(error, OSError):  # a full disk, or a folder without permission
+        return DataError.exit_code, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # the second is JAX's
+        return TrainingStopped.exit_code, "out of memory"
+    first = next(iter(str(error).splitlines()), "")[:300]
+    return 1, (
+        f"sdjax did not expect this, given `{' '.join(argv)[:300]}`: {type(error).__name__}: {first}\n"
+        "Please report it with the traceback that --debug shows."
+    )
+
+
+def printable(text: str) -> str:
+    """The text with escapes for characters that control a terminal, such as those in a file's names of tensors."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+class Formatter(logging.Formatter):
+    """Formats log messages as `printable`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+@contextlib.contextmanager
+def _stopped_by(signals: Sequence[int], received: list[int]) -> Iterator[None]:
+    """Within the block, these signals raise KeyboardInterrupt, and do so again each second until the block ends.
+
+    Python drops an exception in a callback of the garbage collector, of which JAX has one, and in `__del__`.
+    received: gets the numbers of the signals. A signal that is ignored stays so. Outside the main thread this does
+    nothing.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> NoReturn:
+        if number != signal.SIGALRM:
+            received.append(number)
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+        raise KeyboardInterrupt
+
+    def ignored(unraisable: Any) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            hook(unraisable)
+
+    hook = sys.unraisablehook
+    caught = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
+    former = {number: signal.signal(number, handle) for number in (*caught, signal.SIGALRM)}
+    sys.unraisablehook = ignored
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = hook

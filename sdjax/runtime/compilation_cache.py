@@ -6,10 +6,12 @@ compiled programs.
 
 import contextlib
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def default_folder() -> Path:
@@ -44,8 +46,25 @@ def enable(folder: str | Path | None = None) -> None:
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
         warnings.warn(f"no compilation cache in {path}: {error}; every start compiles again", stacklevel=2)
         return
+    _repair(path)
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _repair(folder: Path) -> None:
+    """Removes the entries of a program when JAX warns that it cannot read one, so that it is written anew.
+
+    JAX compiles the program again, but never replaces an entry, such as one that a killed process has cut off.
+    """
+    show = warnings.showwarning
+
+    def shown(message: Any, *rest: Any, **options: Any) -> None:
+        show(message, *rest, **options)
+        if found := re.search(r"reading persistent compilation cache entry for '([\w<>.-]+)'", str(message)):
+            for path in folder.glob(f"{found[1]}-*"):
+                path.unlink(missing_ok=True)
+
+    warnings.showwarning = shown
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -45,20 +45,24 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     try:
         new.mkdir()
         yield new
-        for file in new.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        sync_below(new)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         new.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync_below(folder: Path) -> None:
+    """Waits until a folder and everything below it are on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
     """Waits until a file, or the names of the files in a folder, are on the disk and survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

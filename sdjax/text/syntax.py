@@ -5,6 +5,7 @@ has the same meaning. A prompt is read in this order: the tags of LoRAs are remo
 text of each step is chosen, and the emphasis of that text is read.
 """
 
+import math
 import re
 from typing import NamedTuple
 
@@ -33,8 +34,20 @@ class LoraTag(NamedTuple):
 # ------------------------------------------------------------------------------------------------ emphasis
 
 _STRONGER, _WEAKER = 1.1, 1 / 1.1
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
-_MARK = re.compile(r"\\[()\[\]\\]?|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]:]|[^\\()\[\]:]+")
+# No expression here can match a text in two ways. It would try them all, and a long prompt would take hours.
+_BREAK = re.compile(r"\bBREAK\b")
+_MARK = re.compile(r"\\[()\[\]\\]?|:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)|[()\[\]:]|[^\\()\[\]:]+")
+MAX_NESTING = 100
+"""Most brackets that may lie one in another."""
+_LARGEST = 1e30  # of float32, with room for the context that it multiplies
+
+
+def _check_nesting(depth: int, text: str) -> None:
+    if depth > MAX_NESTING:
+        raise ConfigError(
+            f"the brackets of a prompt are nested more than {MAX_NESTING} deep: {text[:40]!r}...; "
+            r"a plain bracket is written \( or \["
+        )
 
 
 def emphasis(text: str) -> Sections:
@@ -43,6 +56,7 @@ def emphasis(text: str) -> Sections:
     `(a)` has weight 1.1, `[a]` 1 / 1.1 and `(a:1.5)` 1.5; nested weights multiply. `\(`, `\)`, `\[`, `\]` and `\\` are
     plain characters. A bracket that is never closed reaches to the end, and a closing bracket without an opening one is
     text. BREAK also divides inside brackets, where A1111 takes it as a word.
+    Raises ConfigError for brackets nested more than MAX_NESTING deep, and for a weight too large for float32.
     """
     spans: list[Span | None] = []  # None: a BREAK
     opened: dict[str, list[int]] = {"(": [], "[": []}  # the first span inside each bracket that is still open
@@ -50,11 +64,14 @@ def emphasis(text: str) -> Sections:
     def close(bracket: str, factor: float) -> None:
         begin = opened[bracket].pop()
         spans[begin:] = [span and Span(span.text, span.weight * factor) for span in spans[begin:]]
+        if largest := next((span for span in spans[begin:] if span and not abs(span.weight) < _LARGEST), None):
+            raise ConfigError(f"the weight {largest.weight:g} in a prompt is too large: {largest.text[:40]!r}")
 
     for match in _MARK.finditer(text):
         mark, weight = match[0], match[1]
         if mark in opened:
             opened[mark].append(len(spans))
+            _check_nesting(len(opened["("]) + len(opened["["]), text)
         elif weight and opened["("]:
             close("(", float(weight))
         elif mark == ")" and opened["("]:
@@ -65,9 +82,9 @@ def emphasis(text: str) -> Sections:
             spans.append(Span(mark[1:], 1.0))
         else:
             first, *later = _BREAK.split(mark)
-            spans.append(Span(first, 1.0))
-            for words in later:
-                spans += [None, Span(words, 1.0)]
+            spans.append(Span(first.rstrip() if later else first, 1.0))
+            for i, words in enumerate(later, 1):
+                spans += [None, Span(words.lstrip() if i == len(later) else words.strip(), 1.0)]
     while opened["("]:
         close("(", _STRONGER)
     while opened["["]:
@@ -113,7 +130,7 @@ class _Group(NamedTuple):
 
 
 _PIECE = re.compile(r"[()\[\]:|]|(?:[^\\()\[\]:|]|\\.)+")
-_NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
+_NUMBER = re.compile(r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)\s*")
 
 
 def at_each_step(prompt: str, steps: int, earlier: int = 0) -> list[str]:
@@ -157,6 +174,7 @@ def _parsed(prompt: str) -> _Text | None:
         group = stack[-1]
         if piece in ("(", "["):
             stack.append(_Group(piece, [[]], []))
+            _check_nesting(len(stack) - 1, prompt)
         elif piece in (":", "|") and group.bracket:
             group.texts.append([])
             group.separators.append(piece)
@@ -216,7 +234,7 @@ def _at_step(text: _Text, step: int, steps: int, earlier: int) -> str:
 # ------------------------------------------------------------------------------------------------ AND, LoRAs
 
 _AND = re.compile(r"\bAND\b")
-_WEIGHTED = re.compile(r"(\s*.*?)\s*:\s*([-+]?(?:\d+\.?|\d*\.\d+))\s*")
+_WEIGHT = re.compile(r"\s*([-+]?(?:\d+\.?|\d*\.\d+))\s*")
 
 
 def subprompts(prompt: str) -> list[Span]:
@@ -225,11 +243,23 @@ def subprompts(prompt: str) -> list[Span]:
     Liu et al. 2022, "Compositional Visual Generation with Composable Diffusion Models". As in A1111, a prompt without
     AND may have a weight too.
     """
-    matches = [(text, _WEIGHTED.fullmatch(text)) for text in _AND.split(prompt)]
-    return [Span(match[1], float(match[2])) if match else Span(text, 1.0) for text, match in matches]
+    return [_weighted(text) for text in _AND.split(prompt)]
 
 
-_LORA = re.compile(r"<(?:lora|lyco):([^>]+)>")
+def _weighted(text: str) -> Span:
+    """The span of a text such as `a cat :1.2`. A text of several lines has no weight."""
+    words, _, number = text.rpartition(":")
+    match = _WEIGHT.fullmatch(number)
+    words = words.rstrip() or words
+    if match is None or text == number or "\n" in words.lstrip():
+        return Span(text, 1.0)
+    weight = float(match[1])
+    if not abs(weight) < _LARGEST:
+        raise ConfigError(f"the weight {weight:g} in a prompt is too large: {words[:40]!r}")
+    return Span(words, weight)
+
+
+_LORA = re.compile(r"<(?:lora|lyco):([^<>]+)>")
 
 
 def without_loras(prompt: str) -> tuple[str, list[LoraTag]]:
@@ -243,6 +273,9 @@ def _lora_tag(match: re.Match[str]) -> LoraTag:
     name, *weights = [argument for argument in arguments if "=" not in argument] or [""]
     try:
         text = float(named.get("te", weights[0] if weights else 1.0))
-        return LoraTag(name, text, float(named.get("unet", weights[1] if len(weights) > 1 else text)))
+        tag = LoraTag(name, text, float(named.get("unet", weights[1] if len(weights) > 1 else text)))
+        if not (math.isfinite(tag.text_weight) and math.isfinite(tag.unet_weight)):
+            raise ValueError
+        return tag
     except ValueError:
         raise ConfigError(f"{match[0]}: the weights of a LoRA must be numbers, as in <lora:name:0.8>") from None

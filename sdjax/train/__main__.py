@@ -7,8 +7,6 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
-from typing import NoReturn
 
 from sdjax.runtime import command
 from sdjax.train.config_file import parse_args
@@ -17,8 +15,7 @@ from sdjax.train.config_file import parse_args
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; see `command.run`."""
     # A run stopped before the first step still removes its unfinished files. Training has a handler that saves first.
-    signal.signal(signal.SIGTERM, _leave)
-    return command.run(_run, argv)
+    return command.run(_run, argv, (signal.SIGINT, signal.SIGTERM))
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -30,17 +27,15 @@ def _run(argv: Sequence[str]) -> int:
     from sdjax.runtime.devices import divide_cpu
     from sdjax.train.loop import train
 
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setFormatter(command.Formatter("%(message)s"))
+    logging.basicConfig(handlers=[shown])
     logging.getLogger("sdjax").setLevel(logging.INFO)
     compilation_cache.enable()
     divide_cpu(arguments.config.parallel.cpu_devices)
     host_memory.keep()
     with logging_redirect_tqdm():
         return train(arguments.config, resume=arguments.resume, resume_step=arguments.resume_step)
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

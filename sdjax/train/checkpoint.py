@@ -7,6 +7,7 @@ not notice flipped bits.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -27,6 +28,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from sdjax.errors import ConfigError, DataError, TrainingStopped
+from sdjax.runtime.whole_file import sync, sync_below
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +46,10 @@ class Damaged(Exception):
     """A checkpoint is damaged. An earlier one may be intact."""
 
 
-def save(folder: str | Path, step: int, state: PyTree, metadata: Mapping[str, Any], *, keep: int = 3) -> None:
-    """Saves the state as the checkpoint of a step, and removes all but the newest `keep` checkpoints.
+def save(folder: str | Path, step: int, state: PyTree, metadata: Mapping[str, Any]) -> None:
+    """Saves the state as the checkpoint of a step. It is on the disk when this returns. See `prune` for earlier ones.
 
     state: a tree of typed PRNG keys and of arrays, on the host or on addressable devices. metadata: values for JSON.
-    Checkpoints of later steps are removed too: they are from before the run was resumed at an earlier step.
     Raises TrainingStopped for a state that is not finite, and DataError if the checkpoint cannot be written. Earlier
     ones are then untouched.
     """
@@ -66,20 +67,30 @@ def save(folder: str | Path, step: int, state: PyTree, metadata: Mapping[str, An
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         temporary.mkdir()
-        with _plainly_named(temporary) as plain:
+        with _plainly_named(temporary) as plain, _unlogged():
             ocp.save(str(plain / "state"), arrays)
         if not (temporary / "state").is_dir():
             raise FileNotFoundError(f"orbax did not write {temporary / 'state'}")
         _write_record(temporary, dict(metadata), {path: _kind(array) for path, array in arrays.items()})
+        sync_below(temporary)
         if place.exists():
             shutil.rmtree(place)
         temporary.rename(place)
+        sync(folder)
     except Exception as e:  # orbax and tensorstore turn a full disk into many kinds of error
         _remove_leftovers(folder)
         raise DataError(f"checkpoint of step {step} not saved in {folder}: {_one_line(e)}") from e
+
+
+def prune(folder: str | Path, step: int, *, keep: int) -> None:
+    """Removes all checkpoints but the newest `keep` up to a step, which has just been saved.
+
+    Those of later steps are from before the run was resumed at an earlier step. Copies call this when all of them have
+    saved the step, so at any time there is a step that every copy has.
+    """
     known = steps(folder)
     for old in [s for s in known if s > step] + [s for s in known if s <= step][:-keep]:
-        shutil.rmtree(folder / f"step_{old:08d}")
+        shutil.rmtree(Path(folder) / f"step_{old:08d}")
 
 
 def restore(
@@ -192,8 +203,22 @@ def _plainly_named(folder: Path) -> Iterator[Path]:
         yield link
 
 
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Leaves out what orbax logs in the block: each of its threads shows the traceback of an error raised here too."""
+    logger, drop = logging.getLogger("absl"), lambda record: False
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
+
+
 def _one_line(e: BaseException, most: int = 120) -> str:
     text = " ".join(str(e).split())
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
+        if os.strerror(number) in text:  # somewhere in the long text of tensorstore
+            return os.strerror(number)
     return f"{type(e).__name__}: {text[:most]}{'...' if len(text) > most else ''}"
 
 
@@ -268,14 +293,17 @@ def _check_same_leaves(place: Path, saved: Mapping[str, Any], tree: PyTree) -> N
 def locked(output: str | Path) -> Iterator[None]:
     """Makes the output folder, and holds its lock during the block. A lock ends with its process.
 
+    A folder that was made here and is still empty is removed at the end.
     Raises ConfigError if another run holds the lock, or if the folder cannot be written.
     """
     import fcntl
 
     output = Path(output)
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(output / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        # A link is not followed: the file that it names would be overwritten.
+        descriptor = os.open(output / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as e:
         raise ConfigError(f"output = {str(output)!r} cannot be written: {e.strerror or e}") from None
     try:
@@ -289,7 +317,13 @@ def locked(output: str | Path) -> Iterator[None]:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
+        made = []
     finally:
+        if made and os.listdir(output) == [".lock"]:
+            (output / ".lock").unlink()
+            with contextlib.suppress(OSError):  # a folder that holds something else by now
+                for folder in made:
+                    folder.rmdir()
         os.close(descriptor)
 
 

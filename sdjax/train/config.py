@@ -66,13 +66,13 @@ class Data:
     """Caption of every image that has no other."""
     missing_caption: Free[Literal["fail", "empty", "skip", "folder"]] = "fail"
     """For images without a caption: fail, use the empty caption, skip them, or use the name of the folder (N_NAME)."""
-    on_bad_image: Free[Literal["skip", "fail"]] = "fail"
+    on_bad_image: Logged[Literal["skip", "fail"]] = "fail"
     """For an unreadable image: fail, or skip it with a warning."""
-    background: Free[str] = "white"
+    background: Logged[str] = "white"
     """Colour behind transparent pixels, a CSS name or #rrggbb."""
     caption_dropout: Logged[Fraction] = 0.0
     """Share of the examples that are trained with the empty caption, 0 to 1."""
-    repeats: Logged[dict[str, Whole]] = field(default_factory=dict)
+    repeats: Logged[dict[str, Annotated[int, Range(0, 9999)]]] = field(default_factory=dict)
     """How often an epoch shows an image: pattern of its name, such as cat/* -> number. The first match counts."""
     random_crops: Logged[Whole] = 0
     """Random crops of each image, cached and used in turn. 0: one crop, in the middle."""

@@ -80,19 +80,41 @@ def compare_runs(saved: Mapping[str, Any], current: Mapping[str, Any], config: R
     defaults = flatten(RunConfig("", "", Data(""), (Stage("", (), 0, 0.0),) * len(config.stages)))
     refused = []
     for key in sorted(saved.keys() | current.keys()):
-        if key.startswith("fingerprint.data.") and config.checkpoint.allow_changed_data:
+        if key.startswith("fingerprint.data."):
+            changes = _changed_images(saved.get(key) or {}, current.get(key) or {})
+            if changes and config.checkpoint.allow_changed_data:
+                log.warning("resuming with other images in %s: %s", key.rpartition(".")[2], changes)
+            elif changes:
+                allow = "--checkpoint.allow-changed-data resumes with them"
+                refused.append(f"the images or captions of {key.removeprefix('fingerprint.')}: {changes} ({allow})")
             continue
         was = saved[key] if key in saved else defaults.get(key) if key in current else None
         before, now = (json.dumps(value, sort_keys=True) for value in (was, current.get(key)))
         if before == now:
             continue
         policy = on_resume(key)
-        if policy is None:
+        if key == "fingerprint.model":
+            refused.append("model is another one: its weights, configs, schedule or tokenizer differ")
+        elif policy is None:
             refused.append(f"{key} was {before}, is {now}")
         elif policy is OnResume.LOGGED:
             log.warning("resuming with another %s: was %s, is %s", key, before, now)
     if refused:
         raise DataError(f"cannot resume, the run has changed: {'; '.join(refused)}")
+
+
+def _changed_images(before: Mapping[str, str], now: Mapping[str, str], most: int = 3) -> str:
+    """Returns the names of the images that differ, for a message. before, now: name -> digest."""
+    groups = {
+        "changed": [name for name in now if name in before and before[name] != now[name]],
+        "new": [name for name in now if name not in before],
+        "missing": [name for name in before if name not in now],
+    }
+    return ", ".join(
+        f"{len(names)} {kind} ({', '.join([*names[:most], *['...'] * (len(names) > most)])})"
+        for kind, names in groups.items()
+        if names
+    )
 
 
 def on_resume(key: str) -> OnResume | None:
@@ -130,7 +152,9 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror or e}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except RecursionError:
+        raise ConfigError(f"{path} is not valid TOML: nested too deeply") from None
+    except ValueError as e:  # also a text that is not UTF-8, and a number of thousands of digits
         raise ConfigError(f"{path} is not valid TOML: {e}") from None
 
 

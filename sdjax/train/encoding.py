@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,19 +80,24 @@ def encode(run: Run, plan: StagePlan, earlier: Results) -> tuple[Dataset, Datase
     return dataset._replace(prior=class_data), dataset._replace(buckets=buckets(held_out)) if held_out else None
 
 
+_DRAWN = re.compile(r"drawn-([0-9a-f]{8}-)?\d{5}\.png")
+
+
 def class_images(run: Run, plan: StagePlan, earlier: Results) -> tuple[Record, ...]:
     """Returns the class images of a stage, all with the prior prompt as their caption.
 
     Images missing in prior_path are drawn with the model that the stage starts from. Image n has seed n. Each is saved
-    at once, so that a run that is killed here goes on with the next image.
+    at once, so that a run that is killed here goes on with the next image. The names of drawn images hold a digest of
+    what they depend on: those of another prompt or model are left out, and stay as they are.
     """
     stage, outline = plan.stage, plan.recipe.outline
     folder = Path(stage.prior_path or Path(run.config.output) / "prior" / stage.name)
     folder.mkdir(parents=True, exist_ok=True)
-    names = [f"drawn-{seed:05d}.png" for seed in range(stage.prior_count)]
-    provided = [path for path in images_below(folder) if path.name not in names]
-    wanted = max(0, stage.prior_count - len(provided))
-    missing = [seed for seed in range(wanted) if not (folder / names[seed]).is_file()]
+    drawn_from = [stage.prior_prompt, plan.data.resolution, run.config.clip_skip, run.fingerprint, run.config.dtype]
+    digest = hashlib.sha256(json.dumps([*drawn_from, earlier.digest(*outline.shapes)]).encode()).hexdigest()[:8]
+    provided = [path for path in images_below(folder) if not _DRAWN.fullmatch(path.name)]
+    names = [f"drawn-{digest}-{seed:05d}.png" for seed in range(max(0, stage.prior_count - len(provided)))]
+    missing = [seed for seed, name in enumerate(names) if not (folder / name).is_file()]
     if missing:
         params = {part: base_weights(outline, part, earlier) for part in outline.shapes}
         sd = StableDiffusion(Model(outline, params, earlier.rows))
@@ -106,8 +114,9 @@ def class_images(run: Run, plan: StagePlan, earlier: Results) -> tuple[Record, .
                 with replacing(folder / names[seed]) as file:
                     picture.save(file, "PNG")
                 bar.update()
+    wanted = {path.resolve() for path in provided} | {(folder / name).resolve() for name in names}
     records = scan(folder, caption=stage.prior_prompt)
-    return tuple(record._replace(caption=stage.prior_prompt) for record in records)
+    return tuple(record._replace(caption=stage.prior_prompt) for record in records if record.path.resolve() in wanted)
 
 
 def _image_encoder(run: Run, plan: StagePlan, earlier: Results, folder: Path) -> Callable[..., cache.Images]:

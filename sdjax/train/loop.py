@@ -57,7 +57,7 @@ def train(config: RunConfig, *, resume: bool = False, resume_step: int | None = 
         entered.enter_context(out_of_memory.advice(OUT_OF_MEMORY))
         trainings = [Training(run) for run in plan_runs(config)]
         if resume:
-            _restore(trainings, resume_step)
+            restore_all(trainings, resume_step)
         for training in trainings:
             training.open()
         while trainings[0].number < len(config.stages):
@@ -104,8 +104,7 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
             entered.enter_context(training.metrics.of_stage(training.plan, begin, shown=training is first))
         for step in range(begin, plan.stage.steps + 1):  # the number of steps done
             if stop.requested:
-                for training, reached in current():
-                    training.save(step, reached)
+                _save(step, current())
                 return stop.exit_code
             if step in (0, plan.stage.steps) or _due(step, config.validation.every):
                 for training, reached in current():
@@ -118,11 +117,18 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
                 values = {name: value[i] for name, value in measured.items()} if copies else measured
                 training.metrics.measured(step + 1, values)
             if step + 1 == plan.stage.steps or _due(step + 1, config.checkpoint.every):
-                for training, reached in current():
-                    training.save(step + 1, reached)
+                _save(step + 1, current())
         for training, reached in current():
             training.finish(reached)
     return stop.exit_code
+
+
+def _save(step: int, current: Sequence[tuple["Training", State]]) -> None:
+    """Saves each run after `step` steps. The checkpoints before are kept until all have saved."""
+    for training, reached in current:
+        training.save(step, reached)
+    for training, _ in current:
+        training.prune()
 
 
 def _due(step: int, every: int) -> bool:
@@ -140,6 +146,8 @@ class Training:
         """Optimizer steps done in the present stage."""
         self.earlier: Results = NOTHING
         """The results of the stages before the present one."""
+        self.has_first_only = False
+        """Whether the run stands at its first checkpoint, or has none."""
         self._restored: State | None = None
         self._saved: int | None = None
 
@@ -158,21 +166,31 @@ class Training:
         return Path(self.run.config.output)
 
     @property
+    def _checkpoints(self) -> Path:
+        return self._folder / "checkpoints"
+
+    @property
     def reached(self) -> int:
         """Optimizer steps done in all stages."""
         return sum(plan.stage.steps for plan in self.run.stages[: self.number]) + self.step
 
     def restore(self, step: int | None) -> None:
         """Goes to the newest intact checkpoint, or to that of `step`. Without any checkpoint the run starts fresh."""
-        found = checkpoint.restore(self._folder / "checkpoints", self._expected, step=step)
+        found = checkpoint.restore(self._checkpoints, self._expected, step=step)
         if found is None:
-            log.warning("nothing saved in %s: starting fresh", self._folder / "checkpoints")
+            log.warning("nothing saved in %s: starting fresh", self._checkpoints)
             return
         self.number, self.step = found.metadata["stage"], found.metadata["step"]
+        self.has_first_only = found.metadata.get("first", False)
         self.earlier, state, self._saved = found.state["earlier"], found.state["state"], self.step
         used = self.plan.recipe.scales_loss
         self._restored = state._replace(scaler=loss_scaling.resumed(state.scaler, used=used))
         log.info("going on from stage %s, step %d", self.plan.stage.name, self.step)
+
+    def restart(self) -> None:
+        """Goes back to the beginning."""
+        self.number, self.step, self.earlier = 0, 0, NOTHING
+        self._restored, self._saved = None, None
 
     def _expected(self, metadata: dict[str, Any]) -> PyTree:
         """Returns a tree like the one in a checkpoint. Raises DataError if the checkpoint is of another run."""
@@ -226,14 +244,18 @@ class Training:
         if self._saved == step:
             return
         self.step = step
+        first = not checkpoint.steps(self._checkpoints)
         checkpoint.save(
-            self._folder / "checkpoints",
+            self._checkpoints,
             self.reached,
             {"earlier": self.earlier, "state": state},
-            {"run": self.run.identity, "stage": self.number, "step": step},
-            keep=self.run.config.checkpoint.keep,
+            {"run": self.run.identity, "stage": self.number, "step": step, "first": first},
         )
         self._saved = step
+
+    def prune(self) -> None:
+        """Removes the checkpoints that are not to be kept beside the newest one."""
+        checkpoint.prune(self._checkpoints, self.reached, keep=self.run.config.checkpoint.keep)
 
     def finish(self, state: State) -> None:
         """Exports the results of the present stage, and goes on to the next."""
@@ -250,15 +272,26 @@ class Training:
         self._saved = None
 
 
-def _restore(trainings: Sequence[Training], step: int | None) -> None:
-    """Brings all runs to the same checkpoint."""
+def restore_all(trainings: Sequence[Training], step: int | None) -> None:
+    """Brings all runs to the same checkpoint: the newest one, or that of `step`."""
     for training in trainings:
         training.restore(step)
     reached = [training.reached for training in trainings]
-    if len(set(reached)) > 1:  # the copies were killed while they were saving
-        saved = [checkpoint.steps(Path(training.run.config.output) / "checkpoints") for training in trainings]
-        common = set.intersection(*map(set, saved)) & set(range(min(reached) + 1))
-        if not common:
-            raise DataError(f"the copies stand at steps {reached}, and no step has a checkpoint of every one")
+    if len(set(reached)) == 1:
+        return
+    # The copies were killed while they were saving, or a checkpoint of one of them is damaged.
+    saved = [set(checkpoint.steps(Path(training.run.config.output) / "checkpoints")) for training in trainings]
+    for common in sorted(set.intersection(*saved) & set(range(min(reached) + 1)), reverse=True):
+        try:
+            for training in trainings:
+                training.restore(common)
+        except DataError as e:
+            log.warning("%s", e)
+        else:
+            return
+    if all(training.has_first_only if steps else True for training, steps in zip(trainings, saved, strict=True)):
+        log.warning("the copies were stopped while they saved for the first time: starting fresh")
         for training in trainings:
-            training.restore(max(common))
+            training.restart()
+        return
+    raise DataError(f"the copies stand at steps {reached}, and no step has an intact checkpoint of every one")

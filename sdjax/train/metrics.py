@@ -79,12 +79,12 @@ class Metrics:
         now = time.perf_counter()
         with jax.default_device(jax.local_devices(backend="cpu")[0]):  # another device is busy with the next step
             rates = self._plan.recipe.optimizer.learning_rates(updates)
-        different = len(set(rates.values())) > 1
+        rate, different = next(iter(rates.values())), len(set(rates.values())) > 1
         line = {
             "stage": self._plan.stage.name,
             "step": step,
             "loss": _finite(loss),
-            "learning_rate": rates if different else next(iter(rates.values())),
+            "learning_rate": {part: _finite(rate) for part, rate in rates.items()} if different else _finite(rate),
             "grad_norm": _finite(norm),
             **({"row_norm": _finite(values["row_norm"])} if "row_norm" in values else {}),
             **scaling,

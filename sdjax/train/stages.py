@@ -10,6 +10,7 @@ weights, and their words are known. Its export holds all of them, so the last ex
 import dataclasses
 import functools
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from sdjax.formats.embedding_file import file_name, load_embedding
 from sdjax.formats.lora_file import KOHYA_FILE, PEFT_FILE
 from sdjax.model import Outline
 from sdjax.runtime.compiler_options import is_large
-from sdjax.settings import RematPolicy
+from sdjax.settings import LONGEST_NAME, RematPolicy
 from sdjax.text import textual_inversion
 from sdjax.train.config import Data, RunConfig, Stage
 from sdjax.train.config_file import flatten
@@ -41,6 +42,10 @@ from sdjax.train.results import NOTHING, Results, Rows, after, base_weights, beg
 from sdjax.train.step import Frozen, Recipe, State, make_train_step
 
 log = logging.getLogger(__name__)
+
+
+MOST_CHUNKS = 16
+"""Most windows of the text model that a caption may take in training."""
 
 
 class StagePlan(NamedTuple):
@@ -111,7 +116,7 @@ class Run(NamedTuple):
     config: RunConfig
     outline: Outline
     fingerprint: str
-    """Digest of the model's weights."""
+    """Digest of the model: its weights, configs, schedule and tokenizers."""
     stages: tuple[StagePlan, ...]
     identity: dict[str, Any]
     """Dotted key -> value of everything that a resumed run is compared by; see `config_file.compare_runs`."""
@@ -130,7 +135,8 @@ class Images(NamedTuple):
 
     training: tuple[Record, ...]
     held_out: tuple[Record, ...]
-    fingerprint: str
+    fingerprint: dict[str, str]
+    """Name of an image -> digest; see `records.fingerprint`."""
 
 
 def plan_runs(config: RunConfig, devices: Sequence[Any] | None = None) -> tuple[Run, ...]:
@@ -167,6 +173,7 @@ def plan_run(config: RunConfig, scan: Scan = _scan, devices: Sequence[Any] | Non
         _find_images(own, stage, f"stages.{i}", config.seed, scan)
         for i, (own, stage) in enumerate(zip(data, config.stages, strict=True))
     ]
+    _check_output(config, data)
     platform = None if devices is None else devices[0].platform
     outline = Outline.load(
         config.model, config.dtype, variant=config.variant or None, platform=platform, weights=devices is None
@@ -215,7 +222,9 @@ def prepare(
 
 
 def _find_images(data: Data, stage: Stage, key: str, seed: int, scan: Scan) -> Images:
-    how = (("caption", data.caption), ("missing_caption", data.missing_caption))
+    templated = bool(stage.placeholder_tokens) and stage.template != "caption"
+    unused = (templated or "vae" in stage.parts) and data.missing_caption in ("fail", "empty")
+    how = (("caption", data.caption), ("missing_caption", "unused" if unused else data.missing_caption))
     everything = scan(data.path, tuple(data.repeats.items()), how)
     if _holes(data, stage) and data.inpaint_mask_path:
         everything = records.with_masks(everything, data.inpaint_mask_path, "hole")
@@ -229,8 +238,25 @@ def _find_images(data: Data, stage: Stage, key: str, seed: int, scan: Scan) -> I
     if stage.masked_loss and data.mask_path:
         training = records.with_masks(training, data.mask_path)
     shown = functools.partial(_with_versions, data=data, stage=stage, seed=seed)
-    fingerprint = records.fingerprint((*training, *held_out))
+    others = f"{Path(data.validation_path).name}: " if data.validation_path else ""  # both folders may hold a name
+    fingerprint = records.fingerprint(training)
+    fingerprint |= {others + name: digest for name, digest in records.fingerprint(held_out).items()}
     return Images(shown(training), shown(held_out, vary=False), fingerprint)
+
+
+def _check_output(config: RunConfig, data: Sequence[Data]) -> None:
+    """Raises ConfigError if the pictures that the run writes would become training pictures when it is resumed."""
+    for stage, own in zip(config.stages, data, strict=True):
+        for key, folder in (
+            ("data.path", own.path),
+            ("data.validation_path", own.validation_path),
+            ("prior_path", stage.prior_path),
+        ):
+            if folder and records.takes_all_below(folder, config.output):
+                raise ConfigError(
+                    f"output = {config.output!r} lies in {key} = {folder!r}: its samples would become training "
+                    "pictures; choose an output outside"
+                )
 
 
 def _holes(data: Data, stage: Stage) -> int:
@@ -318,8 +344,7 @@ def _plan_stage(
     except ConfigError as e:
         raise ConfigError(f"{key}: {e}") from None
     assigned = _assign(data, images.training, key, outline)
-    texts = {caption for record in (*images.training, *images.held_out) for caption in record.captions}
-    chunks = recipe.outline.chunks([*texts, stage.prior_prompt])
+    chunks = _chunks(images, stage.prior_prompt, recipe.outline, key)
     return StagePlan(
         *(number, data, assigned, images.held_out, chunks, recipe),
         *(parallel, state, frozen, words, new_words, total),
@@ -401,6 +426,24 @@ def _check_resolution(config: RunConfig, key: str, data: Data, outline: Outline)
         log.warning("%s: resolution %d, but the model was trained at %d", key, data.resolution, native)
 
 
+def _chunks(images: Images, prior_prompt: str, outline: Outline, key: str) -> int:
+    """Returns the number of chunks of the longest caption. All captions are encoded with as many.
+
+    Warns of a caption of several chunks, and raises DataError for one of more than MOST_CHUNKS; both name its image.
+    """
+    names = {prior_prompt: "prior_prompt"}
+    names |= {text: record.name for record in (*images.training, *images.held_out) for text in record.captions}
+    counts = {text: outline.chunks([text]) for text in names}
+    longest = max(counts, key=lambda text: counts[text])
+    chunks = counts[longest]
+    words = f"the caption of {names[longest]} ({len(longest)} characters: {longest[:40]!r}...) takes {chunks} windows"
+    if chunks > MOST_CHUNKS:
+        raise DataError(f"{key}: {words} of the text model; at most {MOST_CHUNKS} are possible: shorten it")
+    if chunks > 4:
+        log.warning("%s: %s of the text model, and so every caption is encoded with %d", key, words, chunks)
+    return chunks
+
+
 def _new_words(stage: Stage, key: str, earlier: Mapping[str, int], outline: Outline) -> dict[str, Rows | int]:
     """Returns the words that a stage adds to earlier ones: the number of vectors of each, or the vectors of a file."""
     counts = stage.vectors_per_token * (len(stage.placeholder_tokens) if len(stage.vectors_per_token) == 1 else 1)
@@ -424,6 +467,8 @@ def _check_file_names(words: Mapping[str, int], key: str) -> None:
     taken = {name: "the LoRA" for name in (PEFT_FILE, KOHYA_FILE)}
     for word in words:
         name = file_name(word).lower()  # some file systems do not tell capitals apart
+        if len(name.encode()) > LONGEST_NAME:
+            raise ConfigError(f"{key}.placeholder_tokens: {word[:40]}... is too long for the name of a file")
         if name in taken:
             raise ConfigError(f"{key}.placeholder_tokens: {word} and {taken[name]} would both be exported as {name}")
         taken[name] = word
@@ -445,18 +490,23 @@ def _as_float32(shapes: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shapes)
 
 
-def _fingerprint(outline: Outline) -> str:
-    """Returns a digest of the sizes of the weight files and of 256 KiB at 16 evenly spread places in each.
+_NOT_COMPUTED = ("_name_or_path", "_diffusers_version", "transformers_version")
 
-    Training changes a model at every one of these places.
+
+def _fingerprint(outline: Outline) -> str:
+    """Returns a digest of everything that the computation takes from the model.
+
+    That is the content of all files of weights and tokenizers, the configs, the schedule and the settings of the index.
     """
+    folder = outline.folder
+    settings = {key: value for key, value in folder.model_index.items() if not isinstance(value, list)}
+    plain = {**folder.configs, "scheduler": {**folder.scheduler, **outline.schedule.config}, "settings": settings}
     digest = hashlib.sha256()
-    for part, files in sorted(outline.folder.weights.items()):
-        for path in files:
-            size = path.stat().st_size
-            digest.update(f"{part} {size}".encode())
-            with path.open("rb") as file:
-                for i in range(16):
-                    file.seek(max(0, size - (256 << 10)) * i // 15)
-                    digest.update(file.read(256 << 10))
+    for name, config in sorted(plain.items()):
+        known = {key: value for key, value in config.items() if key not in _NOT_COMPUTED}
+        digest.update(json.dumps([name, known], sort_keys=True).encode())
+    weights = {path for paths in folder.weights.values() for path in paths}
+    tokenizers = {path for place in folder.tokenizers.values() for path in place.iterdir() if path.is_file()}
+    for path in sorted(weights | tokenizers):
+        digest.update(f"{path.parent.name}/{path.name} {records.file_digest(path)}".encode())
     return digest.hexdigest()

@@ -1,6 +1,7 @@
 """Validation of a stage: the loss on held-out images, and pictures, with the same noise and seeds each time."""
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sdjax.data.dataset import Bucket, Dataset
 from sdjax.data.images import Size, picture, read_image
 from sdjax.draw import grids
 from sdjax.draw.pipeline import StableDiffusion
+from sdjax.errors import TrainingStopped
 from sdjax.formats.png_parameters import save_png
 from sdjax.model import Model
 from sdjax.models import vae
@@ -25,6 +27,8 @@ from sdjax.train.metrics import Metrics
 from sdjax.train.results import NOTHING, Results, after, base_weights
 from sdjax.train.stages import Run, StagePlan
 from sdjax.train.step import Draws, Frozen, Recipe, State, distance, evaluated, timestep_bounds, variables
+
+log = logging.getLogger(__name__)
 
 HeldOutLoss = Callable[[Mapping[str, PyTree], PyTree], float]
 HeldOutErrors = Callable[[PyTree, PyTree, Mapping[str, Array], Array | np.integer], Float[Array, " B"]]
@@ -139,9 +143,9 @@ class Validator:
             "progress": False,
         }
         texts = settings.prompts if prompts is None else prompts
-        drawn = [sd.text2image(text, seed=settings.seed + i, **shared) for i, text in enumerate(texts)]
-        drawn += [sd.inpaint(*masked, seed=settings.seed + i, **shared) for i, masked in enumerate(self._masked)]
-        return [picture for (picture,) in drawn]
+        drawn = [_drawn(sd.text2image, side, text, seed=settings.seed + i, **shared) for i, text in enumerate(texts)]
+        masked = enumerate(self._masked)
+        return drawn + [_drawn(sd.inpaint, side, *given, seed=settings.seed + i, **shared) for i, given in masked]
 
     def _current(self, state: State) -> Model:
         """Returns the model as this state leaves it."""
@@ -170,6 +174,15 @@ class Validator:
         with self._parallel.loading():
             params = {part: at_hand[part] if part in at_hand else outline.load_weights(part) for part in outline.shapes}
         return Model(outline, self._parallel.place_model(params), mesh=self._parallel.mesh)
+
+
+def _drawn(draw: Callable[..., list[Image.Image]], side: int, *arguments: Any, **settings: Any) -> Image.Image:
+    """Returns the picture of a call, or a black one if it holds NaN: training goes on, as its state is finite."""
+    try:
+        return draw(*arguments, **settings)[0]
+    except TrainingStopped as e:
+        log.warning("%s", e)
+        return Image.new("RGB", (side, side))
 
 
 def _masked_pictures(bucket: Bucket, plan: StagePlan, *, count: int) -> list[tuple[str, Image.Image, Image.Image]]:
