@@ -70,7 +70,7 @@ def _run(argv: Sequence[str]) -> None:
     from sdjax.draw import jobs
     from sdjax.formats.lora_file import load_lora
     from sdjax.model import Model, Outline
-    from sdjax.runtime import compilation_cache, host_memory, out_of_memory
+    from sdjax.runtime import compilation_cache, devices, host_memory, out_of_memory
 
     wanted = _jobs(args, settings, prompts, axes)
     jobs.check_alone(wanted)
@@ -81,6 +81,8 @@ def _run(argv: Sequence[str]) -> None:
         with jobs.blaming(job.origin):
             given.append(tuple(_lora(text) for text in job.settings["lora"] if text != "none"))
             loras.append((*given[-1], *(_tagged(tag, args.lora_dir, named) for tag in job.words[1])))
+    devices.divide_cpu(args.devices)
+    devices.check_count(args.devices)
     out = _writable_folder(args.out)
     compilation_cache.enable()
     host_memory.keep()
@@ -94,6 +96,8 @@ def _run(argv: Sequence[str]) -> None:
     adapters = {path: load_lora(path, outline.shapes) for path in {lora.path for lora in itertools.chain(*loras)}}
 
     model = functools.reduce(Model.with_embedding, words, outline.with_weights())
+    if args.devices > 1:
+        model = model.on_devices(args.devices)
     if args.tiled_vae is not None:
         model = model.with_tiled_vae(args.tiled_vae, args.tiled_vae // 8)
     pictures: dict[int, Image.Image] = {}
@@ -173,6 +177,7 @@ def _parser() -> command.Parser:
     add("--model", required=True, help='"tiny" (embedded), a diffusers folder, a model file, or a hub id')
     add("--out", type=Path, default=Path("outputs"), metavar="DIR", help="folder for the pictures (default: outputs)")
     add("--batch-size", type=int, default=4, metavar="N", help="most pictures to draw at once (default: 4)")
+    add("--devices", type=int, default=1, metavar="N", help="devices that share the pictures of a batch (default: 1)")
     add("--debug", action="store_true", help="show the traceback of an error")
     group = parser.add_argument_group("prompts and seeds")
     group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be repeated")
@@ -299,6 +304,7 @@ def _check_values(args: argparse.Namespace, prompts: int, settings: Mapping[str,
     for flag, value, low in (
         ("--num-images", args.num_images, 1),
         ("--batch-size", args.batch_size, 1),
+        ("--devices", args.devices, 1),
         ("--tiled-vae", args.tiled_vae, 64),
     ):
         if value is not None:

@@ -20,8 +20,7 @@ from typing import Any, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
@@ -38,7 +37,7 @@ from sdjax.models import clip, unet, vae
 from sdjax.models.layers import Compute, variables
 from sdjax.models.tiling import Tiling, tiled
 from sdjax.runtime.chips import check_dtype
-from sdjax.runtime.devices import mesh_of, split_examples, within
+from sdjax.runtime.devices import check_count, copies, mesh_of, split_examples, within
 from sdjax.settings import Dtype, read_value
 from sdjax.text import textual_inversion
 from sdjax.text.encoding import TEXT_ENCODERS, HiddenState, encode_ids
@@ -408,12 +407,10 @@ class Model:
         count: by default all of JAX's. A call that draws a multiple of `count` pictures is split evenly; of any other
         call every device draws all pictures. Raises ConfigError if there are fewer devices.
         """
-        devices = jax.devices()
-        if not 1 <= (count := len(devices) if count is None else count) <= len(devices):
-            raise ConfigError(f"{count} devices: JAX has {len(devices)}")
-        mesh = mesh_of(devices[:count], count, 1)
-        placed = jax.device_put((self.params, self.placeholders, self.adapters), NamedSharding(mesh, P()))
-        params, placeholders, adapters = placed
+        count = jax.device_count() if count is None else count
+        check_count(count)
+        mesh = mesh_of(jax.devices()[:count], count, 1)
+        params, placeholders, adapters = copies(mesh, (self.params, self.placeholders, self.adapters))
         return dataclasses.replace(self, params=params, placeholders=placeholders, adapters=adapters, mesh=mesh)
 
     def with_tiled_vae(self, tile: int = 512, overlap: int = 64) -> "Model":

@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from sdjax.data.images import Size
-from sdjax.draw.programs import drawing
+from sdjax.draw.programs import drawing, drawing_with
 from sdjax.model import Outline
 from sdjax.runtime import chips, compiled
 from sdjax.train import programs
@@ -103,6 +103,18 @@ def test_drawing_compiles(micro_models, kind):
     planned = compiled.compile_for(target, drawing(outline, Size(16, 16), count=2, steps=4))
     assert [each.program.name for each in planned] == ["encode text", "sampler step", "decode"]
     assert all(compiled.fits(each, target) for each in planned)
+
+
+def test_drawing_on_four_chips_compiles(micro_models):
+    """With pictures large enough for the attention kernel, which each chip runs for its pictures."""
+    target = chips.described("v5e:2x2")
+    size = 128
+    planned = compiled.compile_for(
+        target, drawing_with(str(micro_models()), "bfloat16", target.devices, side=size, count=4, steps=4)
+    )
+    step = planned[1]
+    assert step.program.devices == 4 and step.figures.kernels > 0
+    assert planned[2].program.runs == 1  # each chip decodes one picture
 
 
 def test_a_program_that_is_too_large_does_not_fit():

@@ -1,10 +1,13 @@
 """The programs that a call to draw compiles, from shapes alone."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sdjax.data.images import Size
 from sdjax.draw import sampling
@@ -14,21 +17,25 @@ from sdjax.errors import ConfigError
 from sdjax.model import Outline, compiled_decode
 from sdjax.models.layers import variables
 from sdjax.runtime.compiled import Program
+from sdjax.runtime.devices import copies, mesh_of, split_examples, within
 from sdjax.settings import Count, read_value
 from sdjax.text.encoding import compiled_encode_ids
 
 
-def drawing_with(source: str, dtype: str, platform: str, *, side: int | None, count: int, steps: int) -> list[Program]:
+def drawing_with(
+    source: str, dtype: str, devices: Sequence[Any], *, side: int | None, count: int, steps: int
+) -> list[Program]:
     """Returns the programs that draw square pictures with a model, which needs no weights.
 
-    source, dtype, platform: see `Outline.load`. side: in pixels; None: the model's.
+    source, dtype: see `Outline.load`. devices: share the pictures. side: in pixels; None: the model's.
     """
     read_value(Count, count, "--count")
-    outline = Outline.load(source, dtype, platform=platform, weights=False)
+    outline = Outline.load(source, dtype, platform=devices[0].platform, weights=False)
     side = side or outline.native_size
     if side < 8 or side % outline.size_multiple:
         raise ConfigError(f"--size {side}: expected a multiple of {outline.size_multiple}")
-    return drawing(outline, Size(side, side), count=count, steps=steps)
+    mesh = mesh_of(devices, len(devices), 1) if len(devices) > 1 else None
+    return drawing(outline, Size(side, side), count=count, steps=steps, mesh=mesh)
 
 
 def drawing(
@@ -41,11 +48,12 @@ def drawing(
     guided: bool = True,
     clip_skip: int | None = None,
     chunks: int = 1,
+    mesh: Mesh | None = None,
 ) -> list[Program]:
     """Returns the programs that draw `count` pictures at once.
 
     size: of the pictures in pixels. steps, sampler: as in `draw.settings`. guided: whether there is a negative prompt.
-    chunks: of the longest prompt.
+    chunks: of the longest prompt. mesh: see `Model.on_devices`; None: one device.
     """
     table = sampling.tabulate(outline.schedule, sampler, steps)
     params = {part: outline.abstract_params(part) for part in outline.shapes}
@@ -57,26 +65,39 @@ def drawing(
     context, pooled = outline.abstract_context(texts, chunks, clip_skip)
     added = jax.eval_shape(lambda pooled: outline.added_conditions(pooled, *size), pooled)
     ids = outline.abstract_ids(texts, chunks)
+    split = functools.partial(split_examples, mesh)
+    decoded = mesh.size if mesh and count % mesh.size == 0 else 1  # at once
 
     def sampler_step(place):
-        state = sampling.State(latents, array(sampling.HISTORY, *latents.shape))
+        state = sampling.State(split(latents), split(array(sampling.HISTORY, *latents.shape), axis=1))
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
-        conditions, number = (Condition(context, added),), array(dtype=np.int32)
+        conditions, number = split((Condition(context, added),)), array(dtype=np.int32)
         given = Given(channels=array(count, *cells, 1 + channels)) if outline.is_inpainting else Given()
-        tables = (keys, conditions, array(count, 1), array(), array(), given)
+        tables = (split(keys), conditions, split(array(count, 1)), array(), array(), split(given))
         arrays = place(variables(params["unet"]), state, number, table, *tables)
         return compiled_sampler_step(outline).lower(outline.unet, outline.schedule.prediction_type, *arrays)
 
     def decode(place):
-        return compiled_decode.lower(outline.vae, *place(params["vae"], array(1, *cells, channels)))
+        return compiled_decode.lower(outline.vae, *place(params["vae"], split(array(decoded, *cells, channels))))
 
     def encode_text(place):
         texts = {name: variables(params[name]) for name in outline.text_models}
         models = tuple(outline.text_models.items())
         return compiled_encode_ids.lower(models, outline.hidden_state(clip_skip), *place(texts, ids))
 
-    return [
+    programs = [
         Program("encode text", encode_text, runs=1),
         Program("sampler step", sampler_step, runs=int(table.length)),
-        Program("decode", decode, runs=count),
+        Program("decode", decode, runs=count // decoded),
     ]
+    return programs if mesh is None else [_over(mesh, program) for program in programs]
+
+
+def _over(mesh: Mesh, program: Program) -> Program:
+    """Returns a program with its weights on every device of the mesh."""
+
+    def lower(_: Any) -> Any:
+        with within(mesh):
+            return program.lower(lambda weights, *others: (copies(mesh, weights), *others))
+
+    return program._replace(lower=lower, devices=mesh.size)

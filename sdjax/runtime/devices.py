@@ -7,10 +7,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
+
+from sdjax.errors import ConfigError
 
 
 def divide_cpu(devices: int) -> None:
@@ -22,6 +25,12 @@ def divide_cpu(devices: int) -> None:
     """
     if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", devices)
+
+
+def check_count(count: int) -> None:
+    """Raises ConfigError if JAX has fewer devices."""
+    if not 1 <= count <= jax.device_count():
+        raise ConfigError(f"{count} devices: JAX has {jax.device_count()}")
 
 
 def mesh_of(devices: Sequence[Any], data: int, fsdp: int) -> Mesh:
@@ -46,16 +55,35 @@ def split_largest(shape: tuple[int, ...], parts: int) -> P:
     return P(*(None,) * axis, "fsdp")
 
 
+def is_shape(leaf: Any) -> bool:
+    """Whether a leaf of a tree is only the shape of an array."""
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def put(leaf: Any, sharding: NamedSharding) -> Any:
+    """Returns an array placed on a mesh, or its shape placed there."""
+    if is_shape(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    if jax.process_count() > 1 and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.jit(lambda: leaf, out_shardings=sharding)()  # device_put refuses keys across processes
+    return jax.device_put(leaf, sharding)
+
+
+def copies(mesh: Mesh, tree: PyTree) -> PyTree:
+    """Returns arrays, or their shapes, placed whole on every device of the mesh."""
+    return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, P())), tree)
+
+
 def split_examples(mesh: Mesh | None, tree: PyTree, axis: int = 0) -> PyTree:
-    """Returns arrays of one example each row, placed on the mesh. axis: that of the rows.
+    """Returns arrays of one example each row, or their shapes, placed on the mesh. axis: that of the rows.
 
     The rows are split over all devices if their number is a multiple, else every device gets all. None: as they are.
     """
     if mesh is None:
         return tree
 
-    def put(leaf: Any) -> Any:
-        split = P(*(None,) * axis, mesh.axis_names) if leaf.shape[axis] % mesh.size == 0 else P()
-        return jax.device_put(leaf, NamedSharding(mesh, split))
+    def split(leaf: Any) -> Any:
+        spec = P(*(None,) * axis, mesh.axis_names) if leaf.shape[axis] % mesh.size == 0 else P()
+        return put(leaf, NamedSharding(mesh, spec))
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(split, tree)

@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 
 from sdjax.errors import ConfigError
 from sdjax.runtime.compiler_options import compiler_options
-from sdjax.runtime.devices import mesh_of, split_largest, within
+from sdjax.runtime.devices import is_shape, mesh_of, put, split_largest, within
 
 
 class TrainStep(Protocol):
@@ -115,10 +115,10 @@ def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], opt
 
     def place_state(tree: PyTree) -> PyTree:
         # The step overwrites its state, and device_put may share memory with the argument, even with may_alias=False.
-        return jax.tree.map(lambda leaf: _put(leaf if _is_shape(leaf) else leaf.copy(), split(leaf)), tree)
+        return jax.tree.map(lambda leaf: put(leaf if is_shape(leaf) else leaf.copy(), split(leaf)), tree)
 
     def place_frozen(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: _put(leaf, split(leaf)), tree)
+        return jax.tree.map(lambda leaf: put(leaf, split(leaf)), tree)
 
     def train_step(state: PyTree, frozen: PyTree, batch: PyTree, key: jax.Array) -> tuple[PyTree, PyTree]:
         with within(mesh):
@@ -132,8 +132,8 @@ def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], opt
     def place_batch(batch: Mapping[str, np.ndarray]) -> PyTree:
         # With a callback, because a process can place data only on its devices.
         return {
-            name: _put(array, parts)
-            if _is_shape(array)
+            name: put(array, parts)
+            if is_shape(array)
             else jax.make_array_from_callback(array.shape, parts, lambda part, array=array: array[part])
             for name, array in batch.items()
         }
@@ -206,30 +206,18 @@ def _under_pmap(train_step: TrainStep, devices: list[Any]) -> Parallel:
     def replicate(tree: PyTree) -> PyTree:
         # A program is the only way to replicate for pmap that every version of JAX has. It needs a mapped argument. Its
         # axis must have the name of the step's axis, or the step is compiled again for the state that it returns.
-        place = jax.eval_shape if any(map(_is_shape, jax.tree.leaves(tree))) else lambda copy, *trees: copy(*trees)
+        place = jax.eval_shape if any(map(is_shape, jax.tree.leaves(tree))) else lambda copy, *trees: copy(*trees)
         return place(copy, np.arange(count, dtype=np.int32), tree)
 
     def place_batch(batch: Mapping[str, np.ndarray]) -> PyTree:
         split = lambda array: array.reshape(count, -1, *array.shape[1:])
-        return {name: jax.eval_shape(split, x) if _is_shape(x) else split(x) for name, x in batch.items()}
+        return {name: jax.eval_shape(split, x) if is_shape(x) else split(x) for name, x in batch.items()}
 
     def fetch(state: PyTree) -> PyTree:
         return _fetch(jax.tree.map(lambda leaf: leaf[0], state))
 
     placed = replicate, replicate, place_batch, fetch
     return Parallel(count, step, *placed, contextlib.nullcontext, jax.device_put, None)
-
-
-def _is_shape(leaf: Any) -> bool:
-    return isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def _put(leaf: Any, sharding: NamedSharding) -> Any:
-    if _is_shape(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.jit(lambda: leaf, out_shardings=sharding)()  # device_put refuses keys across processes
-    return jax.device_put(leaf, sharding)
 
 
 def _fetch(state: PyTree) -> PyTree:
