@@ -32,7 +32,7 @@ CUDNN, CUDNN_BACKWARD, MOSAIC = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackw
 
 @pytest.fixture(autouse=True)
 def without_devices(monkeypatch):
-    """Gives a version of cuDNN, which tracing asks for, and allows JAX's flash kernel to mix dtypes."""
+    """Gives a version of cuDNN, which tracing asks for, and allows JAX's attention to mix dtypes."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     library = types.SimpleNamespace(cudnn_get_version=lambda: 90800)

@@ -93,7 +93,7 @@ def compile_for(target: Target, programs: Iterable[Program]) -> list[Planned]:
     for program in programs:
         print(f"compiling {program.name} ...", file=sys.stderr, flush=True)
         beside = bytes_on_a_device(program.resident)
-        with cache(), jax.numpy_dtype_promotion("standard"):  # JAX's flash kernel mixes number types
+        with cache(), jax.numpy_dtype_promotion("standard"):  # JAX's attention in half precision mixes number types
             start = time.perf_counter()
             lowered = program.lower(lambda *arguments: on_device(arguments, first))
             try:
