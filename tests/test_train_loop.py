@@ -261,3 +261,25 @@ def test_weights_that_are_split_lie_whole_on_no_device(settings, monkeypatch, tm
     np.testing.assert_allclose(runs[2], runs[1], rtol=1e-5)
     sheets = [np.asarray(Image.open(tmp_path / f"on_{n}" / "samples" / "style-1.png"), int) for n in (2, 1)]
     assert abs(sheets[0] - sheets[1]).max() <= 2
+
+
+def test_a_run_goes_on_over_other_devices(settings):
+    """Two steps on each of four kinds of mesh, with a checkpoint between them, against eight steps on one device."""
+
+    def run(output, steps, parallel, *, resume=False):
+        stages = [{"train": ["lora", "textual_inversion"], "placeholder_tokens": ["<it>"], "steps": steps}]
+        config = settings(stages=stages, validation={}, data={"validation_count": 0}, parallel=parallel)
+        config = dataclasses.replace(config, output=f"{config.output}-{output}")
+        assert train(config, resume=resume) == 0
+        return config
+
+    alone = run("alone", 8, {"mesh": {"data": 1}})
+    meshes = ({"data": 4}, {"data": 2, "fsdp": 2}, {"data": 1, "fsdp": 2})
+    for n, parallel in enumerate([*({"mesh": mesh} for mesh in meshes), {"mode": "pmap", "mesh": {"data": 2}}]):
+        moved = run("moved", 2 * n + 2, parallel, resume=n > 0)
+    losses = [[line["loss"] for line in micro.metric_lines(Path(run.output))] for run in (alone, moved)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    shapes = Outline.load(alone.model).shapes
+    trees = [load_lora(f"{run.output}/export/style/lora.safetensors", shapes) for run in (alone, moved)]
+    for one, other in zip(*map(jax.tree.leaves, trees), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-5)
