@@ -47,6 +47,8 @@ def test_a_signal_is_not_lost(place, number):
         import gc, os, signal, sys, time
         from sdjax.runtime import command
 
+        signal.signal({number}, signal.SIG_DFL)  # a shell may have started the tests with the signal ignored
+
         def callback(phase, info):
             gc.callbacks.remove(callback)
             os.kill(os.getpid(), {number})

@@ -137,7 +137,7 @@ def test_resuming_with_other_images_is_refused_unless_allowed(finished, settings
     images = micro.make_images(tmp_path / "other", 10)
     config, _ = copy_of(finished, settings)
     data = dataclasses.replace(config.data, path=str(images))
-    with pytest.raises(DataError, match=r"data\.style: .* new \(.*allow-changed-data"):
+    with pytest.raises(DataError, match=r"data\.style: 2 missing \(10\.png, 11\.png\) .*allow-changed-data"):
         train(dataclasses.replace(config, data=data), resume=True)
     allowed = dataclasses.replace(config.checkpoint, allow_changed_data=True)
     assert train(dataclasses.replace(config, data=data, checkpoint=allowed), resume=True) == 0

@@ -368,7 +368,7 @@ class UNet(nn.Module):
                 compute,
                 downsample=i < last,
                 name=f"down_blocks_{i}",
-            )(x, time, context)
+            )(x, time, context, (), None)
             skips += outputs
 
         if config.mid_block_type is not None:
