@@ -37,7 +37,7 @@ from sdjax.models import clip, unet, vae
 from sdjax.models.layers import Compute, variables
 from sdjax.models.tiling import Tiling, tiled
 from sdjax.runtime.chips import check_dtype
-from sdjax.runtime.devices import check_count, copies, mesh_of, split_examples, within
+from sdjax.runtime.devices import at_once, check_count, copies, mesh_of, split_examples, within
 from sdjax.settings import Dtype, read_value
 from sdjax.text import textual_inversion
 from sdjax.text.encoding import TEXT_ENCODERS, HiddenState, encode_ids
@@ -367,26 +367,27 @@ class Model:
         return self._in_parts(decode, unscaled, encode=False)
 
     def _in_parts(self, compute: Callable[[Any], Array], values: Array, *, encode: bool) -> Array:
-        """Computes one example at a time on each device, or one tile of it."""
-        at_once = self.mesh.size if self.mesh and not self.tiling and len(values) % self.mesh.size == 0 else 1
-        parts = (values[i : i + at_once] for i in range(0, len(values), at_once))
+        """Computes one example at a time on each device; in tiles, one tile of one example."""
+        size = 1 if self.tiling else at_once(self.mesh, len(values))
+        parts = (values[i : i + size] for i in range(0, len(values), size))
         with within(self.mesh):
-            return jnp.concatenate([self._in_tiles(compute, part, encode=encode) for part in parts])
-
-    def _in_tiles(self, compute: Callable[[Any], Array], values: Array, *, encode: bool) -> Array:
-        if self.tiling is None:
+            if self.tiling:
+                return jnp.concatenate([self._in_tiles(compute, part, self.tiling, encode=encode) for part in parts])
             try:
-                return jax.block_until_ready(compute(split_examples(self.mesh, values)))
+                split = (split_examples(self.mesh, part) for part in parts)
+                return jnp.concatenate([jax.block_until_ready(compute(part)) for part in split])
             except jax.errors.JaxRuntimeError as error:  # out of memory, or too large for a library of XLA
                 cells = 512 // (1 if encode else self.outline.vae.config.factor)
                 if max(values.shape[1:3]) <= cells:
                     raise
                 cause = next(iter(str(error).splitlines()), "")[:100]
-                log.warning("the autoencoder fails on a whole picture (%s): it works in tiles (--tiled-vae)", cause)
-                return self.with_tiled_vae()._in_parts(compute, values, encode=encode)
+        log.warning("the autoencoder fails on a whole picture (%s): it works in tiles (--tiled-vae)", cause)
+        return self.with_tiled_vae()._in_parts(compute, values, encode=encode)
+
+    def _in_tiles(self, compute: Callable[[Any], Array], values: Array, tiling: Tiling, *, encode: bool) -> Array:
         config = self.outline.vae.config
         channels = config.latent_channels if encode else config.out_channels
-        whole = tiled(compute, np.asarray(values), self.tiling, factor=config.factor, encode=encode, channels=channels)
+        whole = tiled(compute, np.asarray(values), tiling, factor=config.factor, encode=encode, channels=channels)
         return jnp.asarray(whole)
 
     def predict(

@@ -71,8 +71,9 @@ def _drawing(args: argparse.Namespace) -> dict[str, Any]:
     from sdjax.draw.programs import drawing_with
     from sdjax.runtime import chips, compiled
 
-    present = chips.present()
-    target = chips.described(args.target) if args.target else present._replace(devices=present.devices[:1])
+    target = chips.described(args.target) if args.target else chips.present()
+    if not target.described:
+        target = target._replace(devices=target.devices[:1])
     dtype = args.dtype or "bfloat16"
     programs = drawing_with(args.model, dtype, target.devices, side=args.size, count=args.count, steps=args.steps)
     return compiled.report(target, compiled.compile_for(target, programs)) | {"advice": []}

@@ -22,8 +22,10 @@ from sdjax.errors import ConfigError
 from sdjax.runtime.strict_json import is_text
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-RematPolicy = Literal["attention", "blocks", "levels"]
 """Number types that weights can be loaded, computed with and written in."""
+
+RematPolicy = Literal["attention", "blocks", "levels"]
+"""What the backward pass computes again, in place of keeping its activations: from little to much."""
 
 
 LoraTargets = Literal["attention", "attention+ff", "transformer", "linear", "conv"]

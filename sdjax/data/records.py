@@ -17,7 +17,6 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 
-
 MOST_REPEATS = 9999
 """How often an epoch may show an image. A larger number before the name of a folder is a date, or a mistake."""
 
@@ -59,8 +58,8 @@ def scan(
 
     caption: the caption of images that have none.
     missing_caption: what happens to images that still have none. With "folder", their caption is the name of their
-    sub-folder, and images in a sub-folder called N_NAME are shown N times an epoch (at most
-    MOST_REPEATS). With "unused", no caption matters.
+    sub-folder, and images in a sub-folder called N_NAME are shown N times an epoch, at most MOST_REPEATS. With
+    "unused", no caption matters.
     repeats: pattern (fnmatch) over names -> how often an epoch shows the image, 0 to leave it out. The first pattern
     that matches counts, instead of N.
 

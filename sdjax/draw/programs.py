@@ -16,8 +16,8 @@ from sdjax.draw.loop import Given, compiled_sampler_step
 from sdjax.errors import ConfigError
 from sdjax.model import Outline, compiled_decode
 from sdjax.models.layers import variables
-from sdjax.runtime.compiled import Program
-from sdjax.runtime.devices import copies, mesh_of, split_examples, within
+from sdjax.runtime.compiled import Program, on_mesh
+from sdjax.runtime.devices import at_once, copies, mesh_of, split_examples
 from sdjax.settings import Count, read_value
 from sdjax.text.encoding import compiled_encode_ids
 
@@ -66,7 +66,7 @@ def drawing(
     added = jax.eval_shape(lambda pooled: outline.added_conditions(pooled, *size), pooled)
     ids = outline.abstract_ids(texts, chunks)
     split = functools.partial(split_examples, mesh)
-    decoded = mesh.size if mesh and count % mesh.size == 0 else 1  # at once
+    decoded = at_once(mesh, count)
 
     def sampler_step(place):
         state = sampling.State(split(latents), split(array(sampling.HISTORY, *latents.shape), axis=1))
@@ -90,14 +90,6 @@ def drawing(
         Program("sampler step", sampler_step, runs=int(table.length)),
         Program("decode", decode, runs=count // decoded),
     ]
-    return programs if mesh is None else [_over(mesh, program) for program in programs]
-
-
-def _over(mesh: Mesh, program: Program) -> Program:
-    """Returns a program with its weights on every device of the mesh."""
-
-    def lower(_: Any) -> Any:
-        with within(mesh):
-            return program.lower(lambda weights, *others: (copies(mesh, weights), *others))
-
-    return program._replace(lower=lower, devices=mesh.size)
+    if mesh is None:
+        return programs
+    return [on_mesh(mesh, functools.partial(copies, mesh), program) for program in programs]

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from sdjax.runtime import compilation_cache
 from sdjax.runtime.chips import Chip, Target
+from sdjax.runtime.devices import within
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 
@@ -49,6 +51,16 @@ class Program(NamedTuple):
     resident: PyTree = ()
     """Shapes on devices of what lies there beside the arguments of the program."""
     devices: int = 1
+
+
+def on_mesh(mesh: Mesh, place: Callable[[PyTree], PyTree], program: Program) -> Program:
+    """Returns a program that runs on a mesh. place: puts shapes of its weights there."""
+
+    def lower(_: Any) -> Any:
+        with within(mesh):
+            return program.lower(lambda weights, *others: (place(weights), *others))
+
+    return program._replace(lower=lower, devices=mesh.size)
 
 
 class Planned(NamedTuple):

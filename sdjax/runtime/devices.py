@@ -74,6 +74,11 @@ def copies(mesh: Mesh, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, P())), tree)
 
 
+def at_once(mesh: Mesh | None, count: int) -> int:
+    """Returns how many of `count` examples are computed at once if a device computes one at a time."""
+    return mesh.size if mesh is not None and count % mesh.size == 0 else 1
+
+
 def split_examples(mesh: Mesh | None, tree: PyTree, axis: int = 0) -> PyTree:
     """Returns arrays of one example each row, or their shapes, placed on the mesh. axis: that of the rows.
 

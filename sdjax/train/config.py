@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar, get_type_hints
 
+from sdjax.data.records import MOST_REPEATS
 from sdjax.draw.settings import Guidance, SamplerName, Steps
 from sdjax.errors import ConfigError
 from sdjax.settings import (
@@ -72,7 +73,7 @@ class Data:
     """Colour behind transparent pixels, a CSS name or #rrggbb."""
     caption_dropout: Logged[Fraction] = 0.0
     """Share of the examples that are trained with the empty caption, 0 to 1."""
-    repeats: Logged[dict[str, Annotated[int, Range(0, 9999)]]] = field(default_factory=dict)
+    repeats: Logged[dict[str, Annotated[int, Range(0, MOST_REPEATS)]]] = field(default_factory=dict)
     """How often an epoch shows an image: pattern of its name, such as cat/* -> number. The first match counts."""
     random_crops: Logged[Whole] = 0
     """Random crops of each image, cached and used in turn. 0: one crop, in the middle."""

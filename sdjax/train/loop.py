@@ -166,7 +166,8 @@ class Training:
         return Path(self.run.config.output)
 
     @property
-    def _checkpoints(self) -> Path:
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
         return self._folder / "checkpoints"
 
     @property
@@ -176,9 +177,9 @@ class Training:
 
     def restore(self, step: int | None) -> None:
         """Goes to the newest intact checkpoint, or to that of `step`. Without any checkpoint the run starts fresh."""
-        found = checkpoint.restore(self._checkpoints, self._expected, step=step)
+        found = checkpoint.restore(self.checkpoints, self._expected, step=step)
         if found is None:
-            log.warning("nothing saved in %s: starting fresh", self._checkpoints)
+            log.warning("nothing saved in %s: starting fresh", self.checkpoints)
             return
         self.number, self.step = found.metadata["stage"], found.metadata["step"]
         self.has_first_only = found.metadata.get("first", False)
@@ -244,9 +245,9 @@ class Training:
         if self._saved == step:
             return
         self.step = step
-        first = not checkpoint.steps(self._checkpoints)
+        first = not checkpoint.steps(self.checkpoints)
         checkpoint.save(
-            self._checkpoints,
+            self.checkpoints,
             self.reached,
             {"earlier": self.earlier, "state": state},
             {"run": self.run.identity, "stage": self.number, "step": step, "first": first},
@@ -255,7 +256,7 @@ class Training:
 
     def prune(self) -> None:
         """Removes the checkpoints that are not to be kept beside the newest one."""
-        checkpoint.prune(self._checkpoints, self.reached, keep=self.run.config.checkpoint.keep)
+        checkpoint.prune(self.checkpoints, self.reached, keep=self.run.config.checkpoint.keep)
 
     def finish(self, state: State) -> None:
         """Exports the results of the present stage, and goes on to the next."""
@@ -280,7 +281,7 @@ def restore_all(trainings: Sequence[Training], step: int | None) -> None:
     if len(set(reached)) == 1:
         return
     # The copies were killed while they were saving, or a checkpoint of one of them is damaged.
-    saved = [set(checkpoint.steps(Path(training.run.config.output) / "checkpoints")) for training in trainings]
+    saved = [set(checkpoint.steps(training.checkpoints)) for training in trainings]
     for common in sorted(set.intersection(*saved) & set(range(min(reached) + 1)), reverse=True):
         try:
             for training in trainings:
@@ -289,7 +290,7 @@ def restore_all(trainings: Sequence[Training], step: int | None) -> None:
             log.warning("%s", e)
         else:
             return
-    if all(training.has_first_only if steps else True for training, steps in zip(trainings, saved, strict=True)):
+    if all(training.has_first_only or not steps for training, steps in zip(trainings, saved, strict=True)):
         log.warning("the copies were stopped while they saved for the first time: starting fresh")
         for training in trainings:
             training.restart()

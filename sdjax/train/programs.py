@@ -14,8 +14,7 @@ from sdjax.draw.programs import drawing
 from sdjax.errors import ConfigError
 from sdjax.models.layers import variables
 from sdjax.runtime.chips import Target
-from sdjax.runtime.compiled import Program, compile_for, fits
-from sdjax.runtime.devices import within
+from sdjax.runtime.compiled import Program, compile_for, fits, on_mesh
 from sdjax.settings import RematPolicy
 from sdjax.text.encoding import compiled_encode_ids
 from sdjax.train.config import RunConfig
@@ -42,6 +41,7 @@ def _stage(config: RunConfig, run: Run, plans: Sequence[StagePlan], devices: Seq
     latents = "vae" not in plan.stage.parts
     programs = list(_encoding(plan, size)) if latents else []
     programs.append(step(config, plans, devices))
+    beside: list[Program] = []  # those of the validation
     validations = 2 + (plan.stage.steps - 1) // config.validation.every if config.validation.every else 2
     resident = plan.parallel.place_state(plan.state), plan.parallel.place_frozen(plan.frozen)
     if plan.held_out and latents:
@@ -61,7 +61,7 @@ def _stage(config: RunConfig, run: Run, plans: Sequence[StagePlan], devices: Seq
             return errors.lower(trainable, frozen, *others)
 
         runs = validations * config.validation.held_out_timesteps * -(-images // count)
-        programs.append(_beside(plan, Program("held-out loss", held_out_loss, runs, resident)))
+        beside.append(Program("held-out loss", held_out_loss, runs, resident))
     if config.validation.prompts and latents:
         how = config.validation
         drawn = drawing(
@@ -74,23 +74,11 @@ def _stage(config: RunConfig, run: Run, plans: Sequence[StagePlan], devices: Seq
             clip_skip=config.clip_skip,
         )
         pictures = validations * len(how.prompts)
-        programs += [
-            _beside(plan, program._replace(runs=program.runs * pictures, resident=resident)) for program in drawn
-        ]
+        beside += [program._replace(runs=program.runs * pictures, resident=resident) for program in drawn]
+    if (mesh := plan.parallel.mesh) is not None:
+        beside = [on_mesh(mesh, plan.parallel.place_model, program) for program in beside]
+    programs += beside
     return [program._replace(name=f"{plan.stage.name}: {program.name}") for program in programs]
-
-
-def _beside(plan: StagePlan, program: Program) -> Program:
-    """Returns a program of the validation on the devices that it computes on."""
-    parallel = plan.parallel
-    if parallel.mesh is None:
-        return program
-
-    def lower(place: Any) -> Any:
-        with within(parallel.mesh):
-            return program.lower(lambda weights, *others: (parallel.place_model(weights), *others))
-
-    return program._replace(lower=lower, devices=parallel.devices)
 
 
 def largest(plan: StagePlan) -> Size:

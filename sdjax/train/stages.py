@@ -429,7 +429,7 @@ def _check_resolution(config: RunConfig, key: str, data: Data, outline: Outline)
 def _chunks(images: Images, prior_prompt: str, outline: Outline, key: str) -> int:
     """Returns the number of chunks of the longest caption. All captions are encoded with as many.
 
-    Warns of a caption of several chunks, and raises DataError for one of more than MOST_CHUNKS; both name its image.
+    Warns of a caption of more than 4 chunks; raises DataError for one of more than MOST_CHUNKS. Both name its image.
     """
     names = {prior_prompt: "prior_prompt"}
     names |= {text: record.name for record in (*images.training, *images.held_out) for text in record.captions}

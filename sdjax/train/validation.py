@@ -143,9 +143,9 @@ class Validator:
             "progress": False,
         }
         texts = settings.prompts if prompts is None else prompts
-        drawn = [_drawn(sd.text2image, side, text, seed=settings.seed + i, **shared) for i, text in enumerate(texts)]
+        drawn = [_one(sd.text2image, side, text, seed=settings.seed + i, **shared) for i, text in enumerate(texts)]
         masked = enumerate(self._masked)
-        return drawn + [_drawn(sd.inpaint, side, *given, seed=settings.seed + i, **shared) for i, given in masked]
+        return drawn + [_one(sd.inpaint, side, *given, seed=settings.seed + i, **shared) for i, given in masked]
 
     def _current(self, state: State) -> Model:
         """Returns the model as this state leaves it."""
@@ -176,7 +176,7 @@ class Validator:
         return Model(outline, self._parallel.place_model(params), mesh=self._parallel.mesh)
 
 
-def _drawn(draw: Callable[..., list[Image.Image]], side: int, *arguments: Any, **settings: Any) -> Image.Image:
+def _one(draw: Callable[..., list[Image.Image]], side: int, *arguments: Any, **settings: Any) -> Image.Image:
     """Returns the picture of a call, or a black one if it holds NaN: training goes on, as its state is finite."""
     try:
         return draw(*arguments, **settings)[0]
