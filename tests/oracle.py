@@ -33,15 +33,15 @@ class Read(NamedTuple):
 
 
 def randomised(model, seed=0):
-    """The PyTorch model with random parameters. PyTorch itself leaves norms at one and biases at zero."""
+    """The PyTorch model with parameters that depend on the seed alone. PyTorch itself leaves norms at one."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1:
-                parameter.add_(0.2 * noise)
+                parameter.copy_(0.2 * noise + (not name.endswith("bias")))
             else:
                 parameter.copy_(noise / max(1, parameter[0].numel()) ** 0.5)
     return model.eval().requires_grad_(False)

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,7 +68,7 @@ def save(folder: str | Path, step: int, state: PyTree, metadata: Mapping[str, An
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         temporary.mkdir()
-        with _plainly_named(temporary) as plain, _unlogged():
+        with _plainly_named(temporary) as plain, _quiet():
             ocp.save(str(plain / "state"), arrays)
         if not (temporary / "state").is_dir():
             raise FileNotFoundError(f"orbax did not write {temporary / 'state'}")
@@ -204,12 +205,23 @@ def _plainly_named(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _unlogged() -> Iterator[None]:
-    """Leaves out what orbax logs in the block: each of its threads shows the traceback of an error raised here too."""
-    logger, drop = logging.getLogger("absl"), lambda record: False
+def _quiet() -> Iterator[None]:
+    """Leaves out what orbax's threads show of an error that the block raises too.
+
+    Each of them logs its traceback. Other writes end later, find their event loop closed, and reach the hook for
+    errors that nobody can catch. After an error, that hook therefore leaves them out for good.
+    """
+    logger, drop, former = logging.getLogger("absl"), lambda record: False, sys.unraisablehook
+
+    def hook(error: Any) -> None:
+        if not (isinstance(error.exc_value, RuntimeError) and str(error.exc_value) == "Event loop is closed"):
+            former(error)
+
     logger.addFilter(drop)
+    sys.unraisablehook = hook
     try:
         yield
+        sys.unraisablehook = former
     finally:
         logger.removeFilter(drop)
 
