@@ -1,4 +1,4 @@
-"""Draws pictures from prompts: `python -m sdjax generate --model tiny --prompt "red heart" --guidance 3`.
+"""Draws pictures from prompts: `python -m sdjax generate --model tiny --prompt "red heart"`.
 
 JAX is imported only after the command line has been checked, so `--help` and mistakes are answered at once.
 """

@@ -38,7 +38,7 @@ from sdjax.models.layers import Compute, variables
 from sdjax.models.tiling import Tiling, tiled
 from sdjax.runtime.chips import check_dtype
 from sdjax.runtime.devices import at_once, check_count, copies, mesh_of, split_examples, within
-from sdjax.settings import Dtype, read_value
+from sdjax.settings import Dtype, Guidance, read_value
 from sdjax.text import textual_inversion
 from sdjax.text.encoding import TEXT_ENCODERS, HiddenState, encode_ids
 from sdjax.text.syntax import Sections
@@ -175,6 +175,15 @@ class Outline:
     def zeros_empty_prompts(self) -> bool:
         """Whether the encoding of an empty negative prompt is replaced by zeros, as in the training of SDXL."""
         return bool(self.folder.model_index.get("force_zeros_for_empty_prompt"))
+
+    @property
+    def guidance(self) -> float:
+        """The guidance scale that pictures are drawn with by default: the model's own, or 7.5.
+
+        A model names its own in `model_index.json`, where diffusers ignores it.
+        """
+        named = self.folder.model_index.get("_guidance_scale", 7.5)
+        return read_value(Guidance, named, f"{self.name}: _guidance_scale")
 
     @property
     def native_size(self) -> int:

@@ -78,6 +78,7 @@ Fraction = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
+Guidance = Annotated[float, Range(0, 1000)]
 Text = Annotated[str, Matching(".+", "not empty")]
 FileName = Annotated[
     str, Matching(r"[\w.-]*\w[\w.-]*", "a short name of letters, digits, '_', '-' and '.'", LONGEST_NAME)

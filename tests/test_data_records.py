@@ -129,13 +129,13 @@ def test_malformed_metadata(tmp_path, line, message):
 
 def test_folders_name_and_repeat_their_images(tmp_path):
     """As in kohya's scripts: 3_red cat/ holds pictures of a red cat, which an epoch shows three times each."""
-    for name in ("3_red cat/a.png", "3_red cat/b.png", "2_/c.png", "dog/d.png", "0_none/e.png", "1_x/10_y/f.png"):
+    for name in ("3_red cat/a.png", "3_red cat/b.png", "2_/c.png", "dog/d.png", "0_none/e.png", "1_x/00010_y/f.png"):
         image(tmp_path / name)
     (tmp_path / "3_red cat" / "b.txt").write_text("its own")
     (tmp_path / "2_" / "c.txt").write_text("named")
     records = scan(tmp_path, missing_caption="folder")
     assert {record.name: (record.repeats, record.caption) for record in records} == {
-        "1_x/10_y/f.png": (10, "y"),
+        "1_x/00010_y/f.png": (10, "y"),
         "2_/c.png": (2, "named"),
         "3_red cat/a.png": (3, "red cat"),
         "3_red cat/b.png": (3, "its own"),
@@ -152,6 +152,13 @@ def test_a_date_in_the_name_of_a_folder_is_no_number_of_repeats(tmp_path):
         scan(tmp_path, missing_caption="folder")
     (record,) = scan(tmp_path, missing_caption="folder", repeats={"*": 2})
     assert (record.repeats, record.caption) == (2, "trip")
+
+
+def test_the_pictures_of_the_package_are_found_from_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {record.path.is_file() for record in scan("sdjax/tiny/samples")} == {True}
+    image(tmp_path / "sdjax" / "tiny" / "samples" / "mine.png")  # a folder that is there comes first
+    assert [record.name for record in scan("sdjax/tiny/samples", caption="a picture")] == ["mine.png"]
 
 
 def test_repeats_by_pattern(tmp_path, caplog):

@@ -1,5 +1,6 @@
 """Calls to draw: a prompt and a seed for each picture, sizes, noise, second passes and variations."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -50,6 +51,16 @@ def test_noise_depends_on_the_seed_alone(outline):
     np.testing.assert_array_equal(given.noise(outline), three[:1])
     with pytest.raises(ConfigError, match=r"latents have shape \(3, 16, 16, 4\); this call needs \(1, 16, 16, 4\)"):
         text2image_request(outline, "a", "", {"latents": three}).noise(outline)
+
+
+def test_guidance_is_that_of_the_model_unless_given(outline):
+    guidance = lambda outline, **given: text2image_request(outline, "a", "", given).guidance
+    assert guidance(outline) == guidance(outline, guidance=None) == 3.0
+    assert (guidance(outline, guidance=0), guidance(outline, guidance=7)) == (0.0, 7.0)
+    index = lambda **settings: dataclasses.replace(outline.folder, model_index=settings)
+    assert guidance(dataclasses.replace(outline, folder=index())) == 7.5
+    with pytest.raises(ConfigError, match="tiny: _guidance_scale = '3': expected a number"):
+        guidance(dataclasses.replace(outline, folder=index(_guidance_scale="3")))
 
 
 def test_the_second_pass_has_a_larger_size_and_its_own_steps(outline):

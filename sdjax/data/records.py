@@ -21,6 +21,9 @@ MOST_REPEATS = 9999
 """How often an epoch may show an image. A larger number before the name of a folder is a date, or a mistake."""
 
 
+_PACKAGE = Path(__file__).parent.parent
+
+
 class Record(NamedTuple):
     """One training example."""
 
@@ -54,7 +57,8 @@ def scan(
 
     If the folder has a metadata.jsonl, with `{"file_name": ..., "text": ...}` on each line, the images are those that
     it lists. Otherwise every image counts, and NAME.txt beside NAME.png holds its caption. A caption that is absent,
-    blank or not UTF-8 is missing. Nothing outside the folder is read.
+    blank or not UTF-8 is missing. Nothing outside the folder is read. The pictures that come with sdjax, such as
+    `sdjax/tiny/samples`, are found from everywhere.
 
     caption: the caption of images that have none.
     missing_caption: what happens to images that still have none. With "folder", their caption is the name of their
@@ -68,6 +72,8 @@ def scan(
     """
     repeats = repeats or {}
     root = Path(folder).resolve()
+    if not root.is_dir() and Path(folder).parts[:2] == ("sdjax", "tiny"):
+        root = _PACKAGE.parent / folder
     if not root.is_dir():
         raise DataError(f"data.path = {str(folder)!r} is not a folder")
     metadata = root / "metadata.jsonl"
@@ -76,7 +82,7 @@ def scan(
     for name, (path, own_caption) in sorted(captioned.items()):
         number, folder_caption = _from_folder_name(name) if missing_caption == "folder" else ("1", "")
         pattern = next((p for p in repeats if fnmatch.fnmatchcase(name, p)), None)
-        if pattern is None and len(number) > len(str(MOST_REPEATS)):
+        if pattern is None and int(number) > MOST_REPEATS:
             raise DataError(
                 f"{root}: the folder {Path(name).parent.name!r} asks for each image {number} times, at most "
                 f"{MOST_REPEATS} are possible: rename it, or set data.repeats"

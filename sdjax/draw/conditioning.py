@@ -92,7 +92,7 @@ def _read(outline: Outline, request: Request, prompt: str, negative: str) -> Tex
         at_each_step = lambda text: tuple(syntax.at_each_step(text, *_steps(request)))
     if takes_guidance and len(parts) > 1:
         raise ConfigError(f"{outline.name} is drawn without guidance, so AND cannot join prompts: {prompt!r}")
-    guided = not takes_guidance and (request.settings["guidance"] != 1.0 or len(parts) > 1)
+    guided = not takes_guidance and (request.guidance != 1.0 or len(parts) > 1)
     texts = [*([negative] if guided else []), *(text for text, _ in parts)]
     by_step = tuple(at_each_step(text) for text in texts)
     chunks = tuple(outline.chunks([_weighted(request, text) for text in set(steps)]) for steps in by_step)
@@ -168,6 +168,6 @@ def _condition(
         context, pooled = zeroed(context, empty), zeroed(pooled, empty)
     added = outline.added_conditions(pooled, *request.size) or {}
     if width := outline.unet.config.time_cond_proj_dim:
-        scale = jnp.full((len(texts),), (settings["guidance"] - 1) * 1000, jnp.float32)
+        scale = jnp.full((len(texts),), (request.guidance - 1) * 1000, jnp.float32)
         added["timestep_cond"] = timestep_embedding(scale, width, flip_sin_to_cos=False, freq_shift=1)
     return Condition(context, added or None)

@@ -244,7 +244,7 @@ def _sample_group(
     variables = model.variables("unet", group.rows * (len(conditions[0][0].context) // len(group.rows)))
     keys = request.keys[np.array(group.rows)]
     settings, outline = request.settings, model.outline
-    guidance, rescale = jnp.float32(settings["guidance"]), jnp.float32(settings["guidance_rescale"])
+    guidance, rescale = jnp.float32(request.guidance), jnp.float32(settings["guidance_rescale"])
     sampler_step = compiled_sampler_step(outline)
     split = functools.partial(split_examples, model.mesh)
     keys, weights, given = split((keys, group.weights, given))

@@ -32,7 +32,7 @@ _SECOND_NOISE = 1_000_000
 class Request:
     """One call to draw: a prompt and a seed for each picture, and the settings that all pictures share.
 
-    settings: complete, with height and width in pixels.
+    settings: complete, with the guidance, and with height and width in pixels.
     strength: the share of the noise schedule that is run, in (0, 1].
     latents: unit noise in place of the noise of the seeds.
     earlier_steps: the number of steps of the pass before this one; the steps in prompts count on from there.
@@ -54,6 +54,13 @@ class Request:
         height, width = self.settings["height"], self.settings["width"]
         assert height is not None and width is not None
         return height, width
+
+    @property
+    def guidance(self) -> float:
+        """Scale of the classifier-free guidance. 1 is off."""
+        guidance = self.settings["guidance"]
+        assert guidance is not None
+        return guidance
 
     @property
     def keys(self) -> Array:
@@ -226,6 +233,8 @@ def _request(
     for name, default in zip(("height", "width"), size, strict=True):
         side = Annotated[int, Range(outline.size_multiple, LARGEST_SIDE, multiple=outline.size_multiple)]
         settings[name] = read_value(side, settings.get(name) or default, name)
+    if settings.get("guidance") is None:
+        settings["guidance"] = outline.guidance
     repeat = lambda texts: tuple(text for text in texts for _ in range(count))
     total = len(prompts) * count
     # As in A1111, variations are of one picture: the second seed counts up instead of the first.

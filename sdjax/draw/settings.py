@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict, cast, get_type_hints
 
-from sdjax.settings import Fraction, Range, Seed, choices, metadata, parse, read_record
+from sdjax.settings import Fraction, Guidance, Range, Seed, choices, metadata, parse, read_record
 
 SAMPLER_LABELS = {
     "ddim": "DDIM",
@@ -32,7 +32,6 @@ else:
     SamplerName = Literal[tuple(SAMPLER_LABELS)]
 
 Steps = Annotated[int, Range(1, 1000)]
-Guidance = Annotated[float, Range(0, 1000)]
 LARGEST_SIDE = 16384
 """Longest side of a picture in pixels."""
 Side = Annotated[int, Range(8, LARGEST_SIDE, multiple=8)]
@@ -103,12 +102,13 @@ class Sampling(TypedDict, total=False):
         ),
     ]
     guidance: Annotated[
-        Guidance,
+        Guidance | None,
         Declared(
-            7.5,
-            "classifier-free guidance scale of Ho and Salimans 2022; 1 is off, and the tiny model likes 2 to 4",
+            None,
+            "classifier-free guidance scale of Ho and Salimans 2022; 1 is off",
             "CFG scale",
-            axis=True,
+            True,
+            "the model's, or 7.5",
         ),
     ]
     guidance_rescale: Annotated[

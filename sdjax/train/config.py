@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar, get_type_hints
 
 from sdjax.data.records import MOST_REPEATS
-from sdjax.draw.settings import Guidance, SamplerName, Steps
+from sdjax.draw.settings import SamplerName, Steps
 from sdjax.errors import ConfigError
 from sdjax.settings import (
     Count,
     Dtype,
     FileName,
     Fraction,
+    Guidance,
     LoraTargets,
     NotNegative,
     Positive,
@@ -253,8 +254,8 @@ class Validation:
     """Optimizer steps between validations. 0: only at the start and the end of a stage."""
     steps: Steps = 20
     """Sampler steps of a picture."""
-    guidance: Guidance = 7.5
-    """Guidance scale. 1: none."""
+    guidance: Guidance | None = None
+    """Guidance scale. 1: none. Default: the model's own, or 7.5."""
     sampler: SamplerName = "dpmpp_2m"
     """Sampler."""
     seed: Seed = 0

@@ -162,7 +162,7 @@ def _use(config: RunConfig, plan: StagePlan, results: Results, prompt: str) -> l
         *([f"--lora {KOHYA_FILE}"] if results.adapters else []),
         *(f"--embedding {file}" for file in files.values()),
         f"--prompt {json.dumps(prompt)}",
-        f"--guidance {config.validation.guidance:g}",
+        *([] if (guidance := config.validation.guidance) is None else [f"--guidance {guidance:g}"]),
     ]
     lines = [f"- sdjax: `python -m sdjax.generate {' '.join(flags)}`"]
     if results.weights:

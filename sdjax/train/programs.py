@@ -70,7 +70,7 @@ def _stage(config: RunConfig, run: Run, plans: Sequence[StagePlan], devices: Seq
             count=1,
             steps=how.steps,
             sampler=how.sampler,
-            guided=how.guidance != 1,
+            guided=(outline.guidance if how.guidance is None else how.guidance) != 1,
             clip_skip=config.clip_skip,
         )
         pictures = validations * len(how.prompts)

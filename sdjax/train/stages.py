@@ -490,7 +490,7 @@ def _as_float32(shapes: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shapes)
 
 
-_NOT_COMPUTED = ("_name_or_path", "_diffusers_version", "transformers_version")
+_NOT_COMPUTED = ("_name_or_path", "_diffusers_version", "_guidance_scale", "transformers_version")
 
 
 def _fingerprint(outline: Outline) -> str:
