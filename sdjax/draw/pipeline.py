@@ -47,7 +47,7 @@ class StableDiffusion:
     ) -> list[Image.Image]:
         """Draws `num_images` pictures of each prompt.
 
-        settings: see `draw.settings`. By default 20 steps of dpmpp_2m, at the model's guidance (7.5 for most models), at
+        settings: see `draw.settings`. By default 20 steps of dpmpp_2m, at the model's guidance (7.5 for most), at
         the size that it was trained at or that of `latents`. With hires_scale above 1 the picture is drawn small,
         enlarged and drawn again.
         Each picture carries its settings in `info["parameters"]`.
