@@ -74,6 +74,29 @@ def test_a_signal_is_not_lost(place, number):
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "goes on\n", "stopped\n")
 
 
+def test_a_signal_at_the_end_of_a_command_is_told_once():
+    """It used to raise KeyboardInterrupt a second later, whatever Python was doing by then."""
+    code = """
+        import os, signal, sys, time
+        from sdjax.runtime import command
+
+        def setitimer(which, seconds, real=signal.setitimer):
+            if not seconds:
+                signal.setitimer = real
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)
+            real(which, seconds)
+
+        signal.setitimer, command._AGAIN = setitimer, 0.1
+        code = command.run(lambda argv: None, [], (signal.SIGTERM,))
+        time.sleep(0.5)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        sys.exit(code)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=15)
+    assert (done.returncode, done.stderr) == (143, "stopped\n")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_process_that_really_runs_out_of_memory_says_so(tmp_path):
     Image.new("1", (9000, 9000)).save(tmp_path / "large.png")

@@ -103,12 +103,18 @@ def _stopped_by(signals: Sequence[int], received: list[int]) -> Iterator[None]:
 
     hook = sys.unraisablehook
     caught = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
-    former = {number: signal.signal(number, handle) for number in (*caught, signal.SIGALRM)}
-    sys.unraisablehook = ignored
+    former: dict[int, Any] = {}
     try:
+        sys.unraisablehook = ignored
+        for number in (*caught, signal.SIGALRM):
+            former[number] = signal.getsignal(number)
+            signal.signal(number, handle)
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        while former:  # a signal may come here too
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                for number, handler in former.items():
+                    signal.signal(number, handler)
+                former = {}
         sys.unraisablehook = hook
