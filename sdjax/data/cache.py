@@ -4,6 +4,8 @@ A cache entry is a folder named after the digest of everything that the entry de
 array, which is memory-mapped, and index.json with the arrays' shapes and digests. An entry is written under another
 name and renamed when it is complete, so a killed run leaves no partial entry. An entry that does not match its digests
 is computed again.
+
+A large set is kept in several entries. Processes that train together share out those that are missing.
 """
 
 import contextlib
@@ -23,8 +25,10 @@ from jaxtyping import Bool, Shaped, UInt8
 
 from sdjax.data.holes import make_holes
 from sdjax.data.images import Crop, Size, random_crops, read_image, read_mask
+from sdjax.data.joined import joined
 from sdjax.data.records import Record, file_digest
 from sdjax.errors import DataError
+from sdjax.runtime import processes
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +40,9 @@ _FAULTS = (OSError, ValueError, KeyError, TypeError)
 
 TEXTS_AT_ONCE = 16
 """Captions that are encoded at a time."""
+
+LARGEST = 256
+"""Most images, or captions, of an entry. A multiple of how many are encoded at a time."""
 
 Arrays = Mapping[str, Shaped[np.ndarray, " N *S"]]
 
@@ -111,18 +118,23 @@ def cache_images(
     model: identifies the weights of `encode`. progress(done, total): called after each batch.
     Raises DataError for a bad image, unless `on_bad_image` is "skip"; the result may then have no images.
     """
-    key = views.key(records, [file_digest(record.path) for record in records])
-    key |= {"kind": "pixels" if encode is None else "latents", "background": views.background}
-    key |= {} if encode is None else {"model": model}
     encode_named = None if encode is None else lambda images: {"moments": encode(images)}
-    kept: list[int] = []
-    skipped: list[str] = []
 
-    def rows() -> Iterator[Mapping[str, np.ndarray]]:
-        for start in range(0, len(records), batch_size):
+    def entry(begin: int, members: Sequence[Record]) -> _Missing:
+        key = views.key(members, [file_digest(record.path) for record in members])
+        key |= {"kind": "pixels" if encode is None else "latents", "background": views.background}
+        key |= {} if encode is None else {"model": model}
+        kept: list[int] = []
+        skipped: list[str] = []
+        return _Missing(key, rows(begin, members, kept, skipped), {"kept": kept, "skipped": skipped})
+
+    def rows(
+        begin: int, members: Sequence[Record], kept: list[int], skipped: list[str]
+    ) -> Iterator[Mapping[str, np.ndarray]]:
+        for start in range(0, len(members), batch_size):
             images = []
-            for i in range(start, min(start + batch_size, len(records))):
-                record = records[i]
+            for i in range(start, min(start + batch_size, len(members))):
+                record = members[i]
                 try:
                     pictures = read_image(record.path, views.size, views.background, views.crops_of(record))
                 except DataError as e:
@@ -140,14 +152,15 @@ def cache_images(
             else:
                 yield _encoded([(image,) for image in images], batch_size, encode_named)
             if progress:
-                progress(min(start + batch_size, len(records)), len(records))
+                progress(begin + min(start + batch_size, len(members)), len(records))
 
-    arrays, notes = _entry(Path(folder), key, rows(), {"kept": kept, "skipped": skipped})
-    if notes["skipped"]:
+    arrays, notes = _entries(Path(folder), records, entry)
+    skipped = tuple(message for _, note in notes for message in note["skipped"])
+    if skipped:
         if on_bad_image == "fail":
-            raise _bad_image(notes["skipped"][0])
-        log.warning("%d of %d images skipped", len(notes["skipped"]), len(records))
-    return Images(tuple(records[i] for i in notes["kept"]), arrays, tuple(notes["skipped"]))
+            raise _bad_image(skipped[0])
+        log.warning("%d of %d images skipped", len(skipped), len(records))
+    return Images(tuple(records[begin + i] for begin, note in notes for i in note["kept"]), arrays, skipped)
 
 
 def cache_masks(images: Images, views: Views, factor: int, *, folder: str | Path) -> Images:
@@ -155,18 +168,18 @@ def cache_masks(images: Images, views: Views, factor: int, *, folder: str | Path
 
     An image without a mask file has its alpha channel as mask. Raises DataError for a mask that cannot be used.
     """
-    sources = [record.mask or record.path for record in images.records]
-    alpha = [record.mask is None for record in images.records]
-    key = views.key(images.records, [file_digest(path) for path in sources])
-    key |= {"kind": "masks", "factor": factor, "alpha": alpha}
     size = Size(*(side // factor for side in views.size))
 
-    def rows() -> Iterator[Mapping[str, np.ndarray]]:
-        for record, path, from_alpha in zip(images.records, sources, alpha, strict=True):
-            mask = read_mask(path, size, views.crops_of(record), alpha=from_alpha)
-            yield {"mask": _with_mirrored(mask, views.flip)[None]}
+    def entry(_: int, records: Sequence[Record]) -> _Missing:
+        key = views.key(records, [file_digest(record.mask or record.path) for record in records])
+        key |= {"kind": "masks", "factor": factor, "alpha": [record.mask is None for record in records]}
+        return _Missing(key, map(row, records), {})
 
-    arrays, _ = _entry(Path(folder), key, rows(), {})
+    def row(record: Record) -> Mapping[str, np.ndarray]:
+        mask = read_mask(record.mask or record.path, size, views.crops_of(record), alpha=record.mask is None)
+        return {"mask": _with_mirrored(mask, views.flip)[None]}
+
+    arrays, _ = _entries(Path(folder), images.records, entry)
     return images._replace(arrays={**images.arrays, **arrays})
 
 
@@ -185,11 +198,14 @@ def cache_holes(
     encode: turns images and their masks (True where hidden) into these arrays by name, in batches as in `cache_images`.
     Raises DataError for a mask file that cannot be used.
     """
-    records = images.records
-    key = views.key(records, [file_digest(record.path) for record in records])
-    key |= {"kind": "holes", "model": model, "background": views.background, "holes": views.holes, "full": views.full}
-    key |= {"seed": views.seed, "names": [record.name for record in records]}
-    key |= {"own": ["" if record.hole is None else file_digest(record.hole) for record in records]}
+
+    def entry(begin: int, records: Sequence[Record]) -> _Missing:
+        key = views.key(records, [file_digest(record.path) for record in records])
+        key |= {"kind": "holes", "model": model, "background": views.background}
+        key |= {"holes": views.holes, "full": views.full}
+        key |= {"seed": views.seed, "names": [record.name for record in records]}
+        key |= {"own": ["" if record.hole is None else file_digest(record.hole) for record in records]}
+        return _Missing(key, rows(begin, records), {})
 
     def shown(record: Record) -> list[np.ndarray]:
         """The image and the mask of each view."""
@@ -199,14 +215,14 @@ def cache_holes(
         pairs = np.repeat(pictures, views.holes, axis=0), holes.reshape(-1, *views.size)
         return [_with_mirrored(array, views.flip) for array in pairs]
 
-    def rows() -> Iterator[Mapping[str, np.ndarray]]:
+    def rows(begin: int, records: Sequence[Record]) -> Iterator[Mapping[str, np.ndarray]]:
         for start in range(0, len(records), batch_size):
             batch = records[start : start + batch_size]
             yield _encoded([shown(record) for record in batch], batch_size, encode)
             if progress:
-                progress(start + len(batch), len(records))
+                progress(begin + start + len(batch), len(images.records))
 
-    arrays, _ = _entry(Path(folder), key, rows(), {})
+    arrays, _ = _entries(Path(folder), images.records, entry)
     return images._replace(arrays={**images.arrays, **arrays})
 
 
@@ -225,15 +241,18 @@ def cache_texts(
     shapes every time. model, settings: identify what `encode` computes, for example by clip_skip.
     """
     unique = sorted({"", *captions})
-    key = {"kind": "texts", "model": model, "settings": dict(settings or {}), "captions": unique}
 
-    def rows() -> Iterator[Mapping[str, np.ndarray]]:
-        for start in range(0, len(unique), batch_size):
-            batch = unique[start : start + batch_size]
+    def entry(_: int, texts: Sequence[str]) -> _Missing:
+        key = {"kind": "texts", "model": model, "settings": dict(settings or {}), "captions": texts}
+        return _Missing(key, rows(texts), {})
+
+    def rows(texts: Sequence[str]) -> Iterator[Mapping[str, np.ndarray]]:
+        for start in range(0, len(texts), batch_size):
+            batch = [*texts[start : start + batch_size]]
             encoded = encode(batch + [""] * (batch_size - len(batch)))
             yield {name: _storable(array)[: len(batch)] for name, array in encoded.items()}
 
-    arrays, _ = _entry(Path(folder), key, rows(), {})
+    arrays, _ = _entries(Path(folder), unique, entry)
     return Texts({caption: row for row, caption in enumerate(unique)}, arrays)
 
 
@@ -271,13 +290,37 @@ def storable(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float32) if dtype.kind == "V" or dtype.name == "bfloat16" else dtype
 
 
+class _Missing(NamedTuple):
+    """What an entry depends on, and how it is made if it is missing."""
+
+    key: Mapping[str, Any]
+    rows: Iterable[Mapping[str, np.ndarray]]
+    notes: dict[str, Any]
+    """Iterating over the rows may change it."""
+
+
+def _entries(
+    folder: Path, items: Sequence[Any], entry: Callable[[int, Sequence[Any]], _Missing]
+) -> tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]:
+    """Returns the joined arrays of the entries of all items, and for each entry its first item and its notes.
+
+    entry(begin, members): of the items from number `begin` on.
+    """
+    starts = range(0, max(1, len(items)), LARGEST)
+    wanted = [entry(start, items[start : start + LARGEST]) for start in starts]
+    found = {number: _entry(folder, *each) for number, each in enumerate(wanted) if processes.is_mine(number)}
+    processes.wait("cache")
+    found |= {number: _entry(folder, *each) for number, each in enumerate(wanted) if number not in found}
+    parts = [found[number] for number in range(len(wanted))]
+    names = next((list(arrays) for arrays, _ in parts if arrays), [])  # an entry whose images are all bad has none
+    arrays = {name: joined([arrays[name] for arrays, _ in parts if arrays]) for name in names}
+    return arrays, [(start, notes) for start, (_, notes) in zip(starts, parts, strict=True)]
+
+
 def _entry(
     folder: Path, key: Mapping[str, Any], rows: Iterable[Mapping[str, np.ndarray]], notes: dict[str, Any]
 ) -> tuple[dict[str, np.memmap], dict[str, Any]]:
-    """Returns the arrays and notes of the entry of `key`.
-
-    If there is no good entry, one is written from `rows`. Iterating over `rows` may change `notes`.
-    """
+    """Returns the arrays and notes of the entry of `key`; see `_Missing`. If there is no good one, it is written."""
     digest = hashlib.sha256(json.dumps({"format": FORMAT, **key}, sort_keys=True).encode()).hexdigest()
     place = folder / f"{key['kind']}-{digest[:16]}"
     if place.exists():

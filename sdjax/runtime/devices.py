@@ -64,9 +64,24 @@ def put(leaf: Any, sharding: NamedSharding) -> Any:
     """Returns an array placed on a mesh, or its shape placed there."""
     if is_shape(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    if jax.process_count() > 1 and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.jit(lambda: leaf, out_shardings=sharding)()  # device_put refuses keys across processes
-    return jax.device_put(leaf, sharding)
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        words = put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+    values = np.asarray(leaf)  # several processes: each places what its devices hold
+    return jax.make_array_from_callback(values.shape, sharding, lambda part: values[part])
+
+
+def held(leaf: Any, mesh: Mesh) -> Any:
+    """Returns an array placed over several processes as this one holds it, on the mesh of its own devices.
+
+    These devices must hold all of it. In a process alone this changes nothing.
+    """
+    if is_shape(leaf) or leaf.is_fully_addressable:
+        return leaf
+    parts = [shard.data for shard in leaf.addressable_shards]
+    return jax.make_array_from_single_device_arrays(leaf.shape, NamedSharding(mesh, leaf.sharding.spec), parts)
 
 
 def copies(mesh: Mesh, tree: PyTree) -> PyTree:

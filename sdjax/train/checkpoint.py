@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from sdjax.errors import ConfigError, DataError, TrainingStopped
+from sdjax.runtime import processes
 from sdjax.runtime.whole_file import sync, sync_below
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def save(folder: str | Path, step: int, state: PyTree, metadata: Mapping[str, An
     """Saves the state as the checkpoint of a step. It is on the disk when this returns. See `prune` for earlier ones.
 
     state: a tree of typed PRNG keys and of arrays, on the host or on addressable devices. metadata: values for JSON.
+    Several processes call this together, each with the whole state. The first one writes.
     Raises TrainingStopped for a state that is not finite, and DataError if the checkpoint cannot be written. Earlier
     ones are then untouched.
     """
@@ -65,19 +67,23 @@ def save(folder: str | Path, step: int, state: PyTree, metadata: Mapping[str, An
         )
     temporary, place = folder / f".saving_{step:08d}", folder / f"step_{step:08d}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        temporary.mkdir()
+        if processes.is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(folder)
+            temporary.mkdir()
+        processes.wait(f"the folder of checkpoint {step}")
         with _plainly_named(temporary) as plain, _quiet():
             ocp.save(str(plain / "state"), arrays)
-        if not (temporary / "state").is_dir():
-            raise FileNotFoundError(f"orbax did not write {temporary / 'state'}")
-        _write_record(temporary, dict(metadata), {path: _kind(array) for path, array in arrays.items()})
-        sync_below(temporary)
-        if place.exists():
-            shutil.rmtree(place)
-        temporary.rename(place)
-        sync(folder)
+        if processes.is_first():
+            if not (temporary / "state").is_dir():
+                raise FileNotFoundError(f"orbax did not write {temporary / 'state'}")
+            _write_record(temporary, dict(metadata), {path: _kind(array) for path, array in arrays.items()})
+            sync_below(temporary)
+            if place.exists():
+                shutil.rmtree(place)
+            temporary.rename(place)
+            sync(folder)
+        processes.wait(f"checkpoint {step}")
     except Exception as e:  # orbax and tensorstore turn a full disk into many kinds of error
         _remove_leftovers(folder)
         raise DataError(f"checkpoint of step {step} not saved in {folder}: {_one_line(e)}") from e
@@ -105,7 +111,9 @@ def restore(
     that of `step` is missing or damaged, or if the saved tree differs from that of `expect`.
     """
     folder = Path(folder).absolute()
-    _rename_whole(folder)
+    if processes.is_first():
+        _rename_whole(folder)
+    processes.wait("checkpoints")
     known = steps(folder)
     if step is not None:
         if step not in known:

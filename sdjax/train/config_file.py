@@ -23,6 +23,9 @@ from sdjax.train.config import Data, OnResume, RunConfig, Stage, check
 
 log = logging.getLogger(__name__)
 
+COMMAND_FLAGS = ("resume", "resume-step", "debug", "coordinator", "processes", "process")
+"""The flags of the command, which are no settings of the run."""
+
 
 class Arguments(NamedTuple):
     """A training command line, read and checked."""
@@ -34,6 +37,12 @@ class Arguments(NamedTuple):
     """The step of the checkpoint to resume from, counted over all stages."""
     debug: bool
     """Whether to show tracebacks."""
+    coordinator: str | None
+    """HOST:PORT of the first of several processes, or auto; see `runtime.processes.join`."""
+    processes: int | None
+    """The number of processes."""
+    process: int | None
+    """The index of this process."""
 
 
 # --------------------------------------------------------------------------------------------------- tables <-> records
@@ -196,6 +205,8 @@ def _toml_value(value: Any) -> str:
 def parse_args(argv: Sequence[str] | None = None, prog: str = "sdjax.train") -> Arguments:
     """Reads `CONFIG.toml [--key value ...] [--resume [--resume-step N]] [--debug]`. Flags win over the file.
 
+    Several processes that train together also get `--coordinator HOST:PORT --processes N --process I`.
+
     argv: by default that of the process. A stage has a number: `--stages.0.steps 5`. `--help` prints the flags and
     exits with 0. Raises ConfigError.
     """
@@ -216,6 +227,11 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "sdjax.train") -> 
         resume: Annotated[bool, tyro.conf.arg(help="Resume from the newest intact checkpoint.")] = False
         resume_step: Annotated[int | None, tyro.conf.arg(help="Resume from this step, counted over all stages.")] = None
         debug: Annotated[bool, tyro.conf.arg(help="Show tracebacks of errors.")] = False
+        coordinator: Annotated[
+            str | None, tyro.conf.arg(help="HOST:PORT of the first of several processes; auto: JAX finds them.")
+        ] = None
+        processes: Annotated[int | None, tyro.conf.arg(help="Number of processes.")] = None
+        process: Annotated[int | None, tyro.conf.arg(help="Index of this process, from 0.")] = None
 
     default = Command("", config)
     complaint = io.StringIO()
@@ -227,12 +243,16 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "sdjax.train") -> 
             raise
         raise ConfigError(_unboxed(complaint.getvalue())) from None
     if unknown:
-        known = [f"--{flag}" for flag in ("resume", "resume-step", "debug", *flags(config))]
+        known = [f"--{flag}" for flag in (*COMMAND_FLAGS, *flags(config))]
         near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), known, n=1)
         raise ConfigError(f"unknown flag {unknown[0]}: {f'did you mean {near[0]}?' if near else '--help lists them'}")
     # Read again from a table, so that flags obey the same rules as the file.
     config = from_table(to_table(command.config))
-    return Arguments(config, command.resume or command.resume_step is not None, command.resume_step, command.debug)
+    return Arguments(
+        config,
+        command.resume or command.resume_step is not None,
+        *(command.resume_step, command.debug, command.coordinator, command.processes, command.process),
+    )
 
 
 def flags(record: Any) -> Iterator[str]:

@@ -23,6 +23,7 @@ from sdjax.draw.pipeline import StableDiffusion
 from sdjax.errors import DataError
 from sdjax.model import Model
 from sdjax.models import layers, vae
+from sdjax.runtime import processes
 from sdjax.runtime.whole_file import replacing
 from sdjax.text.encoding import encode_ids
 from sdjax.train.results import Results, base_weights
@@ -98,7 +99,7 @@ def class_images(run: Run, plan: StagePlan, earlier: Results) -> tuple[Record, .
     provided = [path for path in images_below(folder) if not _DRAWN.fullmatch(path.name)]
     names = [f"drawn-{digest}-{seed:05d}.png" for seed in range(max(0, stage.prior_count - len(provided)))]
     missing = [seed for seed, name in enumerate(names) if not (folder / name).is_file()]
-    if missing:
+    if missing and processes.is_first():
         params = {part: base_weights(outline, part, earlier) for part in outline.shapes}
         sd = StableDiffusion(Model(outline, params, earlier.rows))
         with _bar(f"{stage.name}: drawing class images", len(missing)) as bar:
@@ -114,6 +115,7 @@ def class_images(run: Run, plan: StagePlan, earlier: Results) -> tuple[Record, .
                 with replacing(folder / names[seed]) as file:
                     picture.save(file, "PNG")
                 bar.update()
+    processes.wait("class images")
     wanted = {path.resolve() for path in provided} | {(folder / name).resolve() for name in names}
     records = scan(folder, caption=stage.prior_prompt)
     return tuple(record._replace(caption=stage.prior_prompt) for record in records if record.path.resolve() in wanted)

@@ -16,7 +16,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from sdjax.data.dataset import make_batch, prefetch
 from sdjax.errors import ConfigError, DataError
-from sdjax.runtime import out_of_memory
+from sdjax.runtime import out_of_memory, processes
 from sdjax.runtime.whole_file import replacing
 from sdjax.train import checkpoint, config_file, loss_scaling
 from sdjax.train.autoencoder import normalised
@@ -48,7 +48,8 @@ def train(config: RunConfig, *, resume: bool = False, resume_step: int | None = 
     """
     with contextlib.ExitStack() as entered:
         for member in config.members():
-            entered.enter_context(checkpoint.locked(member.output))
+            if processes.is_first():
+                entered.enter_context(checkpoint.locked(member.output))
             if not resume and checkpoint.steps(Path(member.output) / "checkpoints"):
                 raise ConfigError(
                     f"output = '{member.output}' holds checkpoints: --resume goes on from them, "
@@ -65,6 +66,7 @@ def train(config: RunConfig, *, resume: bool = False, resume_step: int | None = 
             if code:
                 log.warning("stopped; --resume goes on from here")
                 return code
+        processes.wait("the end")
     return 0
 
 
@@ -98,17 +100,18 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
         return list(zip(trainings, unstack(fetched, len(trainings)) if copies else [fetched], strict=True))
 
     with contextlib.ExitStack() as entered:
-        stop = entered.enter_context(checkpoint.StopSignal())
+        stop, agreed = entered.enter_context(checkpoint.StopSignal()), processes.Agreed()
         batches = entered.enter_context(contextlib.closing(prefetch(batch, range(begin, plan.stage.steps))))
         for training in trainings:
             entered.enter_context(training.metrics.of_stage(training.plan, begin, shown=training is first))
         for step in range(begin, plan.stage.steps + 1):  # the number of steps done
-            if stop.requested:
+            if code := agreed(stop.exit_code):
                 _save(step, current())
-                return stop.exit_code
+                return code
             if step in (0, plan.stage.steps) or _due(step, config.validation.every):
                 for training, reached in current():
-                    training.validate(step, reached)
+                    if processes.is_first():
+                        training.validate(step, reached)
             if step == plan.stage.steps:
                 break
             state, measured = parallel.step(state, frozen, next(batches), key)
@@ -120,15 +123,16 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
                 _save(step + 1, current())
         for training, reached in current():
             training.finish(reached)
-    return stop.exit_code
+        return int(processes.largest(stop.exit_code))
 
 
 def _save(step: int, current: Sequence[tuple["Training", State]]) -> None:
     """Saves each run after `step` steps. The checkpoints before are kept until all have saved."""
     for training, reached in current:
         training.save(step, reached)
-    for training, _ in current:
-        training.prune()
+    if processes.is_first():
+        for training, _ in current:
+            training.prune()
 
 
 def _due(step: int, every: int) -> bool:
@@ -209,8 +213,9 @@ class Training:
 
     def open(self) -> None:
         """Writes config.toml, and opens metrics.jsonl at the place the run has reached."""
-        with replacing(self._folder / "config.toml") as file:
-            file.write(config_file.to_toml(self.run.config).encode())
+        if processes.is_first():
+            with replacing(self._folder / "config.toml") as file:
+                file.write(config_file.to_toml(self.run.config).encode())
         self.metrics = Metrics(self._folder / "metrics.jsonl", self.run, stage=self.number, step=self.step)
 
     def load(self, first: "Training") -> State:
@@ -232,7 +237,7 @@ class Training:
         On a mesh they take the place of those that were loaded.
         """
         if self.plan.parallel.mesh is not None:
-            self.frozen["params"] = placed
+            self.frozen["params"] = self.plan.parallel.held(placed)
         errors = None if self is first else first.validate.errors
         self.validate = Validator(self.run, self.plan, self._held_out, self.frozen, self.earlier, self.metrics, errors)
 
@@ -267,7 +272,8 @@ class Training:
             results = results._replace(weights=results.weights | {"vae": vae})
         results = jax.tree.map(np.asarray, results)
         folder = self._folder / "export" / self.plan.stage.name
-        export(folder, self.run.config, self.plan, results, self.validate.before_and_after())
+        if processes.is_first():
+            export(folder, self.run.config, self.plan, results, self.validate.before_and_after())
         log.info("stage %s is done: %s", self.plan.stage.name, folder)
         self.number, self.step, self.earlier = self.number + 1, 0, results
         self._saved = None

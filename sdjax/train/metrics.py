@@ -17,6 +17,7 @@ import jax
 from jaxtyping import Array
 
 from sdjax.errors import DataError, TrainingStopped
+from sdjax.runtime import processes
 from sdjax.runtime.whole_file import replacing
 from sdjax.train.stages import Run, StagePlan
 
@@ -41,7 +42,8 @@ class Metrics:
         self._skipped = 0
         self._waiting: tuple[int, Mapping[str, Array]] | None = None
         self._since = time.perf_counter()
-        _drop_later_lines(path, [plan.stage.name for plan in run.stages], stage, step)
+        if processes.is_first():
+            _drop_later_lines(path, [plan.stage.name for plan in run.stages], stage, step)
 
     @contextlib.contextmanager
     def of_stage(self, plan: StagePlan, step: int, *, shown: bool = True) -> Iterator[None]:
@@ -56,7 +58,7 @@ class Metrics:
             unit="step",
             mininterval=0.2 if sys.stderr.isatty() else 15,
             dynamic_ncols=True,
-            disable=not shown,
+            disable=not (shown and processes.is_first()),
         ) as self._bar:
             yield
 
@@ -98,6 +100,8 @@ class Metrics:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends a line to metrics.jsonl. Raises DataError if the file cannot be written."""
+        if not processes.is_first():
+            return
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")

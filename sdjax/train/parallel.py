@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 
 from sdjax.errors import ConfigError
 from sdjax.runtime.compiler_options import compiler_options
-from sdjax.runtime.devices import is_shape, mesh_of, put, split_largest, within
+from sdjax.runtime.devices import held, is_shape, mesh_of, put, split_largest, within
 
 
 class TrainStep(Protocol):
@@ -49,6 +49,8 @@ class Parallel(NamedTuple):
     """Places frozen weights as `place_state` does, but does not copy an array that is in place already."""
     place_batch: Callable[[Mapping[str, np.ndarray]], PyTree]
     """Splits a batch over the devices. Every process passes the whole batch."""
+    held: Callable[[PyTree], PyTree]
+    """Returns placed weights as this process holds them, whole, on its own devices."""
     fetch: Callable[[PyTree], PyTree]
     """Returns a placed state as a tree of NumPy arrays and typed PRNG keys."""
     loading: Callable[[], AbstractContextManager]
@@ -56,7 +58,7 @@ class Parallel(NamedTuple):
     in the memory of the host, because one device may be too small for all of them."""
     place_model: Callable[[PyTree], PyTree]
     """Places the weights of a model for other programs than the step, such as drawing: with several devices under `jit`
-    as `place_frozen` does, else on one device."""
+    as `place_frozen` does, but on those of this process, else on one device."""
     mesh: Mesh | None
     """The mesh that `place_model` places on. None: one device."""
 
@@ -107,6 +109,8 @@ def _mesh_sizes(data: int, fsdp: int, devices: int) -> tuple[int, int]:
 
 def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], options: dict[str, Any]) -> Parallel:
     mesh = mesh_of(devices, data, fsdp)
+    own = _own(devices, fsdp)
+    own_mesh = mesh_of(own, len(own) // fsdp, fsdp)
     everywhere = NamedSharding(mesh, P())
     parts = NamedSharding(mesh, P(("data", "fsdp")))
 
@@ -125,9 +129,14 @@ def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], opt
             state, metrics = step_of(state, frozen, batch, key, reduce=lambda tree: tree)
         return jax.lax.with_sharding_constraint((state, metrics), (jax.tree.map(split, state), everywhere))
 
+    def place_model(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: put(leaf, NamedSharding(own_mesh, split_largest(leaf.shape, fsdp))), tree)
+
+    def held_here(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: held(leaf, own_mesh), tree)
+
     def fetch(state: PyTree) -> PyTree:
-        gather = jax.jit(lambda leaf: leaf, out_shardings=everywhere)  # a process can read only from its devices
-        return jax.tree.map(lambda leaf: _fetch(leaf if leaf.is_fully_replicated else gather(leaf)), state)
+        return _fetch(held_here(state))
 
     def place_batch(batch: Mapping[str, np.ndarray]) -> PyTree:
         # With a callback, because a process can place data only on its devices.
@@ -139,10 +148,28 @@ def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], opt
         }
 
     step = jax.jit(train_step, donate_argnums=0, compiler_options=options)
-    several = _in_host_memory, place_frozen, mesh
+    several = _in_host_memory, place_model, own_mesh
     one = contextlib.nullcontext, jax.device_put, None
-    placed = place_state, place_frozen, place_batch, fetch
+    placed = place_state, place_frozen, place_batch, held_here, fetch
     return Parallel(data * fsdp, step, *placed, *(several if len(devices) > 1 else one))
+
+
+def _own(devices: Sequence[Any], fsdp: int) -> list[Any]:
+    """Returns the devices of this process, or all of them if they are only described.
+
+    Raises ConfigError unless every process has as many, and holds all parts of what is split over the axis fsdp.
+    """
+    if jax.process_count() == 1:
+        return list(devices)
+    by_process: dict[int, list[Any]] = {}
+    for device in devices:
+        by_process.setdefault(device.process_index, []).append(device)
+    counts = set(map(len, by_process.values()))
+    if len(by_process) < jax.process_count() or len(counts) > 1:
+        raise ConfigError(f"parallel.mesh takes {len(devices)} devices; every process must have as many of them")
+    if (most := counts.pop()) % fsdp:
+        raise ConfigError(f"parallel.mesh.fsdp = {fsdp} must divide the {most} devices of a process")
+    return by_process[jax.process_index()]
 
 
 def _in_host_memory() -> AbstractContextManager:
@@ -216,7 +243,7 @@ def _under_pmap(train_step: TrainStep, devices: list[Any]) -> Parallel:
     def fetch(state: PyTree) -> PyTree:
         return _fetch(jax.tree.map(lambda leaf: leaf[0], state))
 
-    placed = replicate, replicate, place_batch, fetch
+    placed = replicate, replicate, place_batch, lambda tree: tree, fetch
     return Parallel(count, step, *placed, contextlib.nullcontext, jax.device_put, None)
 
 
