@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdjax.data import cache
 from sdjax.data.cache import Views, cache_holes, cache_images, cache_masks, cache_texts
 from sdjax.data.holes import random_hole
 from sdjax.data.images import Size
@@ -73,6 +74,23 @@ def test_encoded_once_in_full_batches(folder):
     again = latents(folder, encode)
     assert len(encode.shapes) == 3
     np.testing.assert_array_equal(again.arrays["moments"], array)
+
+
+def test_a_large_set_lies_in_several_entries(folder, monkeypatch):
+    whole = latents(folder, Encoder())
+    encode, seen = Encoder(), []
+    monkeypatch.setattr(cache, "LARGEST", 3)
+    parts = latents(folder, encode, progress=lambda done, total: seen.append((done, total)), model="other")
+    assert seen == [(3, 7), (6, 7), (7, 7)] and len(encode.shapes) == 3
+    np.testing.assert_array_equal(parts.arrays["moments"], whole.arrays["moments"])
+    assert parts.records == whole.records
+    (folder / "4.png").write_bytes(b"")
+    encode.shapes.clear()
+    skipped = latents(folder, encode, model="other", on_bad_image="skip")
+    assert len(encode.shapes) == 1 and len(skipped.skipped) == 1  # the other two entries are as they were
+    kept = [0, 1, 2, 3, 5, 6]
+    np.testing.assert_array_equal(skipped.arrays["moments"], whole.arrays["moments"][kept])
+    assert skipped.records == tuple(whole.records[i] for i in kept)
 
 
 def test_both_flips_are_encoded(folder):
@@ -404,3 +422,11 @@ def test_the_index_says_what_the_arrays_are(folder):
     index = json.loads((entry / "index.json").read_text())
     assert index["arrays"]["moments"]["shape"] == [7, 1, 1, 1, 4]
     assert index["arrays"]["moments"]["dtype"] == "float32"
+
+
+def test_many_captions_lie_in_several_entries(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "LARGEST", 3)
+    captions = ["x" * length for length in range(7)]
+    texts = cache_texts(captions, lambda texts: {"length": np.array([*map(len, texts)])}, folder=tmp_path, model="m")
+    assert [int(texts.arrays["length"][texts.rows[caption]]) for caption in captions] == [*range(7)]
+    assert len(list(tmp_path.glob("texts-*"))) == 3

@@ -60,6 +60,8 @@ def _told(error: Exception, argv: Sequence[str]) -> tuple[int, str]:
         return DataError.exit_code, f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # the second is JAX's
         return TrainingStopped.exit_code, "out of memory"
+    if "Gloo" in str(error) or "coordination service" in str(error):  # JAX's, when a connection breaks
+        return TrainingStopped.exit_code, "another process of this run has ended; its messages say why"
     first = next(iter(str(error).splitlines()), "")[:300]
     return 1, (
         f"sdjax did not expect this, given `{' '.join(argv)[:300]}`: {type(error).__name__}: {first}\n"
