@@ -4,6 +4,7 @@ All of them run the same program: they take the same decisions in the same order
 the first process writes files that are not shared out, draws and reports.
 """
 
+import functools
 import os
 import signal
 from typing import Any
@@ -92,11 +93,16 @@ def largest(number: int) -> Any:
     """Returns the largest of the numbers that the processes give, as an array that is perhaps still to be computed."""
     if not are_several():
         return number
-    everywhere = Mesh(np.array(jax.devices()), ("devices",))
-    given = jax.make_array_from_callback(
-        (everywhere.size,), NamedSharding(everywhere, P("devices")), lambda _: np.array([number], np.int32)
-    )
-    return jax.jit(jnp.max, out_shardings=NamedSharding(everywhere, P()))(given)
+    parts, largest_of = _over_all_devices()
+    given = jax.make_array_from_callback((jax.device_count(),), parts, lambda _: np.array([number], np.int32))
+    return largest_of(given)
+
+
+@functools.cache
+def _over_all_devices() -> tuple[NamedSharding, Any]:
+    """The sharding of an array with one number a device, and the program that finds the largest."""
+    mesh = Mesh(np.array(jax.devices()), ("devices",))
+    return NamedSharding(mesh, P("devices")), jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
 
 
 class Agreed:

@@ -114,23 +114,20 @@ def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], opt
     everywhere = NamedSharding(mesh, P())
     parts = NamedSharding(mesh, P(("data", "fsdp")))
 
-    def split(leaf: Any) -> NamedSharding:
+    def split(leaf: Any, mesh: Mesh = mesh) -> NamedSharding:
         return NamedSharding(mesh, split_largest(leaf.shape, fsdp))
 
     def place_state(tree: PyTree) -> PyTree:
         # The step overwrites its state, and device_put may share memory with the argument, even with may_alias=False.
         return jax.tree.map(lambda leaf: put(leaf if is_shape(leaf) else leaf.copy(), split(leaf)), tree)
 
-    def place_frozen(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: put(leaf, split(leaf)), tree)
+    def place_frozen(tree: PyTree, mesh: Mesh = mesh) -> PyTree:
+        return jax.tree.map(lambda leaf: put(leaf, split(leaf, mesh)), tree)
 
     def train_step(state: PyTree, frozen: PyTree, batch: PyTree, key: jax.Array) -> tuple[PyTree, PyTree]:
         with within(mesh):
             state, metrics = step_of(state, frozen, batch, key, reduce=lambda tree: tree)
         return jax.lax.with_sharding_constraint((state, metrics), (jax.tree.map(split, state), everywhere))
-
-    def place_model(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: put(leaf, NamedSharding(own_mesh, split_largest(leaf.shape, fsdp))), tree)
 
     def held_here(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: held(leaf, own_mesh), tree)
@@ -139,16 +136,10 @@ def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], opt
         return _fetch(held_here(state))
 
     def place_batch(batch: Mapping[str, np.ndarray]) -> PyTree:
-        # With a callback, because a process can place data only on its devices.
-        return {
-            name: put(array, parts)
-            if is_shape(array)
-            else jax.make_array_from_callback(array.shape, parts, lambda part, array=array: array[part])
-            for name, array in batch.items()
-        }
+        return {name: put(array, parts) for name, array in batch.items()}
 
     step = jax.jit(train_step, donate_argnums=0, compiler_options=options)
-    several = _in_host_memory, place_model, own_mesh
+    several = _in_host_memory, functools.partial(place_frozen, mesh=own_mesh), own_mesh
     one = contextlib.nullcontext, jax.device_put, None
     placed = place_state, place_frozen, place_batch, held_here, fetch
     return Parallel(data * fsdp, step, *placed, *(several if len(devices) > 1 else one))
