@@ -345,6 +345,8 @@ class RunConfig:
     """Variant of the weight files, such as fp16."""
     on_nan: Logged[Literal["stop", "skip"]] = "stop"
     """When the loss or gradient of a step is not finite: stop the run, or skip the step."""
+    trackers: Free[tuple[Literal["tensorboard", "wandb"], ...]] = ()
+    """Where the numbers of metrics.jsonl and the pictures go as well: tensorboard, wandb (Weights & Biases)."""
     validation: Free[Validation] = Validation()
     checkpoint: Free[Checkpoint] = Checkpoint()
     parallel: Free[Parallel] = Parallel()
@@ -401,6 +403,8 @@ def check(config: RunConfig) -> None:
         raise ConfigError("parallel.mesh: an axis is 0; expected -1 or at least 1")
     if config.parallel.mode == "pmap" and mesh.fsdp != 1:
         raise ConfigError(f"parallel.mode = 'pmap' has a data axis only, but parallel.mesh.fsdp = {mesh.fsdp}")
+    if len(set(config.trackers)) < len(config.trackers):
+        raise wrong("trackers", list(config.trackers), "no name twice")
     if config.copies:
         _check_copies(config)
 

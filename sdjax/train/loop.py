@@ -18,7 +18,7 @@ from sdjax.data.dataset import make_batch, prefetch
 from sdjax.errors import ConfigError, DataError
 from sdjax.runtime import out_of_memory, processes
 from sdjax.runtime.whole_file import replacing
-from sdjax.train import checkpoint, config_file, loss_scaling
+from sdjax.train import checkpoint, config_file, loss_scaling, trackers
 from sdjax.train.autoencoder import normalised
 from sdjax.train.config import RunConfig
 from sdjax.train.encoding import encode
@@ -46,6 +46,7 @@ def train(config: RunConfig, *, resume: bool = False, resume_step: int | None = 
     Copies step together in one program; each is a run with its own folder (`config.members()`).
     Raises ConfigError and DataError, before any weight is read wherever that is possible, and TrainingStopped.
     """
+    trackers.check_installed(config.trackers)
     with contextlib.ExitStack() as entered:
         for member in config.members():
             if processes.is_first():
@@ -61,6 +62,7 @@ def train(config: RunConfig, *, resume: bool = False, resume_step: int | None = 
             restore_all(trainings, resume_step)
         for training in trainings:
             training.open()
+            entered.callback(training.metrics.close)
         while trainings[0].number < len(config.stages):
             code = _train_stage(trainings)
             if code:
