@@ -6,6 +6,7 @@ and pictures begin with that of the stage: `style/loss`.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -53,7 +54,7 @@ class Tracker(NamedTuple):
     numbers: Callable[[Place, Mapping[str, float]], None]
     picture: Callable[[Place, str, Path], None]
     """Takes a PNG file under a name."""
-    close: Callable[[], None]
+    close: Callable[[], Any]
 
 
 class Trackers:
@@ -97,7 +98,7 @@ def check_installed(names: Sequence[str]) -> None:
     """Raises ConfigError if the library of a tracker is missing."""
     for name in names:
         if importlib.util.find_spec(MODULES[name]) is None:
-            raise ConfigError(f"trackers: {name} needs {MODULES[name]}, which is missing: pip install 'sdjax[trackers]'")
+            raise ConfigError(f"trackers: {name} needs {MODULES[name]}, not installed: pip install 'sdjax[trackers]'")
 
 
 # ---------------------------------------------------------------------------------------------------------- TensorBoard
@@ -109,16 +110,16 @@ def _tensorboard(config: RunConfig, course: Course) -> Tracker:
     Events are written at once. The usual SummaryWriter has a thread of its own and waits for it for ever if the disk
     is full.
     """
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.proto.summary_pb2 import Summary
+    files_of, event_pb2, summary_pb2 = (
+        importlib.import_module(f"tensorboardX.{name}")
+        for name in ("event_file_writer", "proto.event_pb2", "proto.summary_pb2")
+    )
+    Event, Summary = event_pb2.Event, summary_pb2.Summary
 
     def stays(record: bytes) -> bool:
         event = Event.FromString(record)
-        repeated = any(
-            value.tag.startswith(f"{course.stage}/") and (value.HasField("image") or value.tag.endswith("held_out_loss"))
-            for value in event.summary.value
-        )
+        present = [value for value in event.summary.value if value.tag.startswith(f"{course.stage}/")]
+        repeated = any(value.HasField("image") or value.tag.endswith("held_out_loss") for value in present)
         return event.step < course.step or (event.step == course.step and not repeated)
 
     folder = Path(config.output) / "tensorboard"
@@ -127,7 +128,7 @@ def _tensorboard(config: RunConfig, course: Course) -> Tracker:
     for path in files:
         _keep(path, stays)
     # The name of an event file has the second in which it was made: the number keeps two of one second apart.
-    writer = EventsWriter(str(folder / "events"), f".{len(files)}")
+    writer = files_of.EventsWriter(str(folder / "events"), f".{len(files)}")
 
     def write(place: Place, *values: Any) -> None:
         writer.write_event(Event(wall_time=time.time(), step=place.step, summary=Summary(value=values)))
@@ -169,8 +170,7 @@ def _wandb(config: RunConfig, course: Course) -> Tracker:
 
     W&B cannot take back a step. So a resumed run does not repeat the steps that it has.
     """
-    import wandb
-
+    wandb: Any = importlib.import_module("wandb")
     record = Path(config.output) / "wandb" / "id"
     goes_on = course.step > 0 and record.exists()
     if not goes_on:

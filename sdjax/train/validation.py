@@ -90,6 +90,16 @@ class Validator:
             _save(path, grids.captioned(self._drawn[step], self._captions, columns=4))
             self._metrics.picture(step, "samples", path)
 
+    @property
+    def pictures(self) -> list[Image.Image]:
+        """The pictures of the finished stage; empty without prompts."""
+        return self._drawn.get(self._plan.stage.steps, [])
+
+    @property
+    def captions(self) -> list[str]:
+        """What each picture shows."""
+        return list(self._captions)
+
     def before_and_after(self) -> Path | None:
         """Saves a sheet of pictures by the base model, the stage before and the finished stage.
 
