@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from sdjax.errors import ConfigError
+from sdjax.errors import ConfigError, TrainingStopped
 from sdjax.train import checkpoint, config_file, loop, parallel
 from sdjax.train.loop import train
 from sdjax.train.stages import plan_runs
@@ -196,6 +196,22 @@ def test_copies_stand_on_one_lora_that_the_first_trains_for_all(sweep, monkeypat
         micro.remove_checkpoints_after(output, 1)
     assert train(config, resume=True) == 0
     assert all(np.array_equal(end[key], tensor) for key, tensor in adapter(b).items())
+
+
+def test_a_copy_that_is_not_finite_does_not_stop_the_others(sweep, caplog):
+    stage = {"name": "style", "train": ["lora"], "placeholder_tokens": [], "clip_norm": 0.0}
+    copies = [{"name": "wild", "learning_rate": 1e30}, {"name": "tame"}]
+    config = sweep("wild", copies=copies, stages=[stage], validation={})
+    assert train(config) == 0
+    wild, tame = (micro.metric_lines(Path(member.output)) for member in config.members())
+    assert len(wild) == len(tame) == 3 and None in [wild[-1]["loss"], wild[-1]["grad_norm"]]
+    assert None not in [line["loss"] for line in tame]
+    warnings = [record.getMessage() for record in caplog.records if "other copies go on" in record.getMessage()]
+    assert len(warnings) == 1 and warnings[0].startswith("wild, stage style, step")
+    assert "steps not finite" in (Path(config.output) / "copies.md").read_text()
+    both = sweep("both-wild", copies=[copies[0], {**copies[1], "learning_rate": 2e30}], stages=[stage], validation={})
+    with pytest.raises(TrainingStopped, match="learning_rate"):
+        train(both)
 
 
 @pytest.mark.parametrize(

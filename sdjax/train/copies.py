@@ -69,10 +69,12 @@ def _value(stage: Stage, name: str) -> Any:
 def _losses(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
     losses = [line["loss"] for line in lines if "loss" in line]
+    skipped = sum("loss" in line and None in (line["loss"], line["grad_norm"]) for line in lines)
     known = [loss for loss in losses[-max(1, len(losses) // 10) :] if loss is not None]
     return {
         **({"held-out loss before": _shown(held_out[0]), "and after": _shown(held_out[-1])} if held_out else {}),
         "training loss, last tenth": _shown(sum(known) / len(known)) if known else "-",
+        **({"steps not finite": str(skipped)} if skipped else {}),
     }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from sdjax.data.dataset import make_batch, prefetch
-from sdjax.errors import ConfigError, DataError
+from sdjax.errors import ConfigError, DataError, TrainingStopped
 from sdjax.runtime import out_of_memory, processes
 from sdjax.runtime.whole_file import replacing
 from sdjax.train import checkpoint, config_file, loss_scaling, trackers
@@ -102,8 +102,7 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
 
     def current() -> list[tuple[Training, State]]:
         """Returns each run with its state on the host. Raises TrainingStopped if the last step was not finite."""
-        for training in trainings:
-            training.metrics.read()
+        _read(trainings)
         fetched = parallel.fetch(state)
         each = unstack(fetched, len(trainings)) if copies else [fetched] * len(trainings)
         return list(zip(trainings, each, strict=True))
@@ -124,8 +123,8 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
             if step == plan.stage.steps:
                 break
             state, measured = parallel.step(state, frozen, next(batches), key)
+            _read(trainings)  # of the step before, while this one runs
             for i, training in enumerate(trainings):
-                training.metrics.read()  # of the step before, while this one runs
                 values = {name: value[i] for name, value in measured.items()} if copies else measured
                 training.metrics.measured(step + 1, values)
             if step + 1 == plan.stage.steps or _due(step + 1, config.checkpoint.every):
@@ -136,6 +135,25 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
                 grid = training.validate.before_and_after()
             training.finish(reached, grid)
         return int(processes.largest(stop.exit_code))
+
+
+def _read(trainings: Sequence["Training"]) -> None:
+    """Writes the numbers of the last step of each run. Raises TrainingStopped if it was finite in none of them.
+
+    A copy whose step was not finite keeps its weights, and the others go on.
+    """
+    stopped: dict[Training, TrainingStopped] = {}
+    for training in trainings:
+        try:
+            training.metrics.read()
+        except TrainingStopped as e:
+            stopped[training] = e
+    if len(stopped) == len(trainings):
+        raise next(iter(stopped.values()))
+    for training, e in stopped.items():
+        if not training.warned:
+            log.warning("%s\nThe other copies go on.", e)
+        training.warned = True
 
 
 def _save(step: int, current: Sequence[tuple["Training", State]]) -> None:
@@ -164,6 +182,8 @@ class Training:
         """The results of the stages before the present one."""
         self.has_first_only = False
         """Whether the run stands at its first checkpoint, or has none."""
+        self.warned = False
+        """Whether a warning has told that a step of this copy was not finite."""
         self._restored: State | None = None
         self._saved: int | None = None
 
