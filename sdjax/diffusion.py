@@ -134,11 +134,16 @@ def snr(schedule: NoiseSchedule, timesteps: Int[Array, " B"]) -> Float[Array, " 
     return alphas_cumprod / (1 - alphas_cumprod)
 
 
+def is_used(strength: float | Float[Array, ""]) -> bool:
+    """Whether an option is used. 0 is off. An array counts as used, because only the device knows its value."""
+    return isinstance(strength, jax.Array) or bool(strength)
+
+
 def noise(
     key: PRNGKeyArray,
     shape: tuple[int, int, int],
     *,
-    offset: float = 0.0,
+    offset: float | Float[Array, ""] = 0.0,
     multires_iterations: int = 0,
     multires_discount: float = 0.3,
 ) -> Float[Array, "h w C"]:
@@ -152,11 +157,11 @@ def noise(
     for a batch of one, with one difference: kohya makes each octave smaller by a random factor of 2 to 4, not by 2.
     Random sizes would need a compilation each.
     """
-    if not offset and not multires_iterations:
+    if not is_used(offset) and not multires_iterations:
         return jax.random.normal(key, shape, jnp.float32)
     keys = jax.random.split(key, 2 + multires_iterations)
     total = jax.random.normal(keys[0], shape, jnp.float32)
-    if offset:
+    if is_used(offset):
         total += offset * jax.random.normal(keys[1], (1, 1, shape[2]), jnp.float32)
     if not multires_iterations:
         return total
@@ -270,7 +275,9 @@ def distance(
     raise ConfigError(f"loss {kind!r} is not one of l2, l1, huber")
 
 
-def huber_threshold(schedule: NoiseSchedule, timesteps: Int[Array, " B"], c: float, kind: str) -> Float[Array, " B"]:
+def huber_threshold(
+    schedule: NoiseSchedule, timesteps: Int[Array, " B"], c: float | Float[Array, ""], kind: str
+) -> Float[Array, " B"]:
     """Returns the c of `distance` for each example, at which the distance turns from squared to absolute; float32.
 
     c: in (0, 1]. kind: "constant": c. "exponential": c^(t / T), which is 1 at the image and c at the noise. "snr":
@@ -281,7 +288,8 @@ def huber_threshold(schedule: NoiseSchedule, timesteps: Int[Array, " B"], c: flo
     if kind == "constant":
         return jnp.full(timesteps.shape, c, jnp.float32)
     if kind == "exponential":
-        return jnp.exp(float(np.log(c)) / len(schedule.alphas_cumprod) * timesteps.astype(jnp.float32))
+        log_c = jnp.log(c) if isinstance(c, jax.Array) else float(np.log(c))
+        return jnp.exp(log_c / len(schedule.alphas_cumprod) * timesteps.astype(jnp.float32))
     if kind == "snr":
         alpha, sigma = _levels(schedule, timesteps)
         return (1 - c) * jnp.square(alpha / (alpha + sigma)) + c
@@ -292,12 +300,13 @@ def loss_weight(
     schedule: NoiseSchedule,
     timesteps: Int[Array, " B"],
     *,
-    min_snr_gamma: float | None = None,
+    min_snr_gamma: float | Float[Array, ""] | None = None,
     debiased: bool = False,
 ) -> Float[Array, " B"]:
     """Returns the weight of each example's loss, float32; ones without options.
 
-    min_snr_gamma: g of Hang et al. 2023, section 3.4; 5 is usual. The weights by prediction type:
+    min_snr_gamma: g of Hang et al. 2023, section 3.4; 5 is usual. An array may also be 0, which gives ones. The weights
+    by prediction type:
         sample: min(snr, g)
         epsilon: min(snr, g) / snr, and 1 at snr = 0, which is the limit
         v_prediction: min(snr, g) / (snr + 1), which is 0 at the last timestep with zero terminal SNR
@@ -309,7 +318,8 @@ def loss_weight(
     """
     if min_snr_gamma is not None and debiased:
         raise ConfigError("min_snr_gamma and debiased both weigh the timesteps: choose one")
-    if min_snr_gamma is not None and not min_snr_gamma > 0:
+    given = isinstance(min_snr_gamma, jax.Array)
+    if min_snr_gamma is not None and not given and not min_snr_gamma > 0:
         raise ConfigError(f"min_snr_gamma {min_snr_gamma} must be positive (5 is usual)")
     ratio = snr(schedule, timesteps)
     safe_ratio = jnp.where(ratio > 0, ratio, 1.0)
@@ -329,7 +339,8 @@ def loss_weight(
         }
     else:
         return jnp.ones_like(ratio)
-    return weights[schedule.prediction_type]
+    chosen = weights[schedule.prediction_type]
+    return jnp.where(min_snr_gamma > 0, chosen, 1.0) if given else chosen
 
 
 def rescale_guidance(

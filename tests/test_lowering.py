@@ -123,7 +123,7 @@ def test_the_train_step_lowers(platform, dtype):
         params = {part: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), sd.params[part]) for part in parts}
         adapters = {part: lora.init(jax.random.key(0), params[part], rank=4) for part in parts}
         trained, scales = ({part: lora.split(tree)[i] for part, tree in adapters.items()} for i in (0, 1))
-        return init_state(recipe, trained), {"params": params, "scales": scales, "rows": {}}
+        return init_state(recipe, trained), {"params": params, "scales": scales, "rows": {}, "numbers": {}}
 
     state, frozen = jax.eval_shape(start)
     batch = {

@@ -7,8 +7,9 @@ relative to the current directory. TOML has no null, so an absent text is empty,
 import dataclasses
 import enum
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from sdjax.data.records import MOST_REPEATS
 from sdjax.draw.settings import SamplerName, Steps
@@ -313,6 +314,47 @@ class Copy:
     """New words that replace those of each stage that trains words, and those in validation.prompts."""
     init_tokens: tuple[str, ...] = ()
     """What the new words start as."""
+    stage: str = ""
+    """Name of the stage that the settings below change. Empty: every stage that uses them."""
+    learning_rate: Positive | dict[str, NotNegative] | None = None
+    """Peak learning rate, or one for each part."""
+    weight_decay: NotNegative | None = None
+    """Decoupled weight decay."""
+    lora_alpha: Positive | None = None
+    """Strength of the adapter, which is scaled by alpha / rank."""
+    clip_ti_norm: Positive | None = None
+    """Norm for clip_ti_decay."""
+    huber_c: Positive | None = None
+    """Error at which the pseudo-Huber loss changes from squared to absolute."""
+    min_snr_gamma: NotNegative | None = None
+    """Gamma of Min-SNR loss weighting. 0: off."""
+    noise_offset: NotNegative | None = None
+    """Strength of the random offset of the noise."""
+    input_perturbation: NotNegative | None = None
+    """Strength of noise that is added to the input but not to the target. 0: off."""
+    prior_weight: NotNegative | None = None
+    """Weight of the loss of class pictures."""
+
+    def changes(self, stage: Stage) -> dict[str, Any]:
+        """Returns the settings of a stage that this copy has other values for."""
+        if self.stage not in ("", stage.name):
+            return {}
+        values = {name: getattr(self, name) for name, is_used in NUMBERS.items() if is_used(stage)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+NUMBERS: dict[str, Callable[[Stage], bool]] = {
+    "learning_rate": lambda stage: True,
+    "weight_decay": lambda stage: True,
+    "lora_alpha": lambda stage: "lora" in stage.train and not stage.lora_continue,
+    "clip_ti_norm": lambda stage: stage.clip_ti_decay,
+    "huber_c": lambda stage: stage.loss == "huber",
+    "min_snr_gamma": lambda stage: True,
+    "noise_offset": lambda stage: True,
+    "input_perturbation": lambda stage: True,
+    "prior_weight": lambda stage: bool(stage.prior_prompt),
+}
+"""The settings of a stage that copies may differ in, and whether a stage uses them."""
 
 
 @dataclass(frozen=True)
@@ -345,6 +387,8 @@ class RunConfig:
     """Variant of the weight files, such as fp16."""
     on_nan: Logged[Literal["stop", "skip"]] = "stop"
     """When the loss or gradient of a step is not finite: stop the run, or skip the step."""
+    trackers: Free[tuple[Literal["tensorboard", "wandb"], ...]] = ()
+    """Where the numbers of metrics.jsonl and the pictures go as well: tensorboard, wandb (Weights & Biases)."""
     validation: Free[Validation] = Validation()
     checkpoint: Free[Checkpoint] = Checkpoint()
     parallel: Free[Parallel] = Parallel()
@@ -363,6 +407,7 @@ class RunConfig:
     def _member(self, copy: Copy) -> "RunConfig":
         stages, prompts = list(self.stages), self.validation.prompts
         for i, stage in enumerate(stages):
+            stages[i] = stage = dataclasses.replace(stage, **copy.changes(stage))
             if copy.path:
                 stages[i] = stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, path=None))
             if "textual_inversion" not in stage.train:
@@ -401,14 +446,16 @@ def check(config: RunConfig) -> None:
         raise ConfigError("parallel.mesh: an axis is 0; expected -1 or at least 1")
     if config.parallel.mode == "pmap" and mesh.fsdp != 1:
         raise ConfigError(f"parallel.mode = 'pmap' has a data axis only, but parallel.mesh.fsdp = {mesh.fsdp}")
+    if len(set(config.trackers)) < len(config.trackers):
+        raise wrong("trackers", list(config.trackers), "no name twice")
     if config.copies:
         _check_copies(config)
 
 
 def _check_copies(config: RunConfig) -> None:
     names = [copy.name for copy in config.copies]
-    if len(set(names)) < len(names) or "cache" in names:
-        raise wrong("copies: name", names, "names that differ, and none of them 'cache'")
+    if len(set(names)) < len(names) or {"cache", "copies.md", "copies.png"} & set(names):
+        raise wrong("copies: name", names, "names that differ, and none of cache, copies.md and copies.png")
     if config.parallel.mode == "pmap":
         raise ConfigError("copies are trained in one program over a mesh: parallel.mode = 'jit'")
     for i, stage in enumerate(config.stages):
@@ -421,10 +468,33 @@ def _check_copies(config: RunConfig) -> None:
             "textual_inversion" in stage.train for stage in config.stages
         ):
             raise ConfigError(f"copies.{i} names words, but no stage trains any")
+        if copy.stage not in ("", *(stage.name for stage in config.stages)):
+            raise wrong(f"copies.{i}.stage", copy.stage, f"one of {', '.join(stage.name for stage in config.stages)}")
+        used = {name for stage in config.stages for name in copy.changes(stage)}
+        if unused := [name for name in NUMBERS if getattr(copy, name) is not None and name not in used]:
+            where = f"stage {copy.stage} does not use" if copy.stage else "no stage uses"
+            raise ConfigError(f"copies.{i}.{unused[0]} changes nothing: {where} it")
         try:
             check(member)
         except ConfigError as e:
             raise ConfigError(f"copies.{i} ({copy.name}): {e}") from None
+    for alike in zip(*(member.stages for member in config.members()), strict=True):
+        if len({stage.noise_offset > 0 for stage in alike}) > 1:  # without it the noise is drawn in another way
+            raise ConfigError(
+                f"copies, stage {alike[0].name}: noise_offset is 0 in some; give all of them one, or none"
+            )
+
+
+def check_copies_table(copies: Any) -> None:
+    """Raises ConfigError if a table of copies has a setting of the run in which copies cannot differ."""
+    known = [field.name for field in dataclasses.fields(Copy)]
+    others = {field.name for record in (Stage, Data, RunConfig) for field in dataclasses.fields(record)} - set(known)
+    for i, copy in enumerate(copies if isinstance(copies, list) else []):
+        if isinstance(copy, dict) and (same := [name for name in copy if name in others]):
+            raise ConfigError(
+                f"copies.{i}.{same[0]}: copies train in one program and have the same {same[0]}; "
+                f"they may differ in {', '.join(known[1:])}"
+            )
 
 
 def _check_stage(stage: Stage, key: str) -> None:

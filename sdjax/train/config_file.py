@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 from sdjax.errors import ConfigError, DataError
 from sdjax.settings import contained_types, join, metadata, read_record
-from sdjax.train.config import Data, OnResume, RunConfig, Stage, check
+from sdjax.train.config import Data, OnResume, RunConfig, Stage, check, check_copies_table
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ def from_table(table: Mapping[str, Any]) -> RunConfig:
 
     Raises ConfigError with the dotted key, the value, the rule and the choices.
     """
+    check_copies_table(table.get("copies"))
     config = read_record(RunConfig, table)
     check(config)
     return config

@@ -15,12 +15,13 @@ import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from sdjax.data.dataset import make_batch, prefetch
-from sdjax.errors import ConfigError, DataError
+from sdjax.errors import ConfigError, DataError, TrainingStopped
 from sdjax.runtime import out_of_memory, processes
 from sdjax.runtime.whole_file import replacing
-from sdjax.train import checkpoint, config_file, loss_scaling
+from sdjax.train import checkpoint, config_file, loss_scaling, trackers
 from sdjax.train.autoencoder import normalised
 from sdjax.train.config import RunConfig
+from sdjax.train.copies import compare
 from sdjax.train.encoding import encode
 from sdjax.train.export import export
 from sdjax.train.metrics import Metrics
@@ -46,6 +47,7 @@ def train(config: RunConfig, *, resume: bool = False, resume_step: int | None = 
     Copies step together in one program; each is a run with its own folder (`config.members()`).
     Raises ConfigError and DataError, before any weight is read wherever that is possible, and TrainingStopped.
     """
+    trackers.check_installed(config.trackers)
     with contextlib.ExitStack() as entered:
         for member in config.members():
             if processes.is_first():
@@ -61,11 +63,14 @@ def train(config: RunConfig, *, resume: bool = False, resume_step: int | None = 
             restore_all(trainings, resume_step)
         for training in trainings:
             training.open()
+            entered.callback(training.metrics.close)
         while trainings[0].number < len(config.stages):
             code = _train_stage(trainings)
             if code:
                 log.warning("stopped; --resume goes on from here")
                 return code
+        if processes.is_first() and len(trainings) > 1 and not trainings[0].run.stages[-1].shared:
+            compare(config, [training.validate for training in trainings])
         processes.wait("the end")
     return 0
 
@@ -73,9 +78,12 @@ def train(config: RunConfig, *, resume: bool = False, resume_step: int | None = 
 def _train_stage(trainings: Sequence["Training"]) -> int:
     """Trains the present stage of each run to its export. Returns 0, or the exit code of a signal.
 
-    Several runs, whose shapes are all the same, take each step in one program.
+    Several runs, whose shapes are all the same, take each step in one program. If they do the same in this stage, the
+    first trains and validates for all of them.
     """
-    first, copies = trainings[0], len(trainings) > 1
+    first = trainings[0]
+    copies = len(trainings) > 1 and not first.plan.shared
+    working = trainings if copies else trainings[:1]
     states = [training.load(first) for training in trainings]
     config, plan, begin = first.run.config, first.plan, first.step
     if copies:
@@ -85,19 +93,19 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
         parallel, frozen, key = plan.parallel, first.frozen, first.key
     frozen, state = parallel.place_frozen(frozen), parallel.place_state(stack(states) if copies else states[0])
     del states  # a second copy of everything that is trained
-    for training in trainings:
+    for training in working:
         training.prepare_validation(first, frozen["params"])
 
     def batch(number: int) -> PyTree:
-        each = [training.batch(number) for training in trainings]
+        each = [training.batch(number) for training in working]
         return parallel.place_batch(stack(each, axis=1) if copies else each[0])
 
     def current() -> list[tuple[Training, State]]:
         """Returns each run with its state on the host. Raises TrainingStopped if the last step was not finite."""
-        for training in trainings:
-            training.metrics.read()
+        _read(trainings)
         fetched = parallel.fetch(state)
-        return list(zip(trainings, unstack(fetched, len(trainings)) if copies else [fetched], strict=True))
+        each = unstack(fetched, len(trainings)) if copies else [fetched] * len(trainings)
+        return list(zip(trainings, each, strict=True))
 
     with contextlib.ExitStack() as entered:
         stop, agreed = entered.enter_context(checkpoint.StopSignal()), processes.Agreed()
@@ -109,21 +117,43 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
                 _save(step, current())
                 return code
             if step in (0, plan.stage.steps) or _due(step, config.validation.every):
-                for training, reached in current():
+                for training, reached in current()[: len(working)]:
                     if processes.is_first():
                         training.validate(step, reached)
             if step == plan.stage.steps:
                 break
             state, measured = parallel.step(state, frozen, next(batches), key)
+            _read(trainings)  # of the step before, while this one runs
             for i, training in enumerate(trainings):
-                training.metrics.read()  # of the step before, while this one runs
                 values = {name: value[i] for name, value in measured.items()} if copies else measured
                 training.metrics.measured(step + 1, values)
             if step + 1 == plan.stage.steps or _due(step + 1, config.checkpoint.every):
                 _save(step + 1, current())
+        grid = None
         for training, reached in current():
-            training.finish(reached)
+            if training in working and processes.is_first():
+                grid = training.validate.before_and_after()
+            training.finish(reached, grid)
         return int(processes.largest(stop.exit_code))
+
+
+def _read(trainings: Sequence["Training"]) -> None:
+    """Writes the numbers of the last step of each run. Raises TrainingStopped if it was finite in none of them.
+
+    A copy whose step was not finite keeps its weights, and the others go on.
+    """
+    stopped: dict[Training, TrainingStopped] = {}
+    for training in trainings:
+        try:
+            training.metrics.read()
+        except TrainingStopped as e:
+            stopped[training] = e
+    if len(stopped) == len(trainings):
+        raise next(iter(stopped.values()))
+    for training, e in stopped.items():
+        if not training.warned:
+            log.warning("%s\nThe other copies go on.", e)
+        training.warned = True
 
 
 def _save(step: int, current: Sequence[tuple["Training", State]]) -> None:
@@ -152,6 +182,8 @@ class Training:
         """The results of the stages before the present one."""
         self.has_first_only = False
         """Whether the run stands at its first checkpoint, or has none."""
+        self.warned = False
+        """Whether a warning has told that a step of this copy was not finite."""
         self._restored: State | None = None
         self._saved: int | None = None
 
@@ -263,8 +295,8 @@ class Training:
         """Removes the checkpoints that are not to be kept beside the newest one."""
         checkpoint.prune(self.checkpoints, self.reached, keep=self.run.config.checkpoint.keep)
 
-    def finish(self, state: State) -> None:
-        """Exports the results of the present stage, and goes on to the next."""
+    def finish(self, state: State, grid: Path | None) -> None:
+        """Exports the results of the present stage, and goes on to the next. grid: pictures before and after it."""
         results = after(self.plan.recipe, self.earlier, state, self.frozen)
         if self.plan.stage.vae_normalise:
             pixels = [bucket.arrays["pixels"] for bucket in self._dataset.buckets]
@@ -273,7 +305,7 @@ class Training:
         results = jax.tree.map(np.asarray, results)
         folder = self._folder / "export" / self.plan.stage.name
         if processes.is_first():
-            export(folder, self.run.config, self.plan, results, self.validate.before_and_after())
+            export(folder, self.run.config, self.plan, results, grid)
         log.info("stage %s is done: %s", self.plan.stage.name, folder)
         self.number, self.step, self.earlier = self.number + 1, 0, results
         self._saved = None

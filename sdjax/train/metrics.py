@@ -1,9 +1,10 @@
-"""The reports of a run: a line of metrics.jsonl for each step, and the progress bar.
+"""The reports of a run: a line of metrics.jsonl for each step, the same for its trackers, and the progress bar.
 
 The numbers of a step are read from the device while the next step runs, so that the device never waits.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from sdjax.errors import DataError, TrainingStopped
 from sdjax.runtime import processes
 from sdjax.runtime.whole_file import replacing
 from sdjax.train.stages import Run, StagePlan
+from sdjax.train.trackers import Course, Place, Trackers
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ class Metrics:
 
     `step` counts the optimizer steps done in the stage: 1 after the first step, 0 in the validation before it. With
     float16 a line also has `loss_scale`, the scale of the step, and `skipped_steps`, the steps skipped so far.
+    The trackers of the run get the numbers of each line, and pictures.
     """
 
     def __init__(self, path: Path, run: Run, *, stage: int, step: int) -> None:
@@ -42,8 +45,14 @@ class Metrics:
         self._skipped = 0
         self._waiting: tuple[int, Mapping[str, Array]] | None = None
         self._since = time.perf_counter()
-        if processes.is_first():
-            _drop_later_lines(path, [plan.stage.name for plan in run.stages], stage, step)
+        names = [plan.stage.name for plan in run.stages]
+        ends = itertools.accumulate(plan.stage.steps for plan in run.stages)
+        self._before = dict(zip(names, (0, *ends), strict=False))
+        """Stage -> the steps of the stages before it."""
+        written = _drop_later_lines(path, names, stage, step) if processes.is_first() else []
+        last = max(map(self._place, written), default=Place(-1))
+        course = Course(self._before[names[stage]] + step, names[stage], last)
+        self._trackers = Trackers(run.config, course)
 
     @contextlib.contextmanager
     def of_stage(self, plan: StagePlan, step: int, *, shown: bool = True) -> Iterator[None]:
@@ -107,11 +116,24 @@ class Metrics:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as e:
             raise DataError(f"{self._path} cannot be written: {e.strerror or e}") from e
+        self._trackers.numbers(self._place(line), dict(_numbers(line["stage"], line)))
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Gives the trackers a PNG file of the validation after `step` steps of the present stage."""
+        stage = self._plan.stage.name
+        self._trackers.picture(Place(self._before[stage] + step, validation=True), f"{stage}/{name}", path)
+
+    def close(self) -> None:
+        """Closes the trackers."""
+        self._trackers.close()
 
     def held_out(self, step: int, loss: float) -> None:
         """Writes and logs the held-out loss."""
         self.write({"stage": self._plan.stage.name, "step": step, "held_out_loss": _finite(loss)})
         log.info("%s, %s, step %d: held-out loss %.5f", self._name, self._plan.stage.name, step, loss)
+
+    def _place(self, line: Mapping[str, Any]) -> Place:
+        return Place(self._before[line["stage"]] + line["step"], "held_out_loss" in line)
 
     def _check_finite(self, step: int, finite: bool, loss: float, norm: float) -> None:
         event = f"{self._name}, stage {self._plan.stage.name}, step {step}: loss {loss:g}, gradient norm {norm:g}"
@@ -136,21 +158,32 @@ def _finite(value: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _drop_later_lines(path: Path, stages: list[str], stage: int, step: int) -> None:
-    """Removes the lines after a position of the run: `step` steps of stage number `stage`.
+def _numbers(stage: str, line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yields the numbers of a line with their names for trackers, such as `style/learning_rate/unet`."""
+    for name, value in line.items():
+        if name in ("stage", "step") or value is None:
+            continue
+        inner = {f"/{part}": number for part, number in value.items()} if isinstance(value, dict) else {"": value}
+        yield from ((f"{stage}/{name}{part}", float(number)) for part, number in inner.items() if number is not None)
+
+
+def _drop_later_lines(path: Path, stages: list[str], stage: int, step: int) -> list[dict[str, Any]]:
+    """Removes the lines after a position of the run: `step` steps of stage number `stage`. Returns all there were.
 
     A validation at this very position is also removed, since it is done again, and so is a line cut off by a crash.
     """
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, entries = [], []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             entry = json.loads(line)
             place = stages.index(entry["stage"]), entry["step"] + ("held_out_loss" in entry)
         except (ValueError, KeyError, TypeError):
             continue
+        entries.append(entry)
         if place <= (stage, step):
             kept.append(line + "\n")
     with replacing(path) as file:
         file.write("".join(kept).encode())
+    return entries

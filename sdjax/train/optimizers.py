@@ -9,7 +9,7 @@ training scripts decay these too.)
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -50,11 +50,14 @@ class Optimizer(NamedTuple):
 def make_optimizer(stage: Stage, parts: Mapping[str, str]) -> Optimizer:
     """Returns the optimizer of a stage. parts: see `Stage.parts`.
 
+    The learning rates and the weight decay of the stage may be arrays, as they are in the step of copies.
     Raises ConfigError for settings that the optimizer cannot work with.
     """
-    peaks = stage.learning_rate if isinstance(stage.learning_rate, dict) else dict.fromkeys(parts, stage.learning_rate)
-    if stage.optimizer == "prodigy" and (low := {part: peaks[part] for part in parts if 0 < peaks[part] < 0.1}):
-        log.warning("prodigy multiplies the rate it estimates by learning_rate = %s: 1.0 is usual", low)
+    peaks = peak_rates(stage, parts)
+    if stage.optimizer == "prodigy" and not any(isinstance(peak, jax.Array) for peak in peaks.values()):
+        low = {part: peaks[part] for part in parts if 0 < peaks[part] < 0.1}
+        if low:
+            log.warning("prodigy multiplies the rate it estimates by learning_rate = %s: 1.0 is usual", low)
     schedules = {
         part: make_schedule(
             stage.schedule,
@@ -87,6 +90,11 @@ def make_optimizer(stage: Stage, parts: Mapping[str, str]) -> Optimizer:
         return {part: _averaged(state[part], trainable[part]) for part in transforms}
 
     return Optimizer(init, update, evaluated, schedules)
+
+
+def peak_rates(stage: Stage, parts: Iterable[str]) -> dict[str, float]:
+    """Returns the peak learning rate of each part."""
+    return stage.learning_rate if isinstance(stage.learning_rate, dict) else dict.fromkeys(parts, stage.learning_rate)
 
 
 def make_schedule(

@@ -90,7 +90,7 @@ def step(config: RunConfig, plans: Sequence[StagePlan], devices: Sequence[Any]) 
     """Returns the training step on images of the largest size. plans: the same stage of all copies, or of the run."""
     plan, parallel = plans[0], plans[0].parallel
     arguments: Any = (plan.state, plan.frozen, batch_shapes(plan, largest(plan)), jax.eval_shape(jax.random.key, 0))
-    if len(plans) > 1:
+    if len(plans) > 1 and not plan.shared:
         train_step = together(make_train_step(plan.recipe))
         parallel = parallelize_stage(config, plan.data, train_step, plan.recipe, devices)
         axes = (0, 0, 1, 0)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from sdjax import diffusion
@@ -36,7 +37,7 @@ from sdjax.settings import LONGEST_NAME, RematPolicy
 from sdjax.text import textual_inversion
 from sdjax.train.config import Data, RunConfig, Stage
 from sdjax.train.config_file import flatten
-from sdjax.train.optimizers import make_optimizer
+from sdjax.train.optimizers import make_optimizer, peak_rates
 from sdjax.train.parallel import Parallel, TrainStep, parallelize
 from sdjax.train.results import NOTHING, Results, Rows, after, base_weights, begin, beneath, first_rows, places
 from sdjax.train.step import Frozen, Recipe, State, make_train_step
@@ -69,6 +70,10 @@ class StagePlan(NamedTuple):
     """The words that this stage adds: the number of vectors, or the vectors of a file."""
     result: Results
     """Shapes of the results of this stage and the stages before it."""
+    numbers: dict[str, Any] = {}  # noqa: RUF012
+    """The settings that the step must read from `Frozen.numbers`, because copies differ in them."""
+    shared: bool = False
+    """Whether this stage and those before it are the same in all copies. Then one of them trains for all."""
 
     @property
     def stage(self) -> Stage:
@@ -148,18 +153,45 @@ def plan_runs(config: RunConfig, devices: Sequence[Any] | None = None) -> tuple[
     scan = functools.cache(_scan)
     runs = tuple(plan_run(member, scan, devices) for member in config.members())
     plans = []
+    shared = len(runs) > 1
     for alike in zip(*(run.stages for run in runs), strict=True):
-        first = alike[0]
+        first, below_shared = alike[0], shared
+        same = runs[0].config.seed, first.stage, first.data
+        shared &= all((run.config.seed, plan.stage, plan.data) == same for run, plan in zip(runs, alike, strict=True))
         for copy, plan in zip(config.copies, alike, strict=False):
             where = f"copies, stage {plan.stage.name}"
             if _shapes(plan.state) != _shapes(first.state):
                 raise ConfigError(f"{where}: {copy.name} and {config.copies[0].name} train words of other sizes")
             earlier = runs[0].stages[plan.number - 1].result if plan.number else NOTHING
-            if beneath(plan.stage, earlier).adapters:
+            if beneath(plan.stage, earlier).adapters and not below_shared:
                 raise ConfigError(f"{where} stands on a LoRA of its own in each copy; they share one base model")
         chunks = max(plan.chunks for plan in alike)
-        plans.append([plan._replace(chunks=chunks) for plan in alike])
+        numbers = _differing([plan.stage for plan in alike])
+        plans.append(
+            [
+                plan._replace(chunks=chunks, shared=shared, numbers=own, frozen=_with_shapes(plan.frozen, own))
+                for plan, own in zip(alike, numbers, strict=True)
+            ]
+        )
     return tuple(run._replace(stages=tuple(stages)) for run, stages in zip(runs, zip(*plans, strict=True), strict=True))
+
+
+READ_BY_STEP = ("learning_rate", "weight_decay", "huber_c", "min_snr_gamma", "noise_offset", "input_perturbation")
+"""Those of `config.NUMBERS` that a step takes from the stage. The others are in its scales, norms and batches."""
+
+
+def _differing(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """Returns for each of several stages the settings that a step reads and that are not the same in all of them."""
+    values: list[dict[str, Any]] = [
+        {name: getattr(stage, name) for name in READ_BY_STEP} | {"learning_rate": peak_rates(stage, stage.parts)}
+        for stage in stages
+    ]
+    differing = [name for name in READ_BY_STEP if any(each[name] != values[0][name] for each in values)]
+    return [jax.tree.map(np.float32, {name: each[name] for name in differing}) for each in values]
+
+
+def _with_shapes(frozen: Frozen, numbers: dict[str, Any]) -> Frozen:
+    return {**frozen, "numbers": jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), numbers)}
 
 
 def _shapes(tree: PyTree) -> Any:
@@ -215,7 +247,7 @@ def prepare(
     new_rows, norms = first_rows(recipe, key, params, plan.new_words) if "textual_inversion" in parts else ({}, {})
     state, scales, rows = jax.jit(functools.partial(begin, recipe))(key, params, earlier, new_rows)
     left = {part: weights for part, weights in params.items() if parts.get(part) != "weights"}
-    return state, {"params": left, "scales": scales, "rows": rows, "norms": norms}
+    return state, {"params": left, "scales": scales, "rows": rows, "norms": norms, "numbers": plan.numbers}
 
 
 # ---------------------------------------------------------------------------------------------- checks, without weights
@@ -372,7 +404,7 @@ def _result_shapes(recipe: Recipe, earlier: Results, vectors: int) -> tuple[Stat
         state, scales, rows = begin(recipe, key, params, earlier, new_rows)
         left = {part: weights for part, weights in params.items() if part not in trained_whole}
         norms = {name: jnp.float32(0) for name in new_rows} if "textual_inversion" in parts else {}
-        frozen: Frozen = {"params": left, "scales": scales, "rows": rows, "norms": norms}
+        frozen: Frozen = {"params": left, "scales": scales, "rows": rows, "norms": norms, "numbers": {}}
         return state, frozen, after(recipe, earlier, state, frozen)
 
     return jax.eval_shape(run, jax.random.key(0), params, earlier, new_rows)

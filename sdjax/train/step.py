@@ -14,6 +14,7 @@ The step knows no device and no mesh axis: `train.parallel` runs it under `jit` 
     key      the key of the stage
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypedDict
@@ -31,7 +32,7 @@ from sdjax.text import textual_inversion
 from sdjax.text.encoding import HiddenState, encode_ids, zeroed
 from sdjax.train import autoencoder, loss_scaling
 from sdjax.train.config import Stage
-from sdjax.train.optimizers import Optimizer, ema
+from sdjax.train.optimizers import Optimizer, ema, make_optimizer
 from sdjax.train.parallel import TrainStep
 
 Batch = Mapping[str, Array]
@@ -63,6 +64,8 @@ class Frozen(TypedDict):
     """Text model -> vectors [K, D] of all new words. The step puts those it trains into their places."""
     norms: Mapping[str, Any]
     """Text model -> the norm that clip_ti_decay draws to."""
+    numbers: dict[str, Any]
+    """Settings of the stage that take the place of those of the recipe: of copies, those that differ between them."""
 
 
 class Recipe(NamedTuple):
@@ -133,7 +136,15 @@ def variables(recipe: Recipe, trainable: Mapping[str, PyTree], frozen: Frozen) -
     return models
 
 
-def make_train_step(recipe: Recipe) -> TrainStep:
+def with_numbers(recipe: Recipe, numbers: Mapping[str, Any]) -> Recipe:
+    """Returns the recipe with some settings of its stage replaced, which may be arrays."""
+    if not numbers:
+        return recipe
+    stage = dataclasses.replace(recipe.stage, **numbers)
+    return recipe._replace(stage=stage, optimizer=make_optimizer(stage, stage.parts))
+
+
+def make_train_step(planned: Recipe) -> TrainStep:
     """Returns the pure step of a recipe.
 
     The loss is the weighted distance to `diffusion.target`, averaged over the whole batch. With accumulation A the
@@ -146,7 +157,7 @@ def make_train_step(recipe: Recipe) -> TrainStep:
     `finite` true, and two more metrics are `loss_scale`, the scale of this step, and `skipped_steps`, the number of
     steps skipped so far, this one included.
     """
-    loss_of = _autoencoder_loss if "vae" in recipe.stage.parts else diffusion_loss
+    loss_of = _autoencoder_loss if "vae" in planned.stage.parts else diffusion_loss
 
     def train_step(
         state: State,
@@ -156,6 +167,7 @@ def make_train_step(recipe: Recipe) -> TrainStep:
         *,
         reduce: Callable[[PyTree], PyTree] = lambda tree: tree,
     ) -> tuple[State, dict[str, Array]]:
+        recipe = with_numbers(planned, frozen["numbers"])
         key = jax.random.fold_in(key, state.step)
         gradient_of = loss_scaling.value_and_grad(functools.partial(loss_of, recipe), state.scaler)
         if recipe.accumulation == 1:
@@ -212,7 +224,7 @@ def distance(
     """
     stage, schedule = recipe.stage, recipe.outline.schedule
     noise = draws.noise
-    if stage.input_perturbation and not plain:
+    if diffusion.is_used(stage.input_perturbation) and not plain:
         noise = noise + stage.input_perturbation * draws.perturbation
     noisy = diffusion.add_noise(schedule, draws.latents, noise, draws.timesteps)
     inputs = noisy
@@ -242,9 +254,9 @@ def diffusion_loss(
         for i, part in enumerate(stage.lora_parts):
             keys = _dropout_keys(draws.dropout, i, batch.get(part))
             models[part] |= {"lora": lora.with_dropout(models[part]["lora"], stage.lora_dropout, keys)}
-    weight = diffusion.loss_weight(
-        recipe.outline.schedule, draws.timesteps, min_snr_gamma=stage.min_snr_gamma or None, debiased=stage.debiased
-    )
+    gamma = stage.min_snr_gamma if diffusion.is_used(stage.min_snr_gamma) else None
+    schedule = recipe.outline.schedule
+    weight = diffusion.loss_weight(schedule, draws.timesteps, min_snr_gamma=gamma, debiased=stage.debiased)
     if "weight" in batch:
         weight = weight * batch["weight"]
     return jnp.mean(weight * distance(recipe, models, batch, draws))

@@ -86,8 +86,19 @@ class Validator:
         if self._captions:
             self._drawn = {k: v for k, v in self._drawn.items() if k == 0}  # the first and the newest are kept
             self._drawn[step] = self._draw(self._current(state))
-            name = f"{self._plan.stage.name}-{step}.png"
-            _save(self._samples / name, grids.captioned(self._drawn[step], self._captions, columns=4))
+            path = self._samples / f"{self._plan.stage.name}-{step}.png"
+            _save(path, grids.captioned(self._drawn[step], self._captions, columns=4))
+            self._metrics.picture(step, "samples", path)
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        """The pictures of the finished stage; empty without prompts."""
+        return self._drawn.get(self._plan.stage.steps, [])
+
+    @property
+    def captions(self) -> list[str]:
+        """What each picture shows."""
+        return list(self._captions)
 
     def before_and_after(self) -> Path | None:
         """Saves a sheet of pictures by the base model, the stage before and the finished stage.
@@ -116,6 +127,7 @@ class Validator:
         captions = [f"{column}: {caption}" for caption in self._captions for column in columns]
         path = self._samples / f"{name}-before-after.png"
         _save(path, grids.captioned(pictures, captions, columns=len(columns)))
+        self._metrics.picture(self._plan.stage.steps, "before-after", path)
         return path
 
     def _without_words(self) -> list[str]:

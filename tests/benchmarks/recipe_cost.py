@@ -148,6 +148,7 @@ def stage_cost(run: stages.Run, number: int) -> dict[str, float]:
         "scales": scales,
         "rows": rows,
         "norms": {name: jax.ShapeDtypeStruct((), jnp.float32) for name in widths},
+        "numbers": {},
     }
     step = jax.make_jaxpr(make_train_step(recipe))(plan.state, frozen, batch_of(plan, plan.examples), key)
 
