@@ -74,6 +74,16 @@ def test_a_signal_is_not_lost(place, number):
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "goes on\n", "stopped\n")
 
 
+def test_a_signal_within_exec_gives_its_exit_code(tmp_path):
+    """Python used to end a module by SIGINT instead."""
+    work = "import os, time; os.kill(os.getpid(), 15); time.sleep(20)"
+    code = f"import sys; from sdjax.runtime import command; sys.exit(command.run(lambda _: exec({work!r}), [], (15,)))"
+    (tmp_path / "work.py").write_text(code)
+    run = [sys.executable, "-m", "work"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=15, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (143, "stopped\n")
+
+
 def test_a_signal_at_the_end_of_a_command_is_told_once():
     """It used to raise KeyboardInterrupt a second later, whatever Python was doing by then."""
     code = """

@@ -48,6 +48,7 @@ def run(
         code, message = _told(error, argv)
         print(f"error: {printable(message)}", file=sys.stderr)
         return code
+    exec("")  # or else Python ends by SIGINT, if the interrupt came within a call of exec, such as dataclasses make
     print("stopped", file=sys.stderr)
     return 128 + received[0]
 
@@ -114,9 +115,11 @@ def _stopped_by(signals: Sequence[int], received: list[int]) -> Iterator[None]:
         yield
     finally:
         while former:  # a signal may come here too
-            with contextlib.suppress(KeyboardInterrupt):
+            try:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 for number, handler in former.items():
                     signal.signal(number, handler)
                 former = {}
+            except KeyboardInterrupt:
+                pass
         sys.unraisablehook = hook
