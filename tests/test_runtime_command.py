@@ -74,6 +74,25 @@ def test_a_signal_is_not_lost(place, number):
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "goes on\n", "stopped\n")
 
 
+def test_a_signal_that_becomes_another_error_is_told():
+    """As in the import of an extension module, which makes it an ImportError."""
+    code = """
+        import os, sys, time
+        from sdjax.runtime import command
+
+        def work(argv):
+            try:
+                os.kill(os.getpid(), 15)
+                time.sleep(20)
+            except BaseException as e:
+                raise ImportError("Encountered an error while initializing the extension.") from e
+
+        sys.exit(command.run(work, [], (15,)))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=15)
+    assert (done.returncode, done.stderr) == (143, "stopped\n")
+
+
 def test_a_signal_within_exec_gives_its_exit_code(tmp_path):
     """Python used to end a module by SIGINT instead."""
     work = "import os, time; os.kill(os.getpid(), 15); time.sleep(20)"

@@ -43,11 +43,12 @@ def run(
     except KeyboardInterrupt:
         received = received or [signal.SIGINT]
     except Exception as error:
-        if "--debug" in argv:
-            raise
-        code, message = _told(error, argv)
-        print(f"error: {printable(message)}", file=sys.stderr)
-        return code
+        if not received:  # else the interrupt became this error on its way, as it does in the import of an extension
+            if "--debug" in argv:
+                raise
+            code, message = _told(error, argv)
+            print(f"error: {printable(message)}", file=sys.stderr)
+            return code
     exec("")  # or else Python ends by SIGINT, if the interrupt came within a call of exec, such as dataclasses make
     print("stopped", file=sys.stderr)
     return 128 + received[0]
