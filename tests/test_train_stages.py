@@ -74,11 +74,13 @@ def test_masks_that_do_not_fit_are_refused(settings, micro_models, no_weights, i
         plan_run(dataclasses.replace(config, model=str(micro_models(inpainting=inpainting))))
 
 
-def test_copies_that_stand_on_a_lora_are_refused(settings):
+def test_copies_that_stand_on_loras_of_their_own_are_refused(settings):
     words = {"name": "words", "train": ["textual_inversion"], "placeholder_tokens": ["<thing>"]}
-    config = settings(stages=[{"name": "style"}, words], copies=[{"name": "first"}, {"name": "second"}])
+    copies = lambda **second: [{"name": "first"}, {"name": "second", **second}]
     with pytest.raises(ConfigError, match="share one base model"):
-        plan_runs(config)
+        plan_runs(settings(stages=[{"name": "style"}, words], copies=copies(seed=1)))
+    one_lora = plan_runs(settings(stages=[{"name": "style"}, words], copies=copies(placeholder_tokens=["<other>"])))
+    assert [plan.shared for plan in one_lora[1].stages] == [True, False]
 
 
 def test_truncated_weights_are_refused(settings, micro_models, no_weights, tmp_path):
