@@ -22,7 +22,7 @@ STEPS = 4
 quickly = {"steps": STEPS, "progress": False, "sampler": "ddim"}
 
 
-def by_hand(sd, texts, *, sampler="ddim", guidance=7.5, strength=1.0, image=None):
+def by_hand(sd, texts, *, sampler="ddim", guidance=3.0, strength=1.0, image=None):
     """Draws a picture. texts: the number of an evaluation -> (negative prompt, [(prompt, weight), ...])."""
     table = sampling.tabulate(sd.model.outline.schedule, sampler, STEPS, strength=strength)
     keys = jax.random.key(0)[None]

@@ -106,7 +106,7 @@ def fields(outline, picture=0, *, strength=1.0, inpainted=False, **settings):
 
 def test_fields_are_those_a1111_writes(outline):
     assert list(fields(outline).items()) == [
-        ("Steps", 20), ("Sampler", "DPM++ 2M"), ("Schedule type", "Automatic"), ("CFG scale", 7.5), ("Seed", 7),
+        ("Steps", 20), ("Sampler", "DPM++ 2M"), ("Schedule type", "Automatic"), ("CFG scale", 3.0), ("Seed", 7),
         ("Size", "96x64"), ("Model", "tiny"),
     ]  # fmt: skip
     assert fields(outline, 1)["Seed"] == 8

@@ -36,9 +36,10 @@ NO_ZERO_SNR = ("pndm", "lms", "heun")  # in diffusers as here
 )
 def test_pictures_match_diffusers(models, final_latents, monkeypatch, kind, sampler):
     theirs, ours = models(kind)
-    latents = start(size=ours.model.outline.unet.config.sample_size)
-    expected = their_picture(with_scheduler(theirs, sampler, monkeypatch), PROMPTS, NEGATIVES, latents=latents)
-    drawn = ours.text2image(PROMPTS, NEGATIVES, latents=latents, steps=STEPS, sampler=sampler, progress=False)
+    outline = ours.model.outline
+    how = {"latents": start(size=outline.unet.config.sample_size), "guidance": outline.guidance}
+    expected = their_picture(with_scheduler(theirs, sampler, monkeypatch), PROMPTS, NEGATIVES, **how)
+    drawn = ours.text2image(PROMPTS, NEGATIVES, **how, steps=STEPS, sampler=sampler, progress=False)
     assert_same(drawn, expected, final_latents)
 
 
