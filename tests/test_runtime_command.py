@@ -93,6 +93,31 @@ def test_a_signal_that_becomes_another_error_is_told():
     assert (done.returncode, done.stderr) == (143, "stopped\n")
 
 
+def test_a_signal_in_the_import_of_an_extension_waits_for_its_end():
+    """NumPy's `import_array`, which extensions call, printed a traceback of the KeyboardInterrupt."""
+    code = """
+        import builtins, os, sys
+        from sdjax.runtime import command
+
+        def interrupted(name, *arguments, real=builtins.__import__):
+            module = real(name, *arguments)
+            if name == "numpy._core._multiarray_umath":
+                builtins.__import__ = real
+                print("interrupted", flush=True)
+                os.kill(os.getpid(), 15)
+            return module
+
+        def work(argv):
+            import numpy
+            builtins.__import__ = interrupted
+            import ml_dtypes  # calls import_array
+
+        sys.exit(command.run(work, [], (15,)))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=15)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "interrupted\n", "stopped\n")
+
+
 def test_a_signal_within_exec_gives_its_exit_code(tmp_path):
     """Python used to end a module by SIGINT instead."""
     work = "import os, time; os.kill(os.getpid(), 15); time.sleep(20)"

@@ -7,11 +7,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 from sdjax.errors import ConfigError, DataError, SdjaxError, TrainingStopped
 
 _AGAIN = 1.0  # seconds
+_SOON = 0.05  # seconds
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,11 +85,19 @@ class Formatter(logging.Formatter):
         return printable(super().format(record))
 
 
+def _imports_an_extension(frame: FrameType | None) -> bool:
+    """Returns whether the frame, or one that led to it, imports an extension module."""
+    while frame and not frame.f_code.co_qualname.startswith("ExtensionFileLoader."):
+        frame = frame.f_back
+    return frame is not None
+
+
 @contextlib.contextmanager
 def _stopped_by(signals: Sequence[int], received: list[int]) -> Iterator[None]:
     """Within the block, these signals raise KeyboardInterrupt, and do so again each second until the block ends.
 
-    Python drops an exception in a callback of the garbage collector, of which JAX has one, and in `__del__`.
+    Python drops an exception in a callback of the garbage collector, of which JAX has one, and in `__del__`. The import
+    of an extension module is not interrupted: some print the exception's traceback, NumPy among them.
     received: gets the numbers of the signals. A signal that is ignored stays so. Outside the main thread this does
     nothing.
     """
@@ -95,11 +105,13 @@ def _stopped_by(signals: Sequence[int], received: list[int]) -> Iterator[None]:
         yield
         return
 
-    def handle(number: int, frame: Any) -> NoReturn:
+    def handle(number: int, frame: FrameType | None) -> None:
         if number != signal.SIGALRM:
             received.append(number)
-        signal.setitimer(signal.ITIMER_REAL, _AGAIN)
-        raise KeyboardInterrupt
+        importing = _imports_an_extension(frame)
+        signal.setitimer(signal.ITIMER_REAL, _SOON if importing else _AGAIN)
+        if not importing:
+            raise KeyboardInterrupt
 
     def ignored(unraisable: Any) -> None:
         if unraisable.exc_type is not KeyboardInterrupt:
