@@ -88,7 +88,12 @@ def _run(argv: Sequence[str]) -> None:
     host_memory.keep()
 
     outline = Outline.load(
-        args.model, args.dtype, variant=args.variant, tokenizer=args.tokenizer, prediction_type=args.prediction_type
+        args.model,
+        args.dtype,
+        variant=args.variant,
+        vae=args.vae,
+        tokenizer=args.tokenizer,
+        prediction_type=args.prediction_type,
     )
     words = [outline.load_words(path, token) for path, token in embeddings]
     bare = [job.replace(prompt=job.words[0]) for job in wanted]
@@ -200,6 +205,7 @@ def _parser() -> command.Parser:
         help=f"number type: {', '.join(get_args(Dtype))} (default: float32)",
     )
     add("--variant", metavar="NAME", help="variant of the weight files, such as fp16")
+    add("--vae", metavar="MODEL", help="another autoencoder: a folder, a file or a hub id (default: the model's)")
     add("--tokenizer", metavar="DIR", help="folder of the tokenizer, for a model in a single file (default: the hub's)")
     add("--prediction-type", default="", metavar="NAME", help="epsilon or v_prediction, if the model's is wrong")
     _add_settings(group, Adapters)

@@ -32,10 +32,13 @@ from sdjax.formats.embedding_file import load_embedding
 from sdjax.formats.lora_file import load_lora
 from sdjax.formats.parameter_names import load_params
 from sdjax.formats.single_file import read_single_file, save_single_file
+from sdjax.formats.vae_file import with_vae
 from sdjax.formats.weights_file import SUFFIXES
-from sdjax.models import clip, unet, vae
+from sdjax.models import clip, unet
 from sdjax.models.layers import Compute, variables
 from sdjax.models.tiling import Tiling, tiled
+from sdjax.models.vae import AutoencoderKL, VAEConfig, posterior_mean, scale_latents, unscale_latents
+from sdjax.models.vae import abstract_params as vae_shapes
 from sdjax.runtime.chips import check_dtype
 from sdjax.runtime.devices import at_once, check_count, copies, mesh_of, split_examples, within
 from sdjax.settings import Dtype, Guidance, read_value
@@ -51,6 +54,7 @@ class Options(TypedDict, total=False):
     """Options of how a model is found and computed.
 
     variant: the variant of the weight files, such as "fp16".
+    vae: another autoencoder in place of the model's: a folder, a file or a hub id; see `formats.vae_file.with_vae`.
     platform: "cpu", "gpu" or "tpu", to trace for another platform than JAX's default.
     tokenizer: the folder of a tokenizer, or of a model that has one, for a model in a single file, which holds none.
     By default the tokenizer of Stable Diffusion, from the hub or its cache.
@@ -59,6 +63,7 @@ class Options(TypedDict, total=False):
     """
 
     variant: str | None
+    vae: str | os.PathLike | None
     platform: str | None
     tokenizer: str | os.PathLike | None
     prediction_type: str
@@ -73,7 +78,7 @@ class Outline:
     """
 
     unet: unet.UNet
-    vae: vae.AutoencoderKL
+    vae: AutoencoderKL
     text_models: dict[str, clip.TextModel]
     shapes: dict[str, Any]
     tokenizers: dict[str, Tokenizer]
@@ -88,6 +93,7 @@ class Outline:
         dtype: str = "float32",
         *,
         variant: str | None = None,
+        vae: str | os.PathLike | None = None,
         platform: str | None = None,
         tokenizer: str | os.PathLike | None = None,
         prediction_type: str = "",
@@ -97,25 +103,28 @@ class Outline:
 
         source: "tiny" (embedded), a diffusers folder, a .safetensors or .ckpt file of a whole model, or a hub id.
         dtype: the number type of the weights and the computation: float32, bfloat16 or float16. With float16 the VAE
-        stays in float32, whose range it needs. weights: whether the files of the weights must be there; if not, a model
-        of the hub is known from a few small files. The other arguments are described in `Options`.
+        stays in float32, whose range it needs, and so does SDXL's with bfloat16, unless its config says that it can do
+        without (`force_upcast` false). weights: whether the files of the weights must be there; if not, a model of the
+        hub is known from a few small files. The other arguments are described in `Options`.
         Raises ConfigError for a wrong argument or a number type that the GPU lacks, DataError for files that are
         missing, damaged or of another kind.
         """
         read_value(Dtype, str(dtype), "dtype")
         check_dtype(str(dtype), platform)
         folder = _find(source, variant, tokenizer, prediction_type, weights)
+        if vae is not None:
+            folder = with_vae(folder, vae, variant=variant, weights=weights)
         with _building(source):
             schedule = diffusion.NoiseSchedule.from_config(folder.scheduler)
         if prediction_type:
             schedule = diffusion.altered(schedule, prediction_type=prediction_type)
             folder = dataclasses.replace(folder, scheduler=dict(schedule.config))
-        computed_in = lambda part: jnp.dtype("float32" if part == "vae" and dtype == "float16" else dtype)
+        computed_in = lambda part: jnp.dtype("float32" if part == "vae" and _upcasts(folder, dtype) else dtype)
         compute = {part: Compute(dtype=computed_in(part), platform=platform) for part in folder.configs}
         with _building(source):
             _check_sizes(folder.configs)
             unet_config = unet.UNetConfig.from_dict(folder.configs["unet"])
-            vae_config = vae.VAEConfig.from_dict(folder.configs["vae"])
+            vae_config = VAEConfig.from_dict(folder.configs["vae"])
             texts = {
                 name: clip.TextConfig.from_dict(folder.configs[name])
                 for name in TEXT_ENCODERS
@@ -123,12 +132,12 @@ class Outline:
             }
             shapes = {
                 "unet": unet.abstract_params(unet_config),
-                "vae": vae.abstract_params(vae_config),
+                "vae": vae_shapes(vae_config),
                 **{name: clip.abstract_params(config) for name, config in texts.items()},
             }
         return cls(
             unet=unet.UNet(unet_config, compute["unet"]),
-            vae=vae.AutoencoderKL(vae_config, compute["vae"]),
+            vae=AutoencoderKL(vae_config, compute["vae"]),
             text_models={name: clip.TextModel(config, compute[name]) for name, config in texts.items()},
             shapes=shapes,
             tokenizers={
@@ -239,15 +248,11 @@ class Outline:
         """The shapes of the parameters of a part in the number type that they are loaded in."""
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype(part)), self.shapes[part])
 
-    def added_conditions(self, pooled: Float[Array, "B P"], height: int, width: int) -> dict[str, Array] | None:
-        """SDXL's added conditions for pictures of one size in pixels; None for other models.
-
-        The sizes are original, crop and target, in that order.
-        """
-        if not self.is_sdxl:
-            return None
-        sizes = jnp.asarray([height, width, 0, 0, height, width], jnp.float32)
-        return {"text_embeds": pooled, "time_ids": jnp.broadcast_to(sizes, (pooled.shape[0], 6))}
+    def added_conditions(
+        self, pooled: Float[Array, "B P"], sizes: Float[Array | np.ndarray, "B 6"]
+    ) -> dict[str, Array] | None:
+        """SDXL's added conditions; None for other models. sizes: see `data.images.size_conditions`."""
+        return {"text_embeds": pooled, "time_ids": jnp.asarray(sizes, jnp.float32)} if self.is_sdxl else None
 
     def with_words(self, words: Mapping[str, int]) -> "Outline":
         """Returns the outline with new words in its tokenizers. words: word -> number of vectors.
@@ -367,11 +372,11 @@ class Model:
             images = np.stack([pixels(image, Size(image.height, image.width)) for image in images])
         values = jnp.asarray(images, jnp.float32)
         encode = functools.partial(compiled_encode, self.outline.vae, self.params["vae"])
-        return vae.scale_latents(self.outline.vae.config, self._in_parts(encode, values, encode=True))
+        return scale_latents(self.outline.vae.config, self._in_parts(encode, values, encode=True))
 
     def decode_latents(self, latents: Float[Array | np.ndarray, "B h w 4"]) -> Float[Array, "B H W 3"]:
         """Pictures with values in [0, 1]. Each device decodes one at a time: memory does not grow with the batch."""
-        unscaled = vae.unscale_latents(self.outline.vae.config, jnp.asarray(latents, jnp.float32))
+        unscaled = unscale_latents(self.outline.vae.config, jnp.asarray(latents, jnp.float32))
         decode = functools.partial(compiled_decode, self.outline.vae, self.params["vae"])
         return self._in_parts(decode, unscaled, encode=False)
 
@@ -559,6 +564,12 @@ def _building(source: str | os.PathLike) -> Iterator[None]:
         raise DataError(f"{source}: its configs make no model ({type(error).__name__}: {reason})") from error
 
 
+def _upcasts(folder: ModelFolder, dtype: str) -> bool:
+    """Whether the VAE is computed in float32 in place of `dtype`. SDXL's overflows float16 and is noisy in bfloat16."""
+    sdxl = folder.configs["unet"].get("addition_embed_type") == "text_time"
+    return (dtype == "float16" or sdxl) and folder.configs["vae"].get("force_upcast") is not False
+
+
 def _check_sizes(configs: Mapping[str, Any]) -> None:
     """Raises DataError for numbers in configs that would take endless time or memory to follow."""
 
@@ -578,7 +589,7 @@ def _predict(model, params, latents, timesteps, context, added):
 @functools.partial(jax.jit, static_argnums=0)
 def compiled_encode(model, params, pixels):
     """The mean of the posterior of images with values in [0, 1], unscaled."""
-    return vae.posterior_mean(model.apply({"params": params}, 2 * pixels - 1, method="encode"))
+    return posterior_mean(model.apply({"params": params}, 2 * pixels - 1, method="encode"))
 
 
 @functools.partial(jax.jit, static_argnums=0)

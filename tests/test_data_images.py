@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from sdjax.data import images
-from sdjax.data.images import Crop, Size, random_crops, read_mask, read_size, to_float
+from sdjax.data.images import Crop, Size, random_crops, read_mask, read_size, size_conditions, to_float
 from sdjax.data.images import read_image as read_views
 from sdjax.errors import DataError
 
@@ -228,6 +228,27 @@ def test_crops_of_any_shape(tmp_path):
     np.testing.assert_allclose(bottom[:, 0, 1], 5 * np.arange(12, 16), atol=2)
     (smaller,) = read_views(path, Size(8, 8))  # scaled by half
     np.testing.assert_allclose(smaller[0, 2:6, 0], 5 * (16.5 + 2 * np.arange(2, 6)), atol=3)
+
+
+def test_the_size_conditions_say_where_a_view_begins(tmp_path):
+    """The colours of this image are the coordinates of its pixels."""
+    image = np.zeros((30, 50, 3), np.uint8)
+    image[..., 0], image[..., 1] = np.mgrid[:30, :50]
+    Image.fromarray(image).save(tmp_path / "image.png")
+    crops = (Crop(), Crop(0.0, 1.0), Crop(1.0, 0.2))
+    for size in (Size(30, 20), Size(10, 50)):  # neither is resized
+        views = read_views(tmp_path / "image.png", size, crops=crops)
+        rows = size_conditions(Size(30, 50), size, crops, flip=True)
+        assert rows.shape == (6, 6) and (rows[:, :2] == (30, 50)).all() and (rows[:, 4:] == size).all()
+        for view, plain, mirrored in zip(views, rows[::2], rows[1::2], strict=True):
+            assert (view[0, 0, :2] == plain[2:4]).all()
+            assert (view[0, -1, :2] == (mirrored[2], 49 - mirrored[3])).all()
+
+
+def test_the_size_conditions_measure_the_resized_image():
+    rows = size_conditions(Size(60, 100), Size(40, 40), flip=True)
+    np.testing.assert_array_equal(rows, [[60, 100, 0, 13, 40, 40]] * 2)  # 20 of 100 pixels, at 2/3 of their size
+    np.testing.assert_array_equal(size_conditions(Size(10, 10), Size(40, 40))[0], [10, 10, 0, 0, 40, 40])
 
 
 def test_random_crops_depend_on_seed_name_and_number_alone():

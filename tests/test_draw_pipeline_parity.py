@@ -138,16 +138,24 @@ def test_an_empty_negative_prompt_is_zeros_for_sdxl_and_text_for_sd1(models, fin
 
 
 @parity
-def test_other_sizes_reach_the_conditions_of_sdxl(models, final_latents, monkeypatch):
+@pytest.mark.parametrize(
+    "conditions",
+    [{}, {"original_size": (50, 30), "crops_coords_top_left": (4, 2), "target_size": (80, 40)}],
+    ids=["none", "all"],
+)
+def test_sizes_reach_the_conditions_of_sdxl(models, final_latents, monkeypatch, conditions):
     theirs, ours = models("sdxl")
     latents = np.random.default_rng(0).normal(size=(1, 10, 6, 4)).astype(np.float32)
     pipeline = with_scheduler(theirs, "euler", monkeypatch)
-    expected = their_picture(pipeline, PROMPTS[:1], NEGATIVES[:1], latents=latents, height=40, width=24)
-    drawn = ours.text2image(
-        PROMPTS[0], NEGATIVES[0], latents=latents, steps=STEPS, sampler="euler", height=40, width=24, progress=False
-    )
+    expected = their_picture(pipeline, PROMPTS[:1], NEGATIVES[:1], latents=latents, height=40, width=24, **conditions)
+    how = {"steps": STEPS, "sampler": "euler", "progress": False, **conditions}
+    drawn = ours.text2image(PROMPTS[0], NEGATIVES[0], latents=latents, height=40, width=24, **how)
     assert drawn[0].size == (24, 40)
     assert_same(drawn, expected, final_latents)
+    if conditions:
+        plain = their_picture(pipeline, PROMPTS[:1], NEGATIVES[:1], latents=latents, height=40, width=24)
+        assert oracle.error(plain[0], expected[0]) > 0.01
+        assert 'Original size: "(50, 30)", Crop top left' in drawn[0].info["parameters"]
 
 
 @parity
@@ -204,7 +212,7 @@ def test_the_parts_match_diffusers(models, kind):
     if kind == "sdxl":
         pooled = ours.model.encode_prompts(PROMPTS)[1]
         assert oracle.error(pooled, encoded[2]) <= 1e-4
-        added = ours.model.outline.added_conditions(pooled, 32, 48)
+        added = ours.model.outline.added_conditions(pooled, np.tile([32, 48, 0, 0, 32, 48], (len(PROMPTS), 1)))
     latents = start(size=8)
     with torch.no_grad():
         out = theirs.unet(

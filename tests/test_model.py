@@ -75,9 +75,10 @@ def test_the_context_is_the_last_hidden_state_or_that_of_clip_skip(outline, sdxl
 
 def test_only_sdxl_has_added_conditions(outline, sdxl):
     pooled = jnp.ones((2, 16), jnp.float32)
-    assert outline.added_conditions(pooled, 64, 96) is None
-    added = sdxl.added_conditions(pooled, 64, 96)
-    np.testing.assert_array_equal(added["time_ids"], [[64, 96, 0, 0, 64, 96]] * 2)
+    sizes = np.array([[64, 96, 0, 0, 64, 96]] * 2)
+    assert outline.added_conditions(pooled, sizes) is None
+    added = sdxl.added_conditions(pooled, sizes)
+    np.testing.assert_array_equal(added["time_ids"], sizes)
     np.testing.assert_array_equal(added["text_embeds"], pooled)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Shaped, UInt8
 
 from sdjax.data.holes import make_holes
-from sdjax.data.images import Crop, Size, random_crops, read_image, read_mask
+from sdjax.data.images import Crop, Size, random_crops, read_image, read_mask, read_size, size_conditions
 from sdjax.data.joined import joined
 from sdjax.data.records import Record, file_digest
 from sdjax.errors import DataError
@@ -56,10 +56,11 @@ class Images(NamedTuple):
     mirror image if images are flipped.
 
     `moments [N, V, h, w, 2C]` of the VAE's posterior, or `pixels [N, V, H, W, 3]` of 8 bits; `mask [N, V, h, w, 1]`,
-    0 to 1. For inpainting, each crop has K masks, which are mirrored with it: `hole [N, V*K, h, w, 1]` is 1 where a
-    latent is painted, else 0. `kept [N, V*K, h, w, C]`, for models that take it, is the mean of the VAE's posterior
-    (unscaled) of the image with the hole in grey. Crop c with its mask k is view c * K + k, or 2 * (c * K + k) if
-    images are flipped.
+    0 to 1; `sizes [N, V, 6]`, see `images.size_conditions`.
+
+    For inpainting, each crop has K masks, which are mirrored with it: `hole [N, V*K, h, w, 1]` is 1 where a latent is
+    painted, else 0. `kept [N, V*K, h, w, C]`, for models that take it, is the mean of the VAE's posterior (unscaled) of
+    the image with the hole in grey. Crop c with its mask k is view c * K + k, or 2 * (c * K + k) if images are flipped.
     """
     skipped: tuple[str, ...]
     """One message for each image that cannot be used."""
@@ -178,6 +179,21 @@ def cache_masks(images: Images, views: Views, factor: int, *, folder: str | Path
     def row(record: Record) -> Mapping[str, np.ndarray]:
         mask = read_mask(record.mask or record.path, size, views.crops_of(record), alpha=record.mask is None)
         return {"mask": _with_mirrored(mask, views.flip)[None]}
+
+    arrays, _ = _entries(Path(folder), images.records, entry)
+    return images._replace(arrays={**images.arrays, **arrays})
+
+
+def cache_sizes(images: Images, views: Views, *, folder: str | Path) -> Images:
+    """`images` with the array `sizes`: SDXL's size conditions of each view."""
+
+    def entry(_: int, records: Sequence[Record]) -> _Missing:
+        key = views.key(records, [file_digest(record.path) for record in records]) | {"kind": "sizes"}
+        return _Missing(key, map(row, records), {})
+
+    def row(record: Record) -> Mapping[str, np.ndarray]:
+        sizes = size_conditions(read_size(record.path), views.size, views.crops_of(record), flip=views.flip)
+        return {"sizes": sizes[None]}
 
     arrays, _ = _entries(Path(folder), images.records, entry)
     return images._replace(arrays={**images.arrays, **arrays})

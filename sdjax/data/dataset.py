@@ -22,7 +22,7 @@ class Bucket(NamedTuple):
     """The images of one shape."""
 
     arrays: Arrays
-    """`moments` or `pixels`, perhaps `mask`, `hole` and `kept`; each `[N, V, ...]`, see `cache.Images`."""
+    """`moments` or `pixels`, perhaps `mask`, `sizes`, `hole` and `kept`; each `[N, V, ...]`, see `cache.Images`."""
     text_rows: Int64[np.ndarray, "N K"]
     """For each image, the rows of the K versions of its caption in `Dataset.texts`."""
     records: tuple[Record, ...]
@@ -68,8 +68,9 @@ def make_batch(dataset: Dataset, order: Order, number: int) -> Batch:
     """Batch `number` of the order, for one optimizer step. Every array has B rows.
 
     The arrays are `moments [B, h, w, 2C]` or `pixels [B, H, W, 3]`, `mask [B, h, w, 1]` if the data set has masks,
-    `hole [B, h, w, 1]` and perhaps `kept [B, h, w, C]` for inpainting, the texts, and `index [B]` (int32), the place in
-    the batch. An example's randomness is drawn from its index, so that it does not depend on the example's device.
+    `sizes [B, 6]` for SDXL, `hole [B, h, w, 1]` and perhaps `kept [B, h, w, C]` for inpainting, the texts, and
+    `index [B]` (int32), the place in the batch. An example's randomness is drawn from its index, so that it does not
+    depend on the example's device.
 
     With class images, B is twice the order's batch size: as many class images follow the images. The mean over the
     batch of `weight [B]` times the error is then the mean error of the images plus the prior's weight times the mean

@@ -84,6 +84,23 @@ def read_image(
     return _cut(image, size, crops, Image.Resampling.LANCZOS, whole=True)
 
 
+def size_conditions(
+    image: Size, size: Size, crops: Sequence[Crop] = (Crop(),), *, flip: bool = False
+) -> Float32[np.ndarray, "V 6"]:
+    """SDXL's size conditions of the views that `read_image` makes of an image (Podell et al. 2023, section 2.2).
+
+    They are the height and width of the image, the top and left of the crop, and the height and width of `size`. The
+    crop is measured in pixels of the image after it was resized, and after it was mirrored. flip: each crop is followed
+    by its mirror image.
+    """
+    rows = [
+        [*image, round(top * size.height / (bottom - top)), round(beside * size.width / (right - left)), *size]
+        for left, top, right, bottom in _boxes(image, size, crops, whole=True)
+        for beside in ((left, image.width - right) if flip else (left,))
+    ]
+    return np.asarray(rows, np.float32)
+
+
 def read_picture(path: str | Path) -> Image.Image:
     """Reads an image whole, turned upright, in 8 bits, with its transparency. See `read_image` for what is refused.
 
@@ -198,6 +215,12 @@ def _cut(
 
     whole: crops begin at whole pixels.
     """
+    boxes = _boxes(Size(image.height, image.width), size, crops, whole=whole)
+    return np.stack([np.asarray(image.resize((size.width, size.height), resampling, box=box)) for box in boxes])
+
+
+def _boxes(image: Size, size: Size, crops: Sequence[Crop], *, whole: bool) -> list[tuple[float, float, float, float]]:
+    """The crops as left, top, right and bottom in an image: as large as the image allows, in the shape of `size`."""
     scale = min(image.width / size.width, image.height / size.height)
     width, height = size.width * scale, size.height * scale
     boxes = []
@@ -207,7 +230,7 @@ def _cut(
             left, top = min(round(left), image.width - width), min(round(top), image.height - height)
         # Rounding errors must not lead out of the image.
         boxes.append((left, top, min(left + width, image.width), min(top + height, image.height)))
-    return np.stack([np.asarray(image.resize((size.width, size.height), resampling, box=box)) for box in boxes])
+    return boxes
 
 
 def _rgb(image: Image.Image, background: str) -> Image.Image:

@@ -166,7 +166,8 @@ def _condition(
     if any(negative) and outline.zeros_empty_prompts:
         empty = np.array([bool(is_negative) and not text for is_negative, text in zip(negative, texts, strict=True)])
         context, pooled = zeroed(context, empty), zeroed(pooled, empty)
-    added = outline.added_conditions(pooled, *request.size) or {}
+    sizes = np.broadcast_to(request.size_conditions, (len(texts), 6))
+    added = outline.added_conditions(pooled, sizes) or {}
     if width := outline.unet.config.time_cond_proj_dim:
         scale = jnp.full((len(texts),), (request.guidance - 1) * 1000, jnp.float32)
         added["timestep_cond"] = timestep_embedding(scale, width, flip_sin_to_cos=False, freq_shift=1)

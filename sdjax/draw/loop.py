@@ -17,7 +17,7 @@ from sdjax.draw import conditioning, inpainting, sampling
 from sdjax.draw.conditioning import Condition
 from sdjax.draw.inpainting import Frame
 from sdjax.draw.request import Request
-from sdjax.draw.settings import changed, labelled
+from sdjax.draw.settings import SIZE_CONDITIONS, changed, labelled
 from sdjax.errors import ConfigError, TrainingStopped
 from sdjax.formats.png_parameters import parameters_text
 from sdjax.model import Model, Outline
@@ -174,7 +174,7 @@ def png_fields(request: Request, i: int, name: str, *, inpainted: bool) -> dict[
     fields |= {"Seed": request.seeds[i], "Size": f"{width}x{height}", "Model": Path(name).stem}
     fields |= labelled(settings, changed(settings, ["guidance_rescale"]))
     fields |= labelled({"strength": request.strength}, ["strength"] if request.strength != 1 else [])
-    fields |= labelled(settings, changed(settings, ["clip_skip", "emphasis"]))
+    fields |= labelled(settings, changed(settings, ["clip_skip", "emphasis", *SIZE_CONDITIONS]))
     if settings["variation_strength"]:
         fields |= {"Variation seed": request.variation_seeds[i]} | labelled(settings, ["variation_strength"])
     if settings["hires_scale"] != 1:

@@ -63,7 +63,7 @@ def drawing(
     channels = outline.vae.config.latent_channels
     latents = array(count, *cells, channels)
     context, pooled = outline.abstract_context(texts, chunks, clip_skip)
-    added = jax.eval_shape(lambda pooled: outline.added_conditions(pooled, *size), pooled)
+    added = jax.eval_shape(outline.added_conditions, pooled, array(texts, 6))
     ids = outline.abstract_ids(texts, chunks)
     split = functools.partial(split_examples, mesh)
     decoded = at_once(mesh, count)

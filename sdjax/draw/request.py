@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
@@ -13,6 +14,7 @@ from sdjax.draw import sampling
 from sdjax.draw.inpainting import Frame, make_frames
 from sdjax.draw.settings import (
     LARGEST_SIDE,
+    SIZE_CONDITIONS,
     InpaintSettings,
     PictureSettings,
     Settings,
@@ -54,6 +56,12 @@ class Request:
         height, width = self.settings["height"], self.settings["width"]
         assert height is not None and width is not None
         return height, width
+
+    @property
+    def size_conditions(self) -> Float[np.ndarray, "6"]:
+        """SDXL's size conditions; see `data.images.size_conditions`."""
+        sizes = [self.settings[name] or self.size for name in SIZE_CONDITIONS]
+        return np.asarray(sizes, np.float32).reshape(6)
 
     @property
     def guidance(self) -> float:
@@ -235,6 +243,8 @@ def _request(
         settings[name] = read_value(side, settings.get(name) or default, name)
     if settings.get("guidance") is None:
         settings["guidance"] = outline.guidance
+    if not outline.is_sdxl and (given := [name for name in SIZE_CONDITIONS if any(settings.get(name) or ())]):
+        raise ConfigError(f"{given[0]} is a condition of SDXL, which {outline.name} does not take")
     repeat = lambda texts: tuple(text for text in texts for _ in range(count))
     total = len(prompts) * count
     # As in A1111, variations are of one picture: the second seed counts up instead of the first.

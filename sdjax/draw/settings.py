@@ -37,6 +37,8 @@ LARGEST_SIDE = 16384
 Side = Annotated[int, Range(8, LARGEST_SIDE, multiple=8)]
 Strength = Annotated[float, Range(0, 1, above=True)]
 Pixels = Annotated[int, Range(0, 1024)]
+Pixel = Annotated[int, Range(0, LARGEST_SIDE)]
+SIZE_CONDITIONS = ("original_size", "crops_coords_top_left", "target_size")
 
 
 class Declared(NamedTuple):
@@ -119,6 +121,30 @@ class Sampling(TypedDict, total=False):
     ]
     height: Annotated[Side | None, Declared(None, "height", unset="the model's, or the image's", metavar="PIXELS")]
     width: Annotated[Side | None, Declared(None, "width", unset="the model's, or the image's", metavar="PIXELS")]
+    original_size: Annotated[
+        tuple[Pixel, Pixel] | None,
+        Declared(
+            None,
+            "SDXL's condition: size of the picture before it was resized and cropped",
+            "Original size",
+            unset="the picture's",
+            metavar="H,W",
+        ),
+    ]
+    crops_coords_top_left: Annotated[
+        tuple[Pixel, Pixel],
+        Declared((0, 0), "SDXL's condition: where the picture was cropped", "Crop top left", metavar="Y,X"),
+    ]
+    target_size: Annotated[
+        tuple[Pixel, Pixel] | None,
+        Declared(
+            None,
+            "SDXL's condition: size of the picture after it was resized and cropped",
+            "Target size",
+            unset="the picture's",
+            metavar="H,W",
+        ),
+    ]
 
 
 class Shared(Reading, Sampling, total=False):
@@ -280,7 +306,8 @@ def help_text(name: str) -> str:
     """One line on a setting: what it does, its range or choices, and its default."""
     hint, declared = declarations()[name]
     purpose, *remarks = declared.help.split("; ")
-    purpose += "".join(f", {_words(rule)}" for rule in metadata(hint) if isinstance(rule, Range))
+    rules = dict.fromkeys(_words(rule) for rule in metadata(hint) if isinstance(rule, Range))
+    purpose += "".join(f", {rule}" for rule in rules)
     if names := choices(hint):
         purpose += f": {', '.join(names[:-1])} or {names[-1]}"
     default = declared.unset if declared.default is None else declared.default

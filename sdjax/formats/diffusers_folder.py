@@ -45,11 +45,12 @@ class ModelFolder:
     scheduler: dict[str, Any]  # scheduler_config.json
     tokenizers: dict[str, Path]  # "tokenizer" and, for SDXL, "tokenizer_2" -> folder
     weights: dict[str, tuple[Path, ...]]  # part -> the file of its weights, or the files of its shards
-    state: Mapping[str, Mapping[str, np.ndarray]] | None = None  # part -> tensors, if one file holds all parts
+    # part -> tensors, of the parts whose file has other names than diffusers', or holds more than the part
+    state: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def tensors(self, part: str) -> dict[str, np.ndarray]:
         """The state dict of a part: PyTorch's names -> arrays. An array is read from the disk when it is used."""
-        if self.state is not None:
+        if part in self.state:
             return dict(self.state[part])
         tensors: dict[str, np.ndarray] = {}
         for file in self.weights[part]:
@@ -71,11 +72,7 @@ def read_folder(
     weights: whether the files of the weights must be there. If not, none is downloaded, and `weights` is empty.
     Raises DataError for a folder that is missing, incomplete, or of another kind of model, which the error names.
     """
-    path = Path(source)
-    if not path.is_dir():
-        if path.exists():
-            raise DataError(f"{source}: a file where a model folder is expected")
-        path = _download(str(source), variant, revision, weights)
+    path = _local(source) or _download(str(source), variant, revision, weights)
     index = _read_index(path)
     _check_kind(path, index)
     present = [name for name in _PARTS if _class_of(index, name)]
@@ -91,8 +88,39 @@ def read_folder(
         configs=configs,
         scheduler=_read_json(path / "scheduler" / "scheduler_config.json"),
         tokenizers=tokenizers,
-        weights={name: _find_weights(path / name, variant) for name in present} if weights else {},
+        weights={name: _find_weights(path / name, name, variant) for name in present} if weights else {},
     )
+
+
+def read_vae_folder(
+    source: str | os.PathLike, *, variant: str | None = None, weights: bool = True
+) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """Reads the config of an autoencoder and finds the files of its weights; without `weights` none are needed.
+
+    source: the folder of an autoencoder or of a model that has one, or the hub id of either. variant: see
+    `read_folder`. Raises DataError for a folder that is missing, incomplete, or of something else.
+    """
+    path = _local(source)
+    if path is None:
+        path = _snapshot(str(source), ["config.json", "vae/config.json"])
+    place = "vae/" if (path / "vae" / "config.json").exists() else ""
+    config = _read_json(path / place / "config.json")
+    kind = str(config.get("_class_name")).removeprefix("Flax")
+    if kind not in _CLASSES["vae"]:
+        raise DataError(f"{source}: {place}config.json is that of a {kind}, not of an {_CLASSES['vae'][0]}")
+    if not weights:
+        return config, ()
+    if not Path(source).is_dir():
+        _download_weights(str(source), path, {"vae": place}, variant)
+    return config, _find_weights(path / place, "vae", variant)
+
+
+def _local(source: str | os.PathLike) -> Path | None:
+    """The folder on the disk; None for a hub id."""
+    path = Path(source)
+    if path.exists() and not path.is_dir():
+        raise DataError(f"{source}: a file where a model folder is expected")
+    return path if path.is_dir() else None
 
 
 def save_folder(
@@ -252,10 +280,10 @@ def _choices(variant: str | None) -> Iterator[tuple[str, str]]:
     return ((suffix, name) for suffix in (".safetensors", ".bin") for name in variants)
 
 
-def _find_weights(folder: Path, variant: str | None) -> tuple[Path, ...]:
+def _find_weights(folder: Path, part: str, variant: str | None) -> tuple[Path, ...]:
     looked_for = []
     for suffix, name in _choices(variant):
-        stem = _stem(folder.name, suffix)
+        stem = _stem(part, suffix)
         single, index = folder / f"{stem}{name}{suffix}", folder / f"{stem}{suffix}.index{name}.json"
         if single.exists():
             return (single,)
@@ -291,27 +319,35 @@ _SMALL_FILES = [
 
 def _download(repository: str, variant: str | None, revision: str | None, weights: bool) -> Path:
     """Downloads the needed files of a model on the hub. Returns their folder in the cache."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII):
-        raise DataError(f"{repository}: no such folder, and not a hub id of the form owner/name")
-    path = snapshot(repository, _SMALL_FILES, revision)
+    path = _snapshot(repository, _SMALL_FILES, revision)
     if not (path / "model_index.json").exists():
         raise DataError(f"{repository}: not a diffusers model on the hub: it has no model_index.json")
     index = _read_index(path)
     _check_kind(path, index)
-    if not weights:
-        return path
-    wanted = [name for name in _PARTS if _class_of(index, name)]
-    for suffix, name in _choices(variant):
-        # One kind of file at a time, because a repository often holds the same weights in four kinds.
-        stems = [f"{part}/{_stem(part, suffix)}" for part in wanted]
-        ends = (f"{name}{suffix}", f"{name}-*-of-*{suffix}", f"-*-of-*{name}{suffix}")
-        snapshot(repository, [stem + end for stem in stems for end in ends], path.name)
-        wanted = [part for part in wanted if not _has_weights(path / part, suffix, name)]
-        if not wanted:
-            break
+    if weights:
+        _download_weights(repository, path, {name: f"{name}/" for name in _PARTS if _class_of(index, name)}, variant)
     return path
 
 
-def _has_weights(folder: Path, suffix: str, variant: str) -> bool:
-    stem = _stem(folder.name, suffix)
+def _snapshot(repository: str, patterns: list[str], revision: str | None = None) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII):
+        raise DataError(f"{repository}: no such folder, and not a hub id of the form owner/name")
+    return snapshot(repository, patterns, revision)
+
+
+def _download_weights(repository: str, path: Path, places: Mapping[str, str], variant: str | None) -> None:
+    """Downloads the weights of parts. path: of the small files in the cache. places: part -> its folder with a `/`."""
+    wanted = dict(places)
+    for suffix, name in _choices(variant):
+        # One kind of file at a time, because a repository often holds the same weights in four kinds.
+        stems = [place + _stem(part, suffix) for part, place in wanted.items()]
+        ends = (f"{name}{suffix}", f"{name}-*-of-*{suffix}", f"-*-of-*{name}{suffix}")
+        snapshot(repository, [stem + end for stem in stems for end in ends], path.name)
+        wanted = {part: place for part, place in wanted.items() if not _has_weights(path / place, part, suffix, name)}
+        if not wanted:
+            break
+
+
+def _has_weights(folder: Path, part: str, suffix: str, variant: str) -> bool:
+    stem = _stem(part, suffix)
     return any(folder.glob(f"{stem}{variant}{suffix}")) or (folder / f"{stem}{suffix}.index{variant}.json").exists()

@@ -30,7 +30,14 @@ def infer_configs(family: str, parts: Mapping[str, Tensors], prediction_type: st
         configs = {name: _text_config(family, name, text) for name, text in parts.items() if name.startswith("text")}
         pooled = configs.get("text_encoder_2", {}).get("projection_dim", 0)
         size = {SD1: 512, SD2: 768 if prediction_type == "v_prediction" else 512, SDXL: 1024}[family]
-        vae = _vae_config(family, parts["vae"], size)
+        vae = {
+            "act_fn": "silu",
+            "force_upcast": family == SDXL,
+            "norm_num_groups": 32,
+            "sample_size": size,
+            "scaling_factor": _SCALING[family],
+            **_vae_config(parts["vae"]),
+        }
         unet = _unet_config(family, parts["unet"], pooled)
         unet["sample_size"] = size // 2 ** (len(vae["block_out_channels"]) - 1)
         if family == SD2:
@@ -116,23 +123,29 @@ def _unet_config(family: str, unet: Tensors, pooled: int) -> dict[str, Any]:
     return config
 
 
-def _vae_config(family: str, vae: Tensors, size: int) -> dict[str, Any]:
+def vae_config(vae: Tensors) -> dict[str, Any]:
+    """The part of an autoencoder's config.json that its shapes show. vae: tensors by LDM's names.
+
+    Raises DataError for tensors of something else.
+    """
+    try:
+        return _vae_config(vae)
+    except (KeyError, IndexError, ValueError) as error:
+        raise DataError(f"not the structure of an autoencoder: no {error.args[0]}") from None
+
+
+def _vae_config(vae: Tensors) -> dict[str, Any]:
     levels = _count(vae, "encoder.down.{}.")
     layers = _count(vae, "encoder.down.0.block.{}.")
     return {
         "_class_name": "AutoencoderKL",
         "_diffusers_version": "0.42.0",
-        "act_fn": "silu",
         "block_out_channels": [_shape(vae, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "force_upcast": family == SDXL,
         "in_channels": _shape(vae, "encoder.conv_in.weight")[1],
         "latent_channels": _shape(vae, "decoder.conv_in.weight")[1],
         "layers_per_block": layers,
-        "norm_num_groups": 32,
         "out_channels": _shape(vae, "decoder.conv_out.weight")[0],
-        "sample_size": size,
-        "scaling_factor": _SCALING[family],
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "use_quant_conv": "quant_conv.weight" in vae,
         "use_post_quant_conv": "post_quant_conv.weight" in vae,

@@ -105,8 +105,8 @@ def read_single_file(
         check_input_channels(configs["unet"], f"a {family} model")
         prefixes = {ldm: ours for ours, ldm in ldm_prefixes(unet_structure(configs["unet"])).items()}
         levels = _levels(configs)
-        parts["unet"] = _renamed(parts["unet"], lambda module: ldm_name(module, prefixes) or module)
-        parts["vae"] = _renamed(parts["vae"], lambda module: vae_name(module, levels))
+        parts["unet"] = renamed(parts["unet"], lambda module: ldm_name(module, prefixes) or module)
+        parts["vae"] = renamed(parts["vae"], lambda module: vae_name(module, levels))
         tokenizers = _tokenizers(family, tokenizer, configs)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
@@ -229,27 +229,30 @@ def _levels(configs: Mapping[str, Mapping[str, Any]]) -> int:
 def _split(tensors: Mapping[str, np.ndarray], family: str) -> dict[str, dict[str, np.ndarray]]:
     """Part -> tensors without prefix. Names in a text model are those of transformers, the others LDM's."""
 
-    def under(prefix: str) -> dict[str, np.ndarray]:
-        return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-
-    vae = next(filter(None, map(under, _VAE)), {})
-    vae = {key: tensor for key, tensor in vae.items() if not key.startswith(("loss.", "model_ema"))}
+    vae = vae_tensors(tensors)
     if not vae:
         raise DataError(f"a {family} checkpoint without its VAE ({' or '.join(prefix + '*' for prefix in _VAE)})")
-    parts = {"unet": under(_UNET), "vae": vae}
+    parts = {"unet": _under(_UNET, tensors), "vae": vae}
     for name, (prefix, openclip) in _TEXT[family].items():
-        text = {key.removeprefix("text_model."): tensor for key, tensor in under(prefix).items()}
+        text = {key.removeprefix("text_model."): tensor for key, tensor in _under(prefix, tensors).items()}
         parts[name] = from_openclip(text, sd2=family == SD2) if openclip else text
     return parts
 
 
-def _renamed(tensors: Mapping[str, np.ndarray], rename: Callable[[str], str]) -> dict[str, np.ndarray]:
+def vae_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of the autoencoder in a file of a whole model, without prefix; empty if there is none."""
+    vae = next(filter(None, (_under(prefix, tensors) for prefix in _VAE)), {})
+    return {key: tensor for key, tensor in vae.items() if not key.startswith(("loss.", "model_ema"))}
+
+
+def _under(prefix: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def renamed(tensors: Mapping[str, np.ndarray], rename: Callable[[str], str]) -> dict[str, np.ndarray]:
     """The tensors of a part with other names for its modules."""
-    renamed = {}
-    for key, tensor in tensors.items():
-        module, _, leaf = key.rpartition(".")
-        renamed[f"{rename(module)}.{leaf}"] = tensor
-    return renamed
+    parts = ((key.rpartition("."), tensor) for key, tensor in tensors.items())
+    return {f"{rename(module)}.{leaf}": tensor for (module, _, leaf), tensor in parts}
 
 
 # Tokenizers.

@@ -383,6 +383,8 @@ class RunConfig:
     """Recompute activations in the backward pass. Needs less memory, but is slower."""
     remat_policy: Logged[RematPolicy] = "blocks"
     """What remat computes again: attention only, each block, or in addition each level of the U-Net as a whole."""
+    vae: str = ""
+    """Another autoencoder in place of the base model's: a folder, a file or a hub id. Empty: the base model's."""
     variant: Free[str] = ""
     """Variant of the weight files, such as fp16."""
     on_nan: Logged[Literal["stop", "skip"]] = "stop"

@@ -163,6 +163,8 @@ def _image_encoder(run: Run, plan: StagePlan, earlier: Results, folder: Path) ->
                     progress=lambda done, _: bar.update(done - bar.n),
                     **options,
                 )
+        if outline.is_sdxl and "vae" not in plan.stage.parts:
+            images = cache.cache_sizes(images, views, folder=folder)
         return cache.cache_masks(images, views, factor, folder=folder) if masked else images
 
     return encode

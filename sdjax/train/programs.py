@@ -118,6 +118,8 @@ def batch_shapes(plan: StagePlan, size: Size) -> dict[str, PyTree]:
     encoded, channels = storable(outline.dtype("vae")), outline.vae.config.latent_channels
     cells = tuple(side // outline.vae.config.factor for side in size)
     batch["moments"] = array(encoded, *cells, 2 * channels)
+    if outline.is_sdxl:
+        batch["sizes"] = array(jnp.float32, 6)
     batch |= {"mask": array(jnp.float32, *cells, 1)} if stage.masked_loss else {}
     batch |= {"hole": array(jnp.float32, *cells, 1)} if plan.holes else {}
     batch |= {"kept": array(encoded, *cells, channels)} if plan.holes and outline.is_inpainting else {}

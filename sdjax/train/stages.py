@@ -208,7 +208,12 @@ def plan_run(config: RunConfig, scan: Scan = _scan, devices: Sequence[Any] | Non
     _check_output(config, data)
     platform = None if devices is None else devices[0].platform
     outline = Outline.load(
-        config.model, config.dtype, variant=config.variant or None, platform=platform, weights=devices is None
+        config.model,
+        config.dtype,
+        variant=config.variant or None,
+        vae=config.vae or None,
+        platform=platform,
+        weights=devices is None,
     )
     schedule = diffusion.altered(
         outline.schedule, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr

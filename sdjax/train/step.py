@@ -323,8 +323,7 @@ def _conditions(
     if "empty" in batch:
         context = zeroed(context, batch["empty"])
         pooled = None if pooled is None else zeroed(pooled, batch["empty"])
-    height, width = (side * outline.vae.config.factor for side in batch["moments"].shape[1:3])
-    return context, None if pooled is None else outline.added_conditions(pooled, height, width)
+    return context, outline.added_conditions(pooled, batch["sizes"]) if outline.is_sdxl else None
 
 
 def _dropout_keys(keys: Key[Array, " B"], part: int, ids: Int[Array, "B n T"] | None) -> Key[Array, " N"]:
