@@ -95,6 +95,9 @@ def _run(argv: Sequence[str]) -> None:
         tokenizer=args.tokenizer,
         prediction_type=args.prediction_type,
     )
+    if args.refiner is not None:
+        refiner = Outline.load(args.refiner, args.dtype, variant=args.variant)
+        outline = outline.with_refiner(refiner, args.refiner_switch)
     words = [outline.load_words(path, token) for path, token in embeddings]
     bare = [job.replace(prompt=job.words[0]) for job in wanted]
     jobs.check(functools.reduce(Outline.with_embedding, words, outline), bare)
@@ -205,6 +208,14 @@ def _parser() -> command.Parser:
         help=f"number type: {', '.join(get_args(Dtype))} (default: float32)",
     )
     add("--variant", metavar="NAME", help="variant of the weight files, such as fp16")
+    add("--refiner", metavar="MODEL", help="second model for the last steps, such as SDXL's refiner")
+    add(
+        "--refiner-switch",
+        type=float,
+        default=0.8,
+        metavar="SHARE",
+        help="share of the noise schedule before the refiner takes over (default: 0.8)",
+    )
     add("--vae", metavar="MODEL", help="another autoencoder: a folder, a file or a hub id (default: the model's)")
     add("--tokenizer", metavar="DIR", help="folder of the tokenizer, for a model in a single file (default: the hub's)")
     add("--prediction-type", default="", metavar="NAME", help="epsilon or v_prediction, if the model's is wrong")

@@ -15,13 +15,13 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Annotated, Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from PIL import Image
 
 from sdjax import diffusion, lora
@@ -41,13 +41,15 @@ from sdjax.models.vae import AutoencoderKL, VAEConfig, posterior_mean, scale_lat
 from sdjax.models.vae import abstract_params as vae_shapes
 from sdjax.runtime.chips import check_dtype
 from sdjax.runtime.devices import at_once, check_count, copies, mesh_of, split_examples, within
-from sdjax.settings import Dtype, Guidance, read_value
+from sdjax.settings import Dtype, Guidance, Range, read_value
 from sdjax.text import textual_inversion
 from sdjax.text.encoding import TEXT_ENCODERS, HiddenState, encode_ids
 from sdjax.text.syntax import Sections
 from sdjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+Switch = Annotated[float, Range(0, 1, above=True)]
 
 
 class Options(TypedDict, total=False):
@@ -69,12 +71,21 @@ class Options(TypedDict, total=False):
     prediction_type: str
 
 
+class Refiner(NamedTuple):
+    """A second model that takes over for the last steps of each picture."""
+
+    outline: "Outline"
+    switch: float
+    """The share of the noise schedule that the first model draws, in (0, 1)."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outline:
     """A model without its weights: modules, parameter shapes, tokenizers, noise schedule.
 
     shapes: part -> tree of `jax.ShapeDtypeStruct`. The parts are `unet`, `vae`, `text_encoder` and, for SDXL,
-    `text_encoder_2`. folder: the configs and files of the model. name: the source it was loaded from.
+    `text_encoder_2`. folder: the configs and files of the model. name: the source it was loaded from. refiner: see
+    `with_refiner`.
     """
 
     unet: unet.UNet
@@ -85,6 +96,7 @@ class Outline:
     schedule: diffusion.NoiseSchedule
     folder: ModelFolder
     name: str
+    refiner: Refiner | None = None
 
     @classmethod
     def load(
@@ -151,8 +163,9 @@ class Outline:
         )
 
     def with_weights(self, *, dtype: Any = None) -> "Model":
-        """Loads all weights of the model. dtype: see `load_weights`."""
-        return Model(self, {part: self.load_weights(part, dtype=dtype) for part in self.shapes})
+        """Loads all weights of the model, and those of its refiner but the autoencoder. dtype: see `load_weights`."""
+        params = {part: self.load_weights(part, dtype=dtype) for part in self.shapes}
+        return Model(self, params, refiner=self.refiner and _refining(self.refiner.outline))
 
     def load_weights(self, part: str, *, dtype: Any = None) -> dict[str, Any]:
         """Loads the parameters of one part, such as `unet`. dtype: by default the number type of the computation."""
@@ -167,6 +180,11 @@ class Outline:
     def is_sdxl(self) -> bool:
         """Whether the U-Net takes SDXL's added conditions."""
         return self.unet.config.addition_embed_type == "text_time"
+
+    @property
+    def takes_score(self) -> bool:
+        """Whether an aesthetic score stands in place of the target size among SDXL's conditions, as in its refiner."""
+        return bool(self.folder.model_index.get("requires_aesthetics_score"))
 
     @property
     def is_inpainting(self) -> bool:
@@ -249,10 +267,37 @@ class Outline:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype(part)), self.shapes[part])
 
     def added_conditions(
-        self, pooled: Float[Array, "B P"], sizes: Float[Array | np.ndarray, "B 6"]
+        self,
+        pooled: Float[Array, "B P"],
+        sizes: Float[Array | np.ndarray, "B 6"],
+        negative: Bool[np.ndarray, " B"] | None = None,
     ) -> dict[str, Array] | None:
-        """SDXL's added conditions; None for other models. sizes: see `data.images.size_conditions`."""
-        return {"text_embeds": pooled, "time_ids": jnp.asarray(sizes, jnp.float32)} if self.is_sdxl else None
+        """SDXL's added conditions; None for other models.
+
+        sizes: see `data.images.size_conditions`. negative: which texts are negative prompts; the refiner takes them
+        for pictures of a low aesthetic score.
+        """
+        if not self.is_sdxl:
+            return None
+        if self.takes_score:
+            score = np.where(np.zeros(len(pooled), bool) if negative is None else negative, 2.5, 6.0)  # as in diffusers
+            sizes = jnp.concatenate([sizes[:, :4], score[:, None]], axis=1)
+        return {"text_embeds": pooled, "time_ids": jnp.asarray(sizes, jnp.float32)}
+
+    def with_refiner(self, refiner: "Outline", switch: float = 0.8) -> "Outline":
+        """Returns the outline with a second model for the last steps of each picture; see `Model.with_refiner`."""
+        read_value(Switch, switch, "refiner switch")
+        family = lambda outline: ("SDXL" if outline.is_sdxl else "SD") + " for inpainting" * outline.is_inpainting
+        if family(self) != family(refiner):
+            raise ConfigError(f"{refiner.name} ({family(refiner)}) cannot refine {self.name} ({family(self)})")
+        ours, theirs = (
+            (config.latent_channels, config.factor, config.scaling_factor)
+            for config in (self.vae.config, refiner.vae.config)
+        )
+        if ours != theirs:
+            names = "latent channels, pixels a latent, scaling_factor"
+            raise ConfigError(f"{refiner.name} cannot refine {self.name}: its {names} are {theirs}, not {ours}")
+        return dataclasses.replace(self, refiner=Refiner(refiner, switch))
 
     def with_words(self, words: Mapping[str, int]) -> "Outline":
         """Returns the outline with new words in its tokenizers. words: word -> number of vectors.
@@ -303,6 +348,7 @@ class Model:
     adapters: part -> LoRA tree with a leading axis, one adapter for each picture of a call (see `with_loras`).
     tiling: how the autoencoder divides large pictures; None computes them whole.
     mesh: the devices that pictures are drawn on, see `on_devices`; None: one.
+    refiner: the second model that takes over for the last steps, see `with_refiner`.
     """
 
     outline: Outline
@@ -311,6 +357,7 @@ class Model:
     adapters: dict[str, Any] = dataclasses.field(default_factory=dict)
     tiling: Tiling | None = None
     mesh: Mesh | None = None
+    refiner: "Model | None" = None
 
     @classmethod
     def load(cls, source: str | os.PathLike, dtype: str = "float32", **how: Unpack[Options]) -> "Model":
@@ -426,7 +473,26 @@ class Model:
         check_count(count)
         mesh = mesh_of(jax.devices()[:count], count, 1)
         params, placeholders, adapters = copies(mesh, (self.params, self.placeholders, self.adapters))
-        return dataclasses.replace(self, params=params, placeholders=placeholders, adapters=adapters, mesh=mesh)
+        return dataclasses.replace(
+            self,
+            params=params,
+            placeholders=placeholders,
+            adapters=adapters,
+            mesh=mesh,
+            refiner=self.refiner and self.refiner.on_devices(count),
+        )
+
+    def with_refiner(self, source: str | os.PathLike, switch: float = 0.8, **how: Unpack[Options]) -> "Model":
+        """Returns the model with a second model for the last steps of each picture (Podell et al. 2023, section 2.5).
+
+        source, how: see `Outline.load`; of SDXL's refiner or another model of the same family and latents.
+        switch: the share of the noise schedule that this model draws, in (0, 1), which diffusers calls denoising_end.
+        LoRAs and new words of this model stay its own. Raises ConfigError for a model that does not fit.
+        """
+        dtype, platform = str(self.outline.dtype("unet")), self.outline.unet.compute.platform
+        refiner = Outline.load(source, dtype, **{"platform": platform, **how})
+        outline = self.outline.with_refiner(refiner, switch)
+        return dataclasses.replace(self, outline=outline, refiner=_refining(refiner))
 
     def with_tiled_vae(self, tile: int = 512, overlap: int = 64) -> "Model":
         """Returns the model with an autoencoder that works in overlapping tiles, to save memory on large pictures.
@@ -550,6 +616,11 @@ class Model:
                 model_index=source.model_index,
                 dtype=dtype and jnp.dtype(dtype),
             )
+
+
+def _refining(outline: Outline) -> Model:
+    """Loads a refiner, which needs no autoencoder."""
+    return Model(outline, {part: outline.load_weights(part) for part in outline.shapes if part != "vae"})
 
 
 @contextlib.contextmanager

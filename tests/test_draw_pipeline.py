@@ -52,6 +52,28 @@ def test_prompts_and_images_are_paired_in_order(tiny):
         assert np.abs(pixels_of([two[i]]) - pixels_of([alone])).max() <= 1
 
 
+def test_a_refiner_that_is_the_same_model_changes_nothing(tiny):
+    """For a method without history, in every way to draw, with a prompt that changes on the way."""
+    refined = tiny.with_refiner("tiny", 0.5)
+    how = {"steps": 4, "sampler": "ddim", "progress": False}
+    image, mask = Image.new("RGB", (64, 64), "orange"), Image.new("L", (64, 64), 128)
+    for draw in (
+        lambda sd: sd.text2image(["a [red:blue:3] heart", "taco"], **how),
+        lambda sd: sd.text2image("taco", hires_scale=1.25, **how),
+        lambda sd: sd.img2img("taco", image, strength=0.75, **how),
+        lambda sd: sd.inpaint("taco", image, mask, **how),
+    ):
+        drawn = draw(refined)
+        np.testing.assert_array_equal(pixels_of(drawn), pixels_of(draw(tiny)))
+        assert "Refiner: tiny, Refiner switch at: 0.5" in drawn[0].info["parameters"]
+
+
+def test_a_refiner_needs_a_step(tiny):
+    refined = tiny.with_refiner("tiny", 0.99)
+    with pytest.raises(ConfigError, match="refiner switch 0.99: none of 3 steps is left for the refiner"):
+        refined.text2image("taco", **quickly)
+
+
 def test_there_is_one_program_for_each_shape(tiny):
     """Another seed, guidance, strength, prompt, sampler, number of steps or LoRA compiles nothing."""
     draw = functools.partial(tiny.text2image, progress=False)

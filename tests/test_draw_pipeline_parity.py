@@ -158,6 +158,70 @@ def test_sizes_reach_the_conditions_of_sdxl(models, final_latents, monkeypatch, 
         assert 'Original size: "(50, 30)", Crop top left' in drawn[0].info["parameters"]
 
 
+@pytest.fixture(scope="module")
+def refiner(models, tmp_path_factory):
+    """A random refiner for the "sdxl" model: diffusers' pipeline and its folder."""
+    import diffusers
+
+    base, _ = models("sdxl")
+    config = {**base.unet.config, "cross_attention_dim": 32, "projection_class_embeddings_input_dim": 5 * 8 + 20}
+    pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(
+        unet=oracle.randomised(diffusers.UNet2DConditionModel.from_config(config), 7),
+        text_encoder=None,
+        tokenizer=None,
+        **{name: base.components[name] for name in ("vae", "text_encoder_2", "tokenizer_2", "scheduler")},
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+    folder = tmp_path_factory.mktemp("refiner")
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, folder
+
+
+@parity
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])  # diffusers ends heun's last step by Euler's rule
+def test_a_refiner_draws_the_last_steps(models, refiner, final_latents, monkeypatch, sampler):
+    theirs, ours = models("sdxl")
+    second, folder = refiner
+    scheduled = with_scheduler(theirs, sampler, monkeypatch)
+    second.scheduler = type(scheduled.scheduler).from_config(scheduled.scheduler.config)
+    how = {"negative_prompt": NEGATIVES, "num_inference_steps": 8, "guidance_scale": 5.0, "output_type": "latent"}
+    begun = scheduled(PROMPTS, latents=oracle.channels_first(start()), denoising_end=0.6, **how).images
+    final = oracle.channels_last(second(PROMPTS, image=begun, denoising_start=0.6, **how).images)
+    refined = ours.with_refiner(folder, 0.6)
+    how = {"latents": start(), "steps": 8, "sampler": sampler, "guidance": 5.0, "progress": False}
+    (picture, _) = refined.text2image(PROMPTS, NEGATIVES, **how)
+    drawn = final_latents()
+    assert np.abs(drawn - final).max() <= 1e-3 * max(1.0, np.abs(final).max())
+    assert "Refiner switch at: 0.6" in picture.info["parameters"]
+    ours.text2image(PROMPTS, NEGATIVES, **how)
+    assert np.abs(final_latents() - drawn).max() > 0.01
+
+
+@parity
+def test_a_refiner_alone_redraws_images_as_in_diffusers(refiner, final_latents, monkeypatch):
+    import diffusers
+
+    theirs, folder = refiner
+    theirs.scheduler = diffusers.EulerDiscreteScheduler.from_config(theirs.scheduler.config)
+    noise, module = start(), sys.modules[type(theirs).__module__]
+    monkeypatch.setattr(module, "retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode())
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: oracle.channels_first(noise))
+    images = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)) for i in range(2)]
+    final = theirs(
+        PROMPTS, images, negative_prompt=NEGATIVES, strength=0.5, num_inference_steps=8, guidance_scale=5.0,
+        output_type="latent",
+    ).images  # fmt: skip
+    sdjax.load(folder).img2img(
+        PROMPTS, images, strength=0.5, negative_prompt=NEGATIVES, steps=8, guidance=5.0, sampler="euler", latents=noise,
+        progress=False,
+    )  # fmt: skip
+    final = oracle.channels_last(final)
+    assert np.abs(final_latents() - final).max() <= 1e-3 * max(1.0, np.abs(final).max())
+
+
 @parity
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m", "pndm"])
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])

@@ -37,6 +37,26 @@ def test_noised_runs_from_the_first_level_to_the_image_itself():
     assert sigmas[0] > sigmas[1] == sigmas[2] > sigmas[3] == sigmas[4] > 0
 
 
+@pytest.mark.parametrize(("sampler", "before"), [("ddim", 6), ("euler", 6), ("heun", 12), ("pndm", 7)])
+def test_a_refiner_takes_over_at_the_step_below_the_timestep(sampler, before):
+    """A method without history goes on as if one model drew all steps; another begins anew."""
+    schedule = NoiseSchedule.from_config(CONFIGS["sdxl"])
+    whole = sampling.tabulate(schedule, sampler, 10)
+    table = sampling.switched(
+        whole, 400, lambda steps: sampling.tabulate(schedule, sampler, 10, strength=(steps + 0.5) / 10)
+    )
+    timesteps = np.asarray(table.levels.timestep)
+    switch, length = int(table.switch), int(table.length)
+    assert switch == before and (timesteps[: switch - 1] >= 400).all() and (timesteps[switch:length] < 400).all()
+    if sampler == "pndm":
+        assert not table.mix[switch, 0, 1 : 1 + sampling.HISTORY].any()
+        assert whole.mix[switch, 0, 1 : 1 + sampling.HISTORY].any()
+    else:
+        jax.tree.map(np.testing.assert_array_equal, table._replace(switch=whole.switch), whole)
+    alone = sampling.switched(whole, 0, lambda steps: pytest.fail("no step is below 0"))
+    assert alone is whole and whole.switch == whole.length
+
+
 def test_samplers_steps_strengths_and_spacings_share_one_program():
     schedule = NoiseSchedule.from_config(CONFIGS["sd1"])
     noise, keys = jnp.asarray(NOISE), keys_of(2)

@@ -71,11 +71,6 @@ WRONG_KINDS = {
         {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]},
         "a StableDiffusion3Pipeline",
     ),
-    "refiner": (
-        INDEX | {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None],
-                 "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
-        "an SDXL refiner",
-    ),
     "AltDiffusion": (
         INDEX | {"_class_name": "AltDiffusionPipeline",
                  "text_encoder": ["alt_diffusion", "RobertaSeriesModelWithTransformation"]},

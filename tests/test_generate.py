@@ -305,6 +305,27 @@ def test_embeddings_that_do_not_fit_are_refused_before_weights(tmp_path, no_weig
         assert fault in capsys.readouterr().err
 
 
+def test_another_autoencoder_and_a_refiner(tmp_path, tiny, capsys):
+    folder, drawn = Path(sdjax.__file__).parent / "tiny", []
+    for out, flags in {
+        "plain": (),
+        "both": ("--vae", folder / "vae", "--refiner", "tiny", "--refiner-switch", "0.4"),
+    }.items():
+        assert run("--prompt", "pizza", *STEPS, *ONE, "--sampler", "ddim", *flags, "--out", tmp_path / out) == 0
+        drawn += (tmp_path / out).iterdir()
+    np.testing.assert_array_equal(pixels(drawn[0]), pixels(drawn[1]))
+    assert "Refiner: tiny, Refiner switch at: 0.4" in Image.open(drawn[1]).info["parameters"]
+    for flags, fault in [
+        (("--refiner-switch", "1.5", "--refiner", "tiny"), "refiner switch = 1.5"),
+        (("--refiner", tmp_path), "no model_index.json"),
+        (("--vae", folder / "unet"), "is that of a UNet2DConditionModel"),
+        (("--original-size", "64,64"), "original_size is a condition of SDXL, which tiny does not take"),
+        (("--original-size", "64"), "original_size = "),
+    ]:
+        assert run("--prompt", "a", *flags, "--out", tmp_path / "x") in (2, 3)
+        assert fault in capsys.readouterr().err
+
+
 def test_a_model_of_a_single_file(tmp_path, tiny, capsys):
     folder = Path(sdjax.__file__).parent / "tiny"
     model = str(tmp_path / "model.safetensors")

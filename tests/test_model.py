@@ -82,6 +82,19 @@ def test_only_sdxl_has_added_conditions(outline, sdxl):
     np.testing.assert_array_equal(added["text_embeds"], pooled)
 
 
+def test_a_refiner_must_be_of_the_same_kind(outline, sdxl, micro_models):
+    for base, refiner, message in [
+        (outline, sdxl, "(SDXL) cannot refine tiny (SD)"),
+        (Outline.load(micro_models(inpainting=True)), Outline.load(micro_models()), "(SD) cannot refine "),
+        (outline, Outline.load(micro_models()), "latent channels, pixels a latent, scaling_factor are (4, 2, "),
+    ]:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            base.with_refiner(refiner)
+    for switch in (0, 1.1, -1):
+        with pytest.raises(ConfigError, match="refiner switch = "):
+            outline.with_refiner(outline, switch)
+
+
 def test_new_words_are_added_to_a_new_outline(outline):
     wider = outline.with_words({"<w>": 2})
     first = outline.text_models["text_encoder"].config.vocab_size

@@ -8,7 +8,7 @@ drawn together as a group, so the picture of a prompt never depends on the promp
 import functools
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -78,6 +78,13 @@ def groups(outline: Outline, request: Request) -> list[Group]:
     return list(by_lengths.values())
 
 
+def refined(outline: Outline, request: Request, group: Group) -> Group:
+    """Returns a group with its texts as the refiner reads them, whose tokenizers may differ. outline: the refiner's."""
+    texts = [_read(outline, request, request.prompts[row], request.negatives[row]) for row in group.rows]
+    chunks = tuple(map(max, zip(*(own.chunks for own in texts), strict=True)))
+    return Group(group.rows, [own._replace(chunks=chunks) for own in texts])
+
+
 def _read(outline: Outline, request: Request, prompt: str, negative: str) -> Texts:
     takes_guidance = bool(outline.unet.config.time_cond_proj_dim)  # as an input, so one evaluation is enough
     if request.settings["prompt_syntax"] == "plain":
@@ -116,15 +123,15 @@ def _weighted(request: Request, text: str) -> str | Sections:
     return text if request.settings["prompt_syntax"] == "plain" else syntax.emphasis(text)
 
 
-def conditions(model: Model, request: Request, group: Group, evaluations: int) -> list[tuple[Condition, ...]]:
-    """The conditions of each evaluation: one for all texts, or one for each text if the texts differ in length.
+def conditions(model: Model, request: Request, group: Group, evaluations: Iterable[int]) -> list[tuple[Condition, ...]]:
+    """The conditions of these evaluations: one for all texts, or one for each text if the texts differ in length.
 
     Each distinct text is encoded once. As in A1111, evaluations count from 0 and steps from 1, so the first two
     evaluations belong to step 1, and an image's evaluations begin at 0 however small the strength is.
     """
     encoded: dict[tuple, tuple[Condition, ...]] = {}
     by_evaluation = []
-    for i in range(evaluations):
+    for i in evaluations:
         now = tuple(tuple(steps[min(max(i, 1), len(steps)) - 1] for steps in texts.by_step) for texts in group.texts)
         if now not in encoded:
             encoded[now] = split_examples(model.mesh, _conditions(model, request, group, now))
@@ -167,7 +174,7 @@ def _condition(
         empty = np.array([bool(is_negative) and not text for is_negative, text in zip(negative, texts, strict=True)])
         context, pooled = zeroed(context, empty), zeroed(pooled, empty)
     sizes = np.broadcast_to(request.size_conditions, (len(texts), 6))
-    added = outline.added_conditions(pooled, sizes) or {}
+    added = outline.added_conditions(pooled, sizes, np.asarray(negative)) or {}
     if width := outline.unet.config.time_cond_proj_dim:
         scale = jnp.full((len(texts),), (request.guidance - 1) * 1000, jnp.float32)
         added["timestep_cond"] = timestep_embedding(scale, width, flip_sin_to_cos=False, freq_shift=1)

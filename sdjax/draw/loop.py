@@ -162,6 +162,8 @@ def pictures(
             )
         image = pasting[i](values) if pasting else picture(values)
         fields = png_fields(request, i, model.outline.name, inpainted=pasting is not None)
+        if (refiner := model.outline.refiner) is not None:
+            fields |= {"Refiner": Path(refiner.outline.name).stem, "Refiner switch at": refiner.switch}
         image.info["parameters"] = parameters_text(request.prompts[i], request.negatives[i], fields)
         drawn.append(image)
     return drawn
@@ -240,22 +242,29 @@ def _sample_group(
     """The final latents of one group of pictures."""
     from tqdm.auto import tqdm
 
-    conditions = conditioning.conditions(model, request, group, int(table.length))
-    variables = model.variables("unet", group.rows * (len(conditions[0][0].context) // len(group.rows)))
-    keys = request.keys[np.array(group.rows)]
-    settings, outline = request.settings, model.outline
+    switch, length = int(table.switch), int(table.length)
+    settings, split = request.settings, functools.partial(split_examples, model.mesh)
+    keys, weights, given = split((request.keys[np.array(group.rows)], group.weights, given))
     guidance, rescale = jnp.float32(request.guidance), jnp.float32(settings["guidance_rescale"])
-    sampler_step = compiled_sampler_step(outline)
-    split = functools.partial(split_examples, model.mesh)
-    keys, weights, given = split((keys, group.weights, given))
-    for i in tqdm(range(int(table.length)), desc=settings["sampler"], disable=not request.progress, leave=False):
-        # The compiler may place the result otherwise, and would compile the step again for it.
-        state = sampling.State(split(state.latents), split(state.history, axis=1))
-        with within(model.mesh):
-            state = sampler_step(
-                outline.unet, outline.schedule.prediction_type, variables, state, np.int32(i), table,
-                keys, conditions[i], weights, guidance, rescale, given,
-            )  # fmt: skip
+    turns = [(model, group, range(switch))]
+    if model.refiner is not None and switch < length:
+        texts = conditioning.refined(model.refiner.outline, request, group)
+        turns.append((model.refiner, texts, range(switch, length)))
+    with tqdm(total=length, desc=settings["sampler"], disable=not request.progress, leave=False) as bar:
+        for turn, texts, evaluations in turns:
+            conditions = conditioning.conditions(turn, request, texts, evaluations)
+            variables = turn.variables("unet", group.rows * (len(conditions[0][0].context) // len(group.rows)))
+            unet, prediction_type = turn.outline.unet, turn.outline.schedule.prediction_type
+            sampler_step = compiled_sampler_step(turn.outline)
+            for i, condition in zip(evaluations, conditions, strict=True):
+                # The compiler may place the result otherwise, and would compile the step again for it.
+                state = sampling.State(split(state.latents), split(state.history, axis=1))
+                with within(model.mesh):
+                    state = sampler_step(
+                        unet, prediction_type, variables, state, np.int32(i), table,
+                        keys, condition, weights, guidance, rescale, given,
+                    )  # fmt: skip
+                bar.update()
     return np.asarray(state.latents)
 
 

@@ -130,6 +130,10 @@ class StableDiffusion:
         """
         return StableDiffusion(self.model.on_devices(count))
 
+    def with_refiner(self, source: str | os.PathLike, switch: float = 0.8, **how: Unpack[Options]) -> "StableDiffusion":
+        """Returns the model with a second model for the last steps of each picture; see `Model.with_refiner`."""
+        return StableDiffusion(self.model.with_refiner(source, switch, **how))
+
     def with_tiled_vae(self, tile: int = 512, overlap: int = 64) -> "StableDiffusion":
         """Returns the model with an autoencoder that works in overlapping tiles; see `Model.with_tiled_vae`."""
         return StableDiffusion(self.model.with_tiled_vae(tile, overlap))

@@ -116,15 +116,23 @@ class Request:
 
     def sampler_table(self, outline: Outline) -> sampling.Table:
         """The table of the sampler. Raises ConfigError for settings that the model cannot draw with."""
-        settings = self.settings
-        outline.hidden_state(settings["clip_skip"])  # only to check clip_skip
-        return sampling.tabulate(
-            outline.schedule,
-            settings["sampler"],
-            settings["steps"],
-            karras=settings["karras"],
-            strength=self.strength,
-        )
+        settings, steps = self.settings, self.settings["steps"]
+
+        def tabulate(outline: Outline, strength: float) -> sampling.Table:
+            outline.hidden_state(settings["clip_skip"])  # only to check clip_skip
+            return sampling.tabulate(
+                outline.schedule, settings["sampler"], steps, karras=settings["karras"], strength=strength
+            )
+
+        table = tabulate(outline, self.strength)
+        if (refiner := outline.refiner) is None or settings["hires_scale"] != 1:
+            return table  # of two passes, only the second is refined
+        count = len(outline.schedule.betas)
+        last = lambda n: tabulate(refiner.outline, min(1.0, (n + 0.5) / steps))
+        table = sampling.switched(table, count - round(refiner.switch * count), last)
+        if table.switch == table.length:
+            raise ConfigError(f"refiner switch {refiner.switch}: none of {steps} steps is left for the refiner")
+        return table
 
 
 def slerp(start: Float[Array, "B ..."], end: Float[Array, "B ..."], share: float) -> Float[Array, "B ..."]:

@@ -38,6 +38,7 @@ class Table(NamedTuple):
     mix: the coefficients of each evaluation. A row gives one new array (the latents, then the history); a column
         belongs to one old array (the latents, the history, the denoised latents, these limited, and noise).
     length: the number of evaluations without the padding.
+    switch: the number of evaluations before a refiner takes over; `length` without a refiner.
     start_scale: the factor of the unit noise that sampling starts from.
     clip: denoised latents are limited to [-clip, clip]; infinity for most models.
     threshold: None, or [quantile, largest] of dynamic thresholding, which then takes the place of clip.
@@ -46,6 +47,7 @@ class Table(NamedTuple):
     levels: Level
     mix: Float[Array, "N rows columns"]
     length: Int[Array, ""]
+    switch: Int[Array, ""]
     start_scale: Float[Array, ""]
     clip: Float[Array, ""]
     threshold: Float[Array, "2"] | None
@@ -124,12 +126,37 @@ def tabulate(
         levels=Level(*(jnp.asarray(row, jnp.float32) for row in levels)),
         mix=jnp.asarray(mix, jnp.float32),
         length=jnp.asarray(len(entries), jnp.int32),
+        switch=jnp.asarray(len(entries), jnp.int32),
         start_scale=jnp.asarray(levels[2, 0] if scaled else 1, jnp.float32),
         clip=jnp.asarray(options["clip_sample_range"] if options.get("clip_sample") else np.inf, jnp.float32),
         threshold=jnp.asarray([options["dynamic_thresholding_ratio"], options["sample_max_value"]], jnp.float32)
         if options.get("thresholding")
         else None,
     )
+
+
+def switched(table: Table, timestep: float, tail: Callable[[int], Table]) -> Table:
+    """Returns the table whose steps below a timestep are those of another table, for a refiner.
+
+    tail: makes the table of the last n steps, which begins without history, as in diffusers. Without a step below the
+    timestep the table is returned as it is.
+    """
+    timesteps = np.asarray(table.levels.timestep[: int(table.length)])
+    steps = len(np.unique(timesteps[timesteps < timestep]))
+    if not steps:
+        return table
+    end = tail(steps)
+    first = float(end.levels.timestep[0])
+    # heun also evaluates at this timestep to end the step before, so the last evaluation at it begins the tail.
+    switch = int((timesteps > first).sum())
+    if (same := np.flatnonzero(timesteps == first)).size:
+        switch = int(same[-1])
+    levels, mix = jax.tree.map(
+        lambda begin, end: jnp.concatenate([begin[:switch], end[: len(end) - switch]]),
+        (table.levels, table.mix),
+        (end.levels, end.mix),
+    )
+    return table._replace(levels=levels, mix=mix, length=switch + end.length, switch=jnp.asarray(switch, jnp.int32))
 
 
 def _scheduler_options(schedule: Schedule, sampler: str, karras: bool) -> dict[str, Any]:

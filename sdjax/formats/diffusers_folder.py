@@ -169,7 +169,8 @@ def make_index(
 ) -> dict[str, Any]:
     """The content of model_index.json for these parts. old: that of the folder they came from, for its settings."""
     kind = "StableDiffusionXL" if "text_encoder_2" in configs else "StableDiffusion"
-    kind += "InpaintPipeline" if configs["unet"].get("in_channels", 4) == 9 else "Pipeline"
+    kind += "InpaintPipeline" if configs["unet"].get("in_channels", 4) == 9 else ""
+    kind = kind if kind.endswith("Pipeline") else f"{kind}{'' if 'text_encoder' in configs else 'Img2Img'}Pipeline"
     settings = {key: value for key, value in old.items() if not isinstance(value, list)}
     index = {"_class_name": kind, "_diffusers_version": "0.42.0"} | _portable(settings)
     index |= {name: [None, None] for name in _ABSENT}
@@ -228,11 +229,10 @@ def _check_kind(path: Path, index: Mapping[str, Any]) -> None:
     pipeline = index.get("_class_name", "pipeline of no name")
     if not _class_of(index, "unet"):
         raise DataError(f"{path}: a {pipeline}, which has no U-Net; {READABLE}")
-    if not _class_of(index, "text_encoder") and _class_of(index, "text_encoder_2"):
-        raise DataError(f"{path}: an SDXL refiner ({pipeline} without text_encoder); {READABLE}")
+    texts = [name for name in ("text_encoder", "text_encoder_2") if _class_of(index, name)]  # a refiner has the second
     for name in _PARTS:
         part = _class_of(index, name)
-        if part is None and name != "text_encoder_2":
+        if part is None and not (name.startswith("text_encoder") and texts):
             raise DataError(f"{path}: model_index.json names no {name}")
         if part is not None and part not in _CLASSES[name]:
             raise DataError(f"{path}: a {pipeline} whose {name} is a {part}, not {_CLASSES[name][0]}; {READABLE}")

@@ -324,6 +324,8 @@ def _with_versions(
 
 def _check_model(config: RunConfig, outline: Outline) -> None:
     _ = outline.is_inpainting  # or else a standard model: others are refused
+    if outline.takes_score:
+        raise ConfigError(f"{config.model} is SDXL's refiner, which takes aesthetic scores that pictures do not have")
     outline.hidden_state(config.clip_skip)
     if config.validation.prompts or any(_holes(config.data_of(stage), stage) for stage in config.stages):
         sampling.tabulate(outline.schedule, config.validation.sampler, config.validation.steps)
