@@ -165,7 +165,7 @@ def parse(hint: Any, text: str, key: str) -> Any:
     with contextlib.suppress(ValueError):  # read_value refuses a text that is no number, and names the rule
         if plain in (int, float):
             value = plain(text)
-        elif get_origin(plain) is tuple and get_args(plain)[0] is int:
+        elif get_origin(plain) is tuple and plain_type(get_args(plain)[0]) is int:
             value = [int(part) for part in text.split(",")]
     return read_value(hint, value, key)
 

@@ -211,7 +211,7 @@ def test_a_refiner_alone_redraws_images_as_in_diffusers(refiner, final_latents, 
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: oracle.channels_first(noise))
     images = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)) for i in range(2)]
     final = theirs(
-        PROMPTS, images, negative_prompt=NEGATIVES, strength=0.5, num_inference_steps=8, guidance_scale=5.0,
+        PROMPTS, image=images, negative_prompt=NEGATIVES, strength=0.5, num_inference_steps=8, guidance_scale=5.0,
         output_type="latent",
     ).images  # fmt: skip
     sdjax.load(folder).img2img(

@@ -13,7 +13,7 @@ import pytest
 from sdjax.diffusion import NoiseSchedule
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats import single_file
-from sdjax.formats.families import SD1, SD2, SDXL
+from sdjax.formats.families import REFINER, SD1, SD2, SDXL
 from sdjax.formats.ldm_config import infer_configs
 from sdjax.formats.ldm_names import ldm_name, ldm_prefixes, ldm_vae_name, vae_name
 from sdjax.formats.openclip import to_openclip
@@ -291,6 +291,22 @@ PUBLISHED = {
         },
     },
 }
+PUBLISHED[REFINER] = {
+    "unet": {
+        "attention_head_dim": [6, 12, 24, 24],
+        "cross_attention_dim": 1280,
+        "sample_size": 128,
+        "use_linear_projection": True,
+        "block_out_channels": [384, 768, 1536, 1536],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 4, 4, 4],  # published as 4; the first level has no attention
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2560,
+    },
+    "text_encoder_2": PUBLISHED[SDXL]["text_encoder_2"],
+}
 
 
 TEXT_PREFIXES = {
@@ -300,6 +316,7 @@ TEXT_PREFIXES = {
         "text_encoder": "conditioner.embedders.0.transformer.text_model.",
         "text_encoder_2": "conditioner.embedders.1.model.",
     },
+    REFINER: {"text_encoder_2": "conditioner.embedders.0.model."},
 }
 
 
@@ -321,7 +338,7 @@ def test_published_models_are_recognised(family, tmp_path, monkeypatch):
     modules = {"unet": (unet, unet.UNetConfig), "vae": (vae, vae.VAEConfig)}
     modules = {name: modules.get(name, (clip, clip.TextConfig)) for name in configs}
     wanted = {name: kind.from_dict(configs[name]) for name, (_, kind) in modules.items()}
-    if family == SDXL:
+    if family in (SDXL, REFINER):
         wanted["vae"] = dataclasses.replace(wanted["vae"], scaling_factor=0.13025)
     trees = {name: module.abstract_params(wanted[name]) for name, (module, _) in modules.items()}
     shapes = {name: torch_shapes(tree) for name, tree in trees.items()}
@@ -337,7 +354,7 @@ def test_published_models_are_recognised(family, tmp_path, monkeypatch):
         openclip = prefix.endswith(".model.")
         text = to_openclip(shapes[name], sd2=family == SD2) if openclip else shapes[name]
         file |= {prefix + key: tensor for key, tensor in text.items()}
-    assert len(shapes["unet"]) == {SD1: 686, SD2: 686, SDXL: 1680}[family]
+    assert family == REFINER or len(shapes["unet"]) == {SD1: 686, SD2: 686, SDXL: 1680}[family]
     assert len(shapes["vae"]) == 248 and file.keys() >= {
         "model.diffusion_model.output_blocks.5.2.conv.weight",
         "first_stage_model.decoder.mid.block_2.conv2.bias",
@@ -350,10 +367,11 @@ def test_published_models_are_recognised(family, tmp_path, monkeypatch):
         if name.startswith("text"):
             assert got == wanted[name]
         else:
-            size = {SD1: 512, SD2: 768, SDXL: 1024}[family]
+            size = {SD1: 512, SD2: 768}.get(family, 1024)
             assert dataclasses.replace(got, sample_size=0) == dataclasses.replace(wanted[name], sample_size=0)
             assert got.sample_size == (size // 8 if name == "unet" else size)
         assert folder.state and folder.state[name].keys() == shapes[name].keys()
+    assert bool(folder.model_index.get("requires_aesthetics_score")) == (family == REFINER)
     assert folder.scheduler["prediction_type"] == ("v_prediction" if family == SD2 else "epsilon")
     assert (folder.scheduler["beta_start"], folder.scheduler["beta_end"]) == (0.00085, 0.012)
 
@@ -366,7 +384,6 @@ def test_published_models_are_recognised(family, tmp_path, monkeypatch):
     [
         (["model.diffusion_model.joint_blocks.0.x"], "Stable Diffusion 3"),
         (["model.diffusion_model.double_blocks.0.x"], "Flux"),
-        (["model.diffusion_model.out.2.weight", "conditioner.embedders.0.model.x"], "an SDXL refiner"),
         (["model.diffusion_model.out.2.weight", "edm_mean"], "EDM"),
         (["control_model.input_blocks.0.0.weight"], "a ControlNet"),
         (["lora_unet_x.lora_down.weight"], "a LoRA"),

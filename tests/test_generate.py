@@ -314,13 +314,14 @@ def test_another_autoencoder_and_a_refiner(tmp_path, tiny, capsys):
         assert run("--prompt", "pizza", *STEPS, *ONE, "--sampler", "ddim", *flags, "--out", tmp_path / out) == 0
         drawn += (tmp_path / out).iterdir()
     np.testing.assert_array_equal(pixels(drawn[0]), pixels(drawn[1]))
-    assert "Refiner: tiny, Refiner switch at: 0.4" in Image.open(drawn[1]).info["parameters"]
+    with Image.open(drawn[1]) as picture:
+        assert "Refiner: tiny, Refiner switch at: 0.4" in picture.info["parameters"]
     for flags, fault in [
         (("--refiner-switch", "1.5", "--refiner", "tiny"), "refiner switch = 1.5"),
         (("--refiner", tmp_path), "no model_index.json"),
         (("--vae", folder / "unet"), "is that of a UNet2DConditionModel"),
         (("--original-size", "64,64"), "original_size is a condition of SDXL, which tiny does not take"),
-        (("--original-size", "64"), "original_size = "),
+        (("--original-size", "64"), "--original-size = "),
     ]:
         assert run("--prompt", "a", *flags, "--out", tmp_path / "x") in (2, 3)
         assert fault in capsys.readouterr().err

@@ -246,7 +246,7 @@ def _sample_group(
     settings, split = request.settings, functools.partial(split_examples, model.mesh)
     keys, weights, given = split((request.keys[np.array(group.rows)], group.weights, given))
     guidance, rescale = jnp.float32(request.guidance), jnp.float32(settings["guidance_rescale"])
-    turns = [(model, group, range(switch))]
+    turns = [(model, group, range(switch))] if switch else []
     if model.refiner is not None and switch < length:
         texts = conditioning.refined(model.refiner.outline, request, group)
         turns.append((model.refiner, texts, range(switch, length)))

@@ -146,7 +146,8 @@ def switched(table: Table, timestep: float, tail: Callable[[int], Table]) -> Tab
     if not steps:
         return table
     end = tail(steps)
-    first = float(end.levels.timestep[0])
+    while (first := float(end.levels.timestep[0])) >= timestep and steps > 1:  # pndm begins a step early
+        end = tail(steps := steps - 1)
     # heun also evaluates at this timestep to end the step before, so the last evaluation at it begins the tail.
     switch = int((timesteps > first).sum())
     if (same := np.flatnonzero(timesteps == first)).size:

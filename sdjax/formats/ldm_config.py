@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from sdjax.errors import DataError
-from sdjax.formats.families import SD1, SD2, SDXL
+from sdjax.formats.families import REFINER, SD1, SD2, SDXL
 
-_SCALING = {SD1: 0.18215, SD2: 0.18215, SDXL: 0.13025}
+_SCALING = {SD1: 0.18215, SD2: 0.18215, SDXL: 0.13025, REFINER: 0.13025}
+_ADDED = {SDXL: 6, REFINER: 5}  # numbers beside the pooled text that the U-Net is conditioned on
 _HEAD_WIDTH = 64  # channels of a head, except in SD1's U-Net, which has 8 heads at every level
 
 Tensors = Mapping[str, np.ndarray]
@@ -29,10 +30,10 @@ def infer_configs(family: str, parts: Mapping[str, Tensors], prediction_type: st
     try:
         configs = {name: _text_config(family, name, text) for name, text in parts.items() if name.startswith("text")}
         pooled = configs.get("text_encoder_2", {}).get("projection_dim", 0)
-        size = {SD1: 512, SD2: 768 if prediction_type == "v_prediction" else 512, SDXL: 1024}[family]
+        size = {SD1: 512, SD2: 768 if prediction_type == "v_prediction" else 512, SDXL: 1024, REFINER: 1024}[family]
         vae = {
             "act_fn": "silu",
-            "force_upcast": family == SDXL,
+            "force_upcast": family in _ADDED,
             "norm_num_groups": 32,
             "sample_size": size,
             "scaling_factor": _SCALING[family],
@@ -49,7 +50,7 @@ def infer_configs(family: str, parts: Mapping[str, Tensors], prediction_type: st
 
 def scheduler_config(family: str, prediction_type: str, *, zero_terminal_snr: bool = False) -> dict[str, Any]:
     """The content of scheduler_config.json, the same as in the published folders of the family."""
-    name = {SD1: "PNDMScheduler", SD2: "DDIMScheduler", SDXL: "EulerDiscreteScheduler"}[family]
+    name = {SD1: "PNDMScheduler", SD2: "DDIMScheduler"}.get(family, "EulerDiscreteScheduler")
     config = {
         "_class_name": name,
         "_diffusers_version": "0.42.0",
@@ -117,7 +118,7 @@ def _unet_config(family: str, unet: Tensors, pooled: int) -> dict[str, Any]:
         width = _shape(unet, "label_emb.0.0.weight")[1]
         config |= {
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": (width - pooled) // 6,
+            "addition_time_embed_dim": (width - pooled) // _ADDED.get(family, 6),
             "projection_class_embeddings_input_dim": width,
         }
     return config

@@ -122,7 +122,7 @@ def kohya_metadata(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "diffusers",
     }
-    if family := CONTEXT_WIDTHS.get(context_width(expected) or 0):
+    if (family := CONTEXT_WIDTHS.get(context_width(expected) or 0)) in _BASE_MODELS:
         metadata |= {"ss_base_model_version": _BASE_MODELS[family], "ss_v2": str(family == SD2)}
         metadata["modelspec.architecture"] = f"{ARCHITECTURES[family]}/lora"
     return metadata

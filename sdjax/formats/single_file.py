@@ -20,7 +20,7 @@ import numpy as np
 
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.diffusers_folder import READABLE, ModelFolder, check_input_channels, has_tokenizer, make_index
-from sdjax.formats.families import ARCHITECTURES, CONTEXT_WIDTHS, SD1, SD2, SDXL
+from sdjax.formats.families import ARCHITECTURES, CONTEXT_WIDTHS, REFINER, SD1, SD2, SDXL
 from sdjax.formats.hub import snapshot
 from sdjax.formats.ldm_config import infer_configs, scheduler_config
 from sdjax.formats.ldm_names import ldm_name, ldm_prefixes, ldm_vae_name, unet_structure, vae_name
@@ -51,16 +51,21 @@ _TEXT = {
         "text_encoder": ("conditioner.embedders.0.transformer.", False),
         "text_encoder_2": ("conditioner.embedders.1.model.", True),
     },
+    REFINER: {"text_encoder_2": ("conditioner.embedders.0.model.", True)},
 }
 """Family -> text model -> prefix of its names, and whether the names are OpenCLIP's."""
-_PADDING = {SD1: {"tokenizer": None}, SD2: {"tokenizer": "!"}, SDXL: {"tokenizer": None, "tokenizer_2": "!"}}
+_PADDING = {
+    SD1: {"tokenizer": None},
+    SD2: {"tokenizer": "!"},
+    SDXL: {"tokenizer": None, "tokenizer_2": "!"},
+    REFINER: {"tokenizer_2": "!"},
+}
 """Family -> tokenizer -> the word it pads with; None for the one that the tokenizer names itself."""
 # Beginning of a tensor's name -> the kind of file that holds it. The second kinds are looked for in files without a
 # whole U-Net.
 _FOREIGN = {
     r"model\.diffusion_model\.joint_blocks\.": "Stable Diffusion 3",
     r"(model\.diffusion_model\.)?double_blocks\.": "Flux",
-    r"conditioner\.embedders\.0\.model\.": "an SDXL refiner",
     r"edm_mean|edm_vpred\.": "a model of the EDM formulation (Playground 2.5, CosXL)",
     r"control_model\.|input_hint_block\.|controlnet_": "a ControlNet",
 }
@@ -111,6 +116,8 @@ def read_single_file(
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     index = make_index(configs, tokenizers, scheduler, {})
+    if family == REFINER:
+        index |= {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
     return ModelFolder(path, index, configs, scheduler, tokenizers, dict.fromkeys(configs, (path,)), parts)
 
 
@@ -131,7 +138,7 @@ def save_single_file(
     path = Path(path)
     if not is_safetensors(path):
         raise ConfigError(f"{path}: a single file is written as .safetensors, never as a pickle")
-    family = SDXL if "text_encoder_2" in params else SD1
+    family = (SDXL if "text_encoder" in params else REFINER) if "text_encoder_2" in params else SD1
     if family == SD1 and configs["text_encoder"].get("hidden_act") == "gelu":
         family = SD2
     prefixes = ldm_prefixes(params["unet"])
@@ -185,7 +192,7 @@ def _family(tensors: Mapping[str, np.ndarray]) -> str:
         if all(any(key.startswith(prefix) for key in tensors) for prefix, _ in texts.values()):
             return family
     width = next((tensor.shape[1] for key, tensor in tensors.items() if key.endswith("attn2.to_k.weight")), 0)
-    kind = {**CONTEXT_WIDTHS, 1280: "SDXL refiner"}.get(width, f"(text width {width})")
+    kind = CONTEXT_WIDTHS.get(width, f"(text width {width})")
     raise DataError(f"a {kind} checkpoint without its text models; {READABLE}")
 
 
@@ -211,7 +218,7 @@ def _recorded_configs(metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict
     try:
         content = strict_json.parse(metadata[_CONFIGS])
         configs, scheduler = dict(content["configs"]), dict(content["scheduler"])
-        if not {"unet", "vae", "text_encoder"} <= configs.keys() or not all(map(dict, configs.values())):
+        if not {"unet", "vae"} < configs.keys() or not all(map(dict, configs.values())):
             raise ValueError("parts are missing")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"the metadata entry {_CONFIGS} is damaged: {error}") from None
@@ -275,7 +282,7 @@ def _tokenizers(
                 f"tokenizer = {str(source)!r} is no folder with tokenizer.json, or vocab.json and merges.txt"
             )
     else:
-        words = configs["text_encoder"].get("vocab_size", VOCABULARY)
+        words = next(configs[name] for name in _TEXT[family]).get("vocab_size", VOCABULARY)
         if words != VOCABULARY:
             raise DataError(f"its tokenizer has {words} words, Stable Diffusion's {VOCABULARY}: {_GIVE_TOKENIZER}")
         try:

@@ -323,7 +323,7 @@ def _conditions(
     if "empty" in batch:
         context = zeroed(context, batch["empty"])
         pooled = None if pooled is None else zeroed(pooled, batch["empty"])
-    return context, outline.added_conditions(pooled, batch["sizes"]) if outline.is_sdxl else None
+    return context, None if pooled is None or "sizes" not in batch else outline.added_conditions(pooled, batch["sizes"])
 
 
 def _dropout_keys(keys: Key[Array, " B"], part: int, ids: Int[Array, "B n T"] | None) -> Key[Array, " N"]:
