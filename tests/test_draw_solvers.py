@@ -14,7 +14,9 @@ from schedules import CONFIGS, IMAGE, KARRAS, MIX, NOISE, SHAPE, keys_of
 
 from sdjax.diffusion import NoiseSchedule, to_denoised
 from sdjax.draw import sampling, settings
-from sdjax.draw.solvers import HISTORY, SAMPLERS, Task
+from sdjax.draw.levels import Task
+from sdjax.draw.samplers import SAMPLERS
+from sdjax.draw.solvers import HISTORY
 
 ZERO_SNR = ("ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm")
 

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from sdjax.draw.solvers import HISTORY, ONLY, SAMPLERS, Task
+from sdjax.draw.levels import Task
+from sdjax.draw.samplers import ONLY, SAMPLERS
+from sdjax.draw.solvers import HISTORY
 from sdjax.errors import ConfigError
 
 

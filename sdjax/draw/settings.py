@@ -24,7 +24,7 @@ SAMPLER_LABELS = {
     "unipc": "UniPC",
     "lcm": "LCM",
 }
-"""Name -> label in A1111 of every sampler; `draw.solvers` defines them."""
+"""Name -> label in A1111 of every sampler; `draw.samplers` defines them."""
 
 if TYPE_CHECKING:
     SamplerName = str
