@@ -179,9 +179,11 @@ def plain_type(hint: Any) -> Any:
 
 
 def choices(hint: Any) -> tuple[str, ...]:
-    """The choices of an annotation such as `Literal["a", "b"]`. Empty for any other annotation."""
+    """The choices of an annotation such as `Literal["a", "b"] | None`. Empty for an annotation without choices."""
     kind, arguments = get_origin(hint), get_args(hint)
-    return arguments if kind is Literal else choices(arguments[0]) if kind is Annotated else ()
+    if kind in (Annotated, Union, types.UnionType):
+        return choices(arguments[0])
+    return arguments if kind is Literal else ()
 
 
 def metadata(hint: Any) -> list[Any]:

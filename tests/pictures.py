@@ -3,6 +3,7 @@
 Imports torch and diffusers inside its functions, so that tests without the `parity` mark run without them.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -22,23 +23,37 @@ PROMPTS = ["a red heart", "cyclone over the water, umbrella"]
 NEGATIVES = ["grey", "a blurry hot dog"]
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
     "pndm": "PNDMScheduler",
     "lms": "LMSDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler_a": "EulerAncestralDiscreteScheduler",
+    "dpm2": "KDPM2DiscreteScheduler",
+    "dpm2_a": "KDPM2AncestralDiscreteScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
     "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
     "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
 }
-STOCHASTIC = ("euler_a", "dpmpp_2m_sde", "lcm")
-"""The samplers that draw noise at every step. Given the same noise, ours and theirs must agree too."""
+"""The samplers that diffusers has too, with their class there."""
+STOCHASTIC = ("ddpm", "euler_a", "dpm2_a", "dpmpp_2m_sde", "lcm", "tcd")
+"""Those that draw noise at every step. Given the same noise, ours and theirs must agree too."""
+OTHERS = ("dpmpp_3m_sde", "dpmpp_sde", "dpmpp_2s_a", "restart", "er_sde")
+"""The samplers that diffusers lacks. All draw noise, but restart only of 20 steps or more."""
+
+
+def evaluations_with_noise(sampler):
+    """The numbers of the evaluations after which a scheduler of diffusers draws noise."""
+    return itertools.count(1, 2) if sampler == "dpm2_a" else itertools.count()
 
 
 def parity(test):
-    """Marks a test that needs diffusers, whose schedulers hand torch tensors to `np.array` (NumPy 2 warns of it)."""
-    return pytest.mark.parity(pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")(test))
+    """Marks a test that needs diffusers, whose schedulers hand torch tensors to NumPy (NumPy 2 warns of it)."""
+    for method in ("__array__ implementation", "__array_wrap__ must accept"):
+        test = pytest.mark.filterwarnings(f"ignore:{method}:DeprecationWarning")(test)
+    return pytest.mark.parity(test)
 
 
 # Small models of each family, as diffusers makes and saves them.
@@ -155,7 +170,7 @@ def with_scheduler(pipeline, sampler, monkeypatch, seed=0):
     if sampler.startswith("dpmpp"):
         extra["algorithm_type"] = "dpmsolver++" if sampler == "dpmpp_2m" else "sde-dpmsolver++"
     scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(pipeline.scheduler.config, **extra)
-    draws = iter(range(1000))
+    draws = evaluations_with_noise(sampler)
 
     def randn_tensor(shape, **_):
         i = next(draws)

@@ -54,8 +54,8 @@ CONFIGS = {
         "trained_betas": None,
     },
 }
-KARRAS = ("lms", "heun", "euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
-"""The samplers that take Karras et al.'s spacing."""
+CURVED = ("lms", "heun", "euler", "dpm2", "dpm2_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
+"""The samplers whose scheduler class in diffusers has Karras, exponential and beta sigmas."""
 
 SHAPE = (2, 3, 5, 4)  # [B, H, W, C]
 _random = np.random.default_rng(0)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdjax import diffusion
 from sdjax.draw import sampling
-from sdjax.draw.conditioning import groups
+from sdjax.draw.conditioning import conditions, groups
 from sdjax.draw.request import text2image_request
 from sdjax.errors import ConfigError
 from sdjax.models import unet
@@ -127,6 +127,14 @@ def test_loras_in_a_prompt_are_warned_of_and_unknown_settings_refused(tiny):
         tiny.text2image("taco", prompt_syntax="comfy")
     with pytest.raises(ConfigError, match="emphasis = 'strong': expected one of original, no_norm"):
         tiny.text2image("taco", emphasis="strong")
+
+
+@pytest.mark.parametrize(("guidance", "texts"), [(1.0, 1), (0.0, 2), (3.0, 2)])
+def test_guidance_1_needs_no_negative_prompt(tiny, guidance, texts):
+    request = text2image_request(tiny.model.outline, ["taco", "heart"], "grey", {"guidance": guidance})
+    (group,) = groups(tiny.model.outline, request)
+    ((condition,),) = conditions(tiny.model, request, group, 1)
+    assert len(condition.context) == 2 * texts
 
 
 def test_a_model_that_takes_guidance_as_an_input_joins_no_prompts(outline):

@@ -85,7 +85,7 @@ def test_a_line_takes_the_place_of_the_settings_of_the_flags():
         ({"guidance": float("nan")}, 2, "guidance = nan: expected a number"),
         ({"width": 60}, 2, "width = 60: expected at least 8 and at most 16384, a multiple of 8"),
         ({"sampler": "magic"}, 2, "sampler = 'magic': expected one of ddim"),
-        ({"sampler": "ddim", "karras": True}, 2, "sampler 'ddim' has no Karras sigmas"),
+        ({"sampler": "ddim", "karras": True}, 2, "sampler 'ddim' has no spacing 'karras'"),
         ({"clip_skip": 9}, 2, "clip_skip = 9: must lie in 1 (last layer)"),
         ({"prompt_syntax": "comfy"}, 2, "prompt_syntax = 'comfy': expected one of a1111, plain"),
         ({"hires_scale": 0.5}, 2, "hires_scale = 0.5: expected at least 1 and at most 8"),
@@ -112,7 +112,7 @@ def test_errors_begin_with_the_line(files, outline, line, code, expected):
 
 
 def test_errors_of_the_flags_name_no_line(outline):
-    with pytest.raises(ConfigError, match=r"^sampler 'ddim' has no Karras sigmas"):
+    with pytest.raises(ConfigError, match=r"^sampler 'ddim' has no spacing 'karras'"):
         jobs.check(outline, [job(prompt="a"), job(prompt="b", sampler="ddim", karras=True)])
 
 

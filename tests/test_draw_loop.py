@@ -83,7 +83,8 @@ def test_an_inpainting_model_sees_the_mask_and_the_image_in_grey_there(micro_mod
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sampler": "ddim", "karras": True}, "'ddim' has no Karras sigmas"),
+        ({"sampler": "ddim", "karras": True}, "'ddim' has no spacing 'karras'"),
+        ({"spacing": "beta", "karras": True}, "karras and spacing 'beta' are both given: choose one"),
         ({"clip_skip": 9}, "clip_skip = 9"),
         ({"hires_scale": 2.0, "hires_steps": 1}, "strength 0.5 of 1 steps leaves none to run"),
         ({"sampler": "lcm", "hires_scale": 2.0, "hires_steps": 51}, "steps 51 must be at most 50"),
@@ -116,6 +117,8 @@ def test_fields_are_those_a1111_writes(outline):
     ("settings", "expected"),
     [
         ({"karras": True}, {"Schedule type": "Karras"}),
+        ({"spacing": "karras", "karras": True}, {"Schedule type": "Karras"}),
+        ({"spacing": "sgm_uniform"}, {"Schedule type": "SGM Uniform"}),
         ({"guidance_rescale": 0.7}, {"CFG Rescale": 0.7}),
         ({"strength": 0.5}, {"Denoising strength": 0.5}),
         ({"clip_skip": 2}, {"Clip skip": 2}),

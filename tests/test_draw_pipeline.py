@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pictures import SCHEDULERS, compilations, pixels_of, start, text_and_unet_lora
+from pictures import compilations, pixels_of, start, text_and_unet_lora
 from PIL import Image
 
 import sdjax
 from sdjax import lora
+from sdjax.draw.settings import SAMPLER_LABELS
 from sdjax.errors import ConfigError, TrainingStopped
 
 quickly = {"steps": 3, "progress": False}
@@ -75,7 +76,7 @@ def test_a_refiner_needs_a_step(tiny):
 
 
 def test_there_is_one_program_for_each_shape(tiny):
-    """Another seed, guidance, strength, prompt, sampler, number of steps or LoRA compiles nothing."""
+    """Another seed, guidance, strength, prompt, sampler, spacing, number of steps or LoRA compiles nothing."""
     draw = functools.partial(tiny.text2image, progress=False)
     jax.clear_caches()
     assert compilations(lambda: draw("a red heart", "grey", steps=2)) > 0
@@ -90,10 +91,17 @@ def test_there_is_one_program_for_each_shape(tiny):
         {"height": tiny.model.outline.native_size},
         {"latents": start(1, tiny.model.outline.unet.config.sample_size)},
         {"karras": True},
-        *({"sampler": sampler} for sampler in SCHEDULERS),
+        {"spacing": "sgm_uniform", "sampler": "dpmpp_sde"},
+        {"spacing": "trailing", "sampler": "ddim"},
+        *({"sampler": sampler} for sampler in SAMPLER_LABELS),
     ]
     for change in changes:
         assert compilations(lambda change=change: draw("cyclone", **({"steps": 3} | change))) == 0, change
+    # Without guidance there is no negative prompt, so the batch is half as large: another shape.
+    few = {"guidance": 1.0, "steps": 2}
+    assert compilations(lambda: draw("cyclone", **few)) > 0
+    for change in ({"negative_prompt": "grey"}, {"sampler": "lcm"}, {"sampler": "euler", "spacing": "trailing"}):
+        assert compilations(lambda change=change: draw("cyclone", **(few | change))) == 0, change
     picture = draw("taco", steps=2)[0]
     redraw = functools.partial(tiny.img2img, "taco", picture, progress=False)
     redraw(strength=0.5, steps=4)
@@ -146,7 +154,7 @@ def test_transparent_and_grey_images_are_read(tiny):
         ({"clip_skip": 0}, "clip_skip = 0"),
         ({"num_images": 0}, "at least one picture is needed"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
-        ({"karras": True, "sampler": "ddim"}, "'ddim' has no Karras sigmas"),
+        ({"karras": True, "sampler": "ddim"}, "'ddim' has no spacing 'karras'"),
         ({"latents": np.zeros((2, 16, 16, 4), np.float32)}, r"latents have shape \(2, 16, 16, 4\)"),
     ],
 )

@@ -13,6 +13,8 @@ from pictures import (
     SCHEDULERS,
     STEPS,
     assert_same,
+    compilations,
+    pair,
     parity,
     pixels_of,
     settings_of,
@@ -26,7 +28,7 @@ from PIL import Image
 import sdjax
 from sdjax.formats.lora_file import save_lora
 
-NO_ZERO_SNR = ("pndm", "lms", "heun")  # in diffusers as here
+NO_ZERO_SNR = ("pndm", "lms", "heun", "dpm2", "dpm2_a")  # in diffusers as here
 
 
 @parity
@@ -38,24 +40,64 @@ def test_pictures_match_diffusers(models, final_latents, monkeypatch, kind, samp
     theirs, ours = models(kind)
     outline = ours.model.outline
     how = {"latents": start(size=outline.unet.config.sample_size), "guidance": outline.guidance}
-    expected = their_picture(with_scheduler(theirs, sampler, monkeypatch), PROMPTS, NEGATIVES, **how)
+    eta = {"eta": 0.3} if sampler == "tcd" else {}  # gamma; the pipelines set it to 0
+    expected = their_picture(with_scheduler(theirs, sampler, monkeypatch), PROMPTS, NEGATIVES, **how, **eta)
     drawn = ours.text2image(PROMPTS, NEGATIVES, **how, steps=STEPS, sampler=sampler, progress=False)
     assert_same(drawn, expected, final_latents)
 
 
 @parity
+@pytest.mark.parametrize("spacing", ["karras", "exponential", "beta", "trailing"])
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
-def test_karras_spacing_matches_diffusers(models, final_latents, sampler):
+def test_spacings_match_diffusers(models, final_latents, sampler, spacing):
     import diffusers
 
     theirs, ours = models("sd1")
-    scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(theirs.scheduler.config, use_karras_sigmas=True)
+    options = {"timestep_spacing": spacing} if spacing == "trailing" else {f"use_{spacing}_sigmas": True}
+    scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(theirs.scheduler.config, **options)
     pipeline = type(theirs)(**(theirs.components | {"scheduler": scheduler}), **settings_of(theirs))
     expected = their_picture(pipeline, PROMPTS, NEGATIVES, latents=start())
+    how = {"karras": True} if spacing == "karras" else {"spacing": spacing}
+    drawn = ours.text2image(PROMPTS, NEGATIVES, latents=start(), steps=STEPS, sampler=sampler, progress=False, **how)
+    assert_same(drawn, expected, final_latents)
+
+
+@parity
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_few_steps_without_guidance_as_turbo_and_lightning_are_drawn(models, final_latents, kind, steps):
+    """Their pipelines are called with guidance_scale = 0, which is diffusers' way to say 1."""
+    import diffusers
+
+    theirs, ours = models(kind)
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(theirs.scheduler.config, timestep_spacing="trailing")
+    pipeline = type(theirs)(**(theirs.components | {"scheduler": scheduler}), **settings_of(theirs))
+    expected = their_picture(pipeline, PROMPTS, latents=start(), steps=steps, guidance=0.0)
     drawn = ours.text2image(
-        PROMPTS, NEGATIVES, latents=start(), steps=STEPS, sampler=sampler, karras=True, progress=False
+        PROMPTS, latents=start(), steps=steps, sampler="euler", spacing="trailing", guidance=1.0, progress=False
     )
     assert_same(drawn, expected, final_latents)
+
+
+@parity
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_models_that_take_the_guidance_as_an_input(final_latents, monkeypatch, tmp_path, kind):
+    """Latent consistency models: U-Nets with time_cond_proj_dim, which are evaluated without a negative prompt."""
+    import diffusers
+
+    theirs, ours = pair(kind, tmp_path, time_cond_proj_dim=12)
+    draw = functools.partial(ours.text2image, PROMPTS, latents=start(), steps=4, sampler="lcm", progress=False)
+    found = {}
+    for guidance in (8.5, 1.0):
+        pipeline = with_scheduler(theirs, "lcm", monkeypatch)
+        if kind == "sd1":
+            pipeline = diffusers.LatentConsistencyModelPipeline(**pipeline.components, requires_safety_checker=False)
+        expected = their_picture(pipeline, PROMPTS, latents=start(), steps=4, guidance=guidance)
+        assert_same(draw(guidance=guidance), expected, final_latents)
+        found[guidance] = final_latents()
+    assert oracle.error(found[8.5], found[1.0]) > 0.01
+    assert compilations(lambda: draw(guidance=3.0, negative_prompt="grey")) == 0
+    np.testing.assert_array_equal(pixels_of(draw(negative_prompt="grey")), pixels_of(draw()))
 
 
 @parity

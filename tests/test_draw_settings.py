@@ -113,7 +113,12 @@ def test_only_declared_settings_are_taken():
         ("height", "height, a multiple of 8 (default: the model's, or the image's)"),
         ("strength", "how far to redraw the image, above 0 and at most 1 (default: 0.75; with a mask 1)"),
         ("prompt_syntax", "syntax of prompts: a1111 or plain (default: a1111)"),
-        ("karras", "use the noise levels of Karras et al. 2022"),
+        ("karras", "use the noise levels of Karras et al. 2022; the same as spacing karras"),
+        (
+            "spacing",
+            "spacing of the timesteps or of the noise levels: leading, linspace, trailing, sgm_uniform, simple, "
+            "karras, exponential or beta (default: the model's)",
+        ),
         ("lora", "LoRA to merge in"),
         ("hires_scale", "draw, enlarge by this factor and draw again, 1 to 8; 1 is off (default: 1)"),
     ],
@@ -123,11 +128,11 @@ def test_the_help_of_a_setting_tells_range_choices_and_default(name, expected):
 
 
 def test_labels_are_those_of_a1111():
-    settings = complete({"sampler": "euler_a", "karras": True, "fill": "blurred", "guidance": 3})
-    assert labelled(settings, ["sampler", "karras", "fill", "guidance"]) == {
+    settings = complete({"sampler": "euler_a", "spacing": "karras", "fill": "blurred", "guidance": 3})
+    assert labelled(settings, ["sampler", "spacing", "fill", "guidance"]) == {
         "Sampler": "Euler a", "Schedule type": "Karras", "Masked content": "fill", "CFG scale": 3.0,
     }  # fmt: skip
-    assert changed(settings, ["steps", "sampler", "karras", "guidance"]) == ["sampler", "karras", "guidance"]
+    assert changed(settings, ["steps", "sampler", "spacing", "guidance"]) == ["sampler", "spacing", "guidance"]
 
 
 def test_numbers_become_those_of_their_setting():

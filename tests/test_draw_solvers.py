@@ -3,67 +3,23 @@
 import functools
 import sys
 from itertools import pairwise
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pictures import SCHEDULERS, STOCHASTIC, parity
-from schedules import CONFIGS, IMAGE, KARRAS, MIX, NOISE, SHAPE, keys_of
+from pictures import SCHEDULERS, STOCHASTIC, evaluations_with_noise, parity
+from schedules import CONFIGS, CURVED, IMAGE, MIX, NOISE, SHAPE, keys_of
+from solver_runs import END, FRESH, denoise, eps_of, evaluations, limited
 
 from sdjax.diffusion import NoiseSchedule, to_denoised
 from sdjax.draw import sampling, settings
-from sdjax.draw.levels import Task
+from sdjax.draw.levels import CURVES, TIMESTEP_SPACINGS
 from sdjax.draw.samplers import SAMPLERS
-from sdjax.draw.solvers import HISTORY
 
-ZERO_SNR = ("ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm")
+ZERO_SNR = ("ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm", "tcd")
 
 # Beside the formulas of their docstrings, in float64.
-
-ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
-FRESH = np.random.default_rng(1).standard_normal((20, *SHAPE))
-
-
-class At(NamedTuple):
-    """A noise level of a run."""
-
-    t: float
-    alpha: float
-    sigma: float
-
-    ve = property(lambda self: self.sigma / self.alpha)
-    lam = property(lambda self: np.log(self.alpha / self.sigma))
-
-
-END = At(-1, 1.0, 0.0)
-
-
-def limited(denoised):
-    return np.clip(denoised, -0.3, 0.3)
-
-
-def evaluations(sampler, steps, denoiser, limit=limited, **options):
-    """Yields (level, new latents, new history) of each evaluation, from the rows of the solver."""
-    options = {**SAMPLERS[sampler].options, "use_karras_sigmas": False, **options}
-    with np.errstate(divide="ignore", invalid="ignore"):  # the last level has sigma = 0, so log(alpha / sigma) = inf
-        entries = list(SAMPLERS[sampler].entries(Task(ALPHAS_CUMPROD, "epsilon", options, steps, 0)))
-    latents, history = NOISE.astype(np.float64), np.zeros((HISTORY, *SHAPE))
-    for (level, rows), noise in zip(entries, FRESH, strict=False):
-        denoised = denoiser(latents, At(*level))
-        terms = np.stack([latents, *history, denoised, limit(denoised), noise])
-        latents, *new = np.tensordot(np.stack(rows), terms, 1)
-        history = np.stack([*new, *np.zeros((HISTORY - len(new), *SHAPE))])
-        yield At(*level), latents, history
-
-
-def denoise(x, at):
-    return np.tanh(x @ MIX.astype(np.float64) + at.t / 1000)
-
-
-def eps_of(x, denoised, at):
-    return (x - at.alpha * denoised) / at.sigma
 
 
 def by_ddim(x, levels):
@@ -100,15 +56,6 @@ def by_euler(x, levels):
     return x
 
 
-def by_euler_ancestral(x, levels):
-    for (now, then), noise in zip(pairwise(levels), FRESH, strict=False):
-        up = then.ve * np.sqrt(1 - (then.ve / now.ve) ** 2)
-        down = np.sqrt(then.ve**2 - up**2)
-        eps = eps_of(x, limited(denoise(x, now)), now)
-        x = then.alpha * (x / now.alpha + (down - now.ve) * eps + up * noise)
-    return x
-
-
 def by_heun(x, levels):
     for now, then in pairwise(levels):
         eps = eps_of(x, limited(denoise(x, now)), now)
@@ -117,6 +64,17 @@ def by_heun(x, levels):
             return euler
         eps_next = eps_of(euler, limited(denoise(euler, then)), then)
         x = then.alpha * (x / now.alpha + (then.ve - now.ve) * (eps + eps_next) / 2)
+
+
+def by_dpm2(x, levels):
+    for now, middle, then in zip(levels[::2], levels[1::2], [*levels[2::2], END], strict=False):
+        eps = eps_of(x, limited(denoise(x, now)), now)
+        if middle == END:
+            return x / now.alpha - now.ve * eps
+        np.testing.assert_allclose(middle.ve, np.sqrt(now.ve * then.ve), rtol=1e-9)
+        half = middle.alpha * (x / now.alpha + (middle.ve - now.ve) * eps)
+        eps = eps_of(half, limited(denoise(half, middle)), middle)
+        x = then.alpha * (x / now.alpha + (then.ve - now.ve) * eps)
 
 
 def by_lms(x, levels):
@@ -151,22 +109,14 @@ def by_dpmpp(x, levels, *, stochastic, heun=False):
         earlier, before = denoised, now
 
 
-def by_lcm(x, levels):
-    for (now, then), noise in zip(pairwise(levels), FRESH, strict=False):
-        s = 10 * now.t
-        x0 = 0.25 / (s**2 + 0.25) * x + s / np.sqrt(s**2 + 0.25) * limited(denoise(x, now))
-        x = then.alpha * x0 + then.sigma * noise
-    return x
-
-
 @pytest.mark.parametrize(
     ("sampler", "options", "formula"),
     [
         ("ddim", {}, by_ddim),
         ("pndm", {"skip_prk_steps": True, "set_alpha_to_one": True}, by_plms),
         ("euler", {}, by_euler),
-        ("euler_a", {}, by_euler_ancestral),
         ("heun", {}, by_heun),
+        ("dpm2", {}, by_dpm2),
         ("lms", {}, by_lms),
         ("dpmpp_2m", {"lower_order_final": False}, functools.partial(by_dpmpp, stochastic=False)),
         ("dpmpp_2m_sde", {"lower_order_final": False}, functools.partial(by_dpmpp, stochastic=True)),
@@ -175,13 +125,12 @@ def by_lcm(x, levels):
             {"lower_order_final": False, "solver_type": "heun"},
             functools.partial(by_dpmpp, stochastic=False, heun=True),
         ),
-        ("lcm", {}, by_lcm),
     ],
 )
 def test_a_solver_is_its_formula(sampler, options, formula):
     levels, latents, _ = zip(*evaluations(sampler, 6, denoise, **options), strict=True)
     levels = list(dict.fromkeys(levels))  # heun and pndm evaluate at some levels twice
-    assert len(levels) == 6
+    assert len(levels) == (11 if sampler == "dpm2" else 6)
     expected = formula(NOISE.astype(np.float64), [*levels, END])
     np.testing.assert_allclose(latents[-1], expected, rtol=1e-9, atol=1e-9)
 
@@ -236,9 +185,9 @@ def run(table, state, keys, prediction_type):
     return sampling.sample(denoise, table, state, keys)
 
 
-def ours(config, sampler, steps, *, karras=False, strength=None):
+def ours(config, sampler, steps, *, spacing=None, strength=None):
     schedule = NoiseSchedule.from_config(config)
-    table = sampling.tabulate(schedule, sampler, steps, karras=karras, strength=strength or 1.0)
+    table = sampling.tabulate(schedule, sampler, steps, spacing=spacing, strength=strength or 1.0)
     noise = jnp.asarray(NOISE)
     state = (
         sampling.initial(table, noise)
@@ -257,16 +206,18 @@ class Float64Torch:
         return torch.float64 if name == "float32" else getattr(torch, name)
 
 
-def theirs(config, sampler, steps, monkeypatch, *, karras=False, strength=None, float64=False):
+def theirs(config, sampler, steps, monkeypatch, *, spacing=None, strength=None, float64=False):
     """What a diffusers pipeline does with `Scheduler.from_config`, fed the same noise at every step."""
     import diffusers
     import torch
 
-    extra = {"use_karras_sigmas": True} if karras else {}
+    extra = {}
+    if spacing is not None:
+        extra = {f"use_{spacing}_sigmas": True} if spacing in CURVES else {"timestep_spacing": spacing}
     if sampler.startswith("dpmpp"):
         extra["algorithm_type"] = "dpmsolver++" if sampler == "dpmpp_2m" else "sde-dpmsolver++"
     scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(config, **extra)
-    draws = iter(range(10_000))
+    draws = evaluations_with_noise(sampler)
 
     def randn_tensor(shape, **_):
         i = next(draws)
@@ -324,7 +275,7 @@ def test_published_configs_match_diffusers(sampler, name, monkeypatch):
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_spacings_and_prediction_types_match_diffusers(sampler, spacing, monkeypatch):
     for prediction_type in ("epsilon", "v_prediction", "sample"):
-        if prediction_type == "sample" and sampler in ("pndm", "euler_a"):
+        if prediction_type == "sample" and sampler in ("pndm", "euler_a", "dpm2", "dpm2_a"):
             continue  # diffusers raises
         config = CONFIGS["sd1"] | {"timestep_spacing": spacing, "prediction_type": prediction_type}
         # Of three steps with Heun diffusers' own rounding is 2.3e-5, where ours is 1e-5.
@@ -334,13 +285,28 @@ def test_spacings_and_prediction_types_match_diffusers(sampler, spacing, monkeyp
 
 
 @parity
-@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-@pytest.mark.parametrize("sampler", KARRAS)
-def test_karras_sigmas_match_diffusers(sampler, spacing, monkeypatch):
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("sampler", CURVED)
+def test_spacings_of_noise_levels_match_diffusers(sampler, curve, monkeypatch):
     for name in ("sd1", "sd2v"):
         for steps in (1, 2, 20):
-            assert_same(CONFIGS[name] | {"timestep_spacing": spacing}, sampler, steps, monkeypatch, karras=True)
-    assert_same(CONFIGS["sd2v"] | {"use_karras_sigmas": True}, sampler, 10, monkeypatch, strength=0.5)
+            for spacing in ("leading", "linspace", "trailing") if curve == "karras" else ("linspace",):
+                assert_same(CONFIGS[name] | {"timestep_spacing": spacing}, sampler, steps, monkeypatch, spacing=curve)
+    assert_same(CONFIGS["sd2v"] | {f"use_{curve}_sigmas": True}, sampler, 10, monkeypatch, strength=0.5)
+
+
+@parity
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("sampler", [name for name in SCHEDULERS if name not in ("lcm", "tcd")])
+def test_a_spacing_of_timesteps_takes_the_place_of_the_config(sampler, spacing, monkeypatch):
+    """Turbo, Lightning and Hyper-SD models are drawn with a few steps of "trailing"."""
+    other = {"timestep_spacing": "leading" if spacing != "leading" else "linspace"}
+    other |= {"use_karras_sigmas": True} if sampler in CURVED else {}
+    for steps in (1, 4):
+        with monkeypatch.context() as patch:
+            expected = theirs(CONFIGS["sdxl"] | {"timestep_spacing": spacing}, sampler, steps, patch)
+        drawn = ours(CONFIGS["sdxl"] | other, sampler, steps, spacing=spacing)
+        assert np.abs(drawn - expected).max() < 2e-5 * np.abs(expected).max(), steps
 
 
 @parity
@@ -360,8 +326,8 @@ def test_zero_terminal_snr_matches_diffusers(sampler, spacing, monkeypatch):
     float64 = sampler.startswith("euler")
     for steps in (2, 20):
         assert_same(config, sampler, steps, monkeypatch, float64=float64)
-    if sampler in KARRAS:
-        assert_same(config, sampler, 20, monkeypatch, karras=True, float64=float64)
+    if sampler in CURVED:
+        assert_same(config, sampler, 20, monkeypatch, spacing="karras", float64=float64)
 
 
 @parity
@@ -374,6 +340,11 @@ def test_zero_terminal_snr_matches_diffusers(sampler, spacing, monkeypatch):
         ("ddim", {"trained_betas": list(np.linspace(0.001, 0.015, 600)), "num_train_timesteps": 600}),
         ("ddim", {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}),
         ("ddim", {"beta_schedule": "linear", "num_train_timesteps": 800}),
+        ("ddpm", {"clip_sample": True, "clip_sample_range": 0.8}),
+        ("ddpm", {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.9}),
+        ("ddpm", {"variance_type": "fixed_large"}),
+        ("ddpm", {"variance_type": "fixed_small_log"}),
+        ("tcd", {"original_inference_steps": 100}),
         ("pndm", {"set_alpha_to_one": True, "skip_prk_steps": False}),
         ("pndm", {"skip_prk_steps": False, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}),
         ("heun", {"clip_sample": True, "clip_sample_range": 0.8}),
@@ -426,7 +397,7 @@ def perfect_step(table, state, keys, i):
     return sampling.step(lambda x, level: jnp.asarray(IMAGE), state, i, table, keys)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "pndm", "lms", "heun", "euler", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize("sampler", ["ddim", "pndm", "lms", "heun", "euler", "dpm2", "dpmpp_2m", "unipc", "restart"])
 def test_a_perfect_denoiser_keeps_every_step_on_its_level(sampler):
     """With x0 known exactly, the way from noise to x0 is a straight line that every deterministic sampler follows."""
     strength = 1.0 if sampler in ("lms", "pndm") else 0.8  # these two follow diffusers off the line at first
@@ -443,7 +414,7 @@ def test_a_perfect_denoiser_keeps_every_step_on_its_level(sampler):
 
 @pytest.mark.parametrize(
     ("sampler", "name", "evaluations"),
-    [("euler", "sd1", 12), ("heun", "sd1", 23), ("pndm", "sd1", 13), ("pndm", "emoji", 21), ("pndm", "emoji<4", 4)],
+    [("pndm", "sd1", 13), ("pndm", "emoji", 21), ("pndm", "emoji<4", 4), ("restart", "sd1", 23)],
 )
 def test_a_table_counts_evaluations_not_steps(sampler, name, evaluations):
     name, *few = name.split("<")
@@ -451,12 +422,20 @@ def test_a_table_counts_evaluations_not_steps(sampler, name, evaluations):
     assert table.length == evaluations
 
 
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "pndm"])
+def test_every_step_but_the_last_has_the_evaluations_of_its_sampler(sampler):
+    per_step = SAMPLERS[sampler].evaluations
+    for steps in (1, 2, 40):
+        table = sampling.tabulate(NoiseSchedule.from_config(CONFIGS["sd1"]), sampler, steps)
+        assert table.length == per_step * steps - (per_step - 1)
+
+
 def test_pndm_below_four_steps_starts_without_runge_kutta():
     config = {key: value for key, value in CONFIGS["sd2v"].items() if key != "skip_prk_steps"}
     np.testing.assert_array_equal(ours(config, "pndm", 3), ours(CONFIGS["sd2v"], "pndm", 3))
 
 
-@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_zero_terminal_snr_stays_finite(sampler, prediction_type):
     config = CONFIGS["sd1"] | {
@@ -467,5 +446,6 @@ def test_zero_terminal_snr_stays_finite(sampler, prediction_type):
     assert np.isfinite(ours(config, sampler, 5)).all()
 
 
-def test_the_setting_names_the_samplers_that_there_are():
+def test_the_settings_name_the_samplers_and_spacings_that_there_are():
     assert list(settings.SAMPLER_LABELS) == list(SAMPLERS)
+    assert list(settings.SPACING_LABELS) == [*TIMESTEP_SPACINGS, *CURVES]

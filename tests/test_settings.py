@@ -192,7 +192,8 @@ def test_annotations_are_taken_apart():
     assert plain_type(steps) is plain_type(steps | None) is int
     assert plain_type(Literal["a"]) is str
     assert choices(Annotated[Literal["a", "b"], "note"]) == ("a", "b")
-    assert choices(int) == ()
+    assert choices(Literal["a", "b"] | None) == ("a", "b")
+    assert choices(int) == choices(Annotated[int | None, "note"]) == ()
     assert metadata(steps) == metadata(steps | None) == [Range(1), "note"]
     assert metadata(Annotated[steps, "outer"]) == [Range(1), "note", "outer"]
     assert contained_types(tuple[Annotated[Part, "note"], ...]) == [Part]

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sdjax.draw.request import Request
+from sdjax.draw.samplers import SAMPLERS
 from sdjax.errors import ConfigError
 from sdjax.model import Model, Outline
 from sdjax.models.layers import timestep_embedding
@@ -109,10 +110,10 @@ def _read(outline: Outline, request: Request, prompt: str, negative: str) -> Tex
 def _steps(request: Request) -> tuple[int, int]:
     """The number of steps that a prompt counts in this pass, and the number of the pass before.
 
-    As in A1111, the steps of a prompt are evaluations of the U-Net, of which heun has two a step. A prompt counts all
-    steps of the schedule when it redraws an image, but only the steps that run in a second pass.
+    As in A1111, the steps of a prompt are evaluations of the U-Net, of which some samplers have two a step. A prompt
+    counts all steps of the schedule when it redraws an image, but only the steps that run in a second pass.
     """
-    evaluations = 2 if request.settings["sampler"] == "heun" else 1
+    evaluations = SAMPLERS[request.settings["sampler"]].evaluations
     steps = request.settings["steps"]
     steps = int(steps * request.strength) if request.earlier_steps else steps
     return steps * evaluations, request.earlier_steps * evaluations

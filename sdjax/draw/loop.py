@@ -172,7 +172,7 @@ def pictures(
 def png_fields(request: Request, i: int, name: str, *, inpainted: bool) -> dict[str, Any]:
     """Label -> value of the settings that A1111 writes into picture i. name: of the model."""
     settings, (height, width) = request.settings, request.size
-    fields = labelled(settings, ["steps", "sampler", "karras", "guidance"])
+    fields = labelled({**settings, "spacing": request.spacing}, ["steps", "sampler", "spacing", "guidance"])
     fields |= {"Seed": request.seeds[i], "Size": f"{width}x{height}", "Model": Path(name).stem}
     fields |= labelled(settings, changed(settings, ["guidance_rescale"]))
     fields |= labelled({"strength": request.strength}, ["strength"] if request.strength != 1 else [])

@@ -57,13 +57,16 @@ def drawing(
     """
     table = sampling.tabulate(outline.schedule, sampler, steps)
     params = {part: outline.abstract_params(part) for part in outline.shapes}
-    texts = count * (2 if guided else 1)
+    distilled = outline.unet.config.time_cond_proj_dim  # takes the guidance as an input, and no negative prompt
+    texts = count * (2 if guided and not distilled else 1)
     array: Any = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
     cells = tuple(side // outline.vae.config.factor for side in size)
     channels = outline.vae.config.latent_channels
     latents = array(count, *cells, channels)
     context, pooled = outline.abstract_context(texts, chunks, clip_skip)
-    added = jax.eval_shape(outline.added_conditions, pooled, array(texts, 6))
+    added = jax.eval_shape(outline.added_conditions, pooled, array(texts, 6)) or {}
+    if distilled:
+        added["timestep_cond"] = array(texts, distilled)
     ids = outline.abstract_ids(texts, chunks)
     split = functools.partial(split_examples, mesh)
     decoded = at_once(mesh, count)
@@ -71,7 +74,7 @@ def drawing(
     def sampler_step(place):
         state = sampling.State(split(latents), split(array(sampling.HISTORY, *latents.shape), axis=1))
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
-        conditions, number = split((Condition(context, added),)), array(dtype=np.int32)
+        conditions, number = split((Condition(context, added or None),)), array(dtype=np.int32)
         given = Given(channels=array(count, *cells, 1 + channels)) if outline.is_inpainting else Given()
         tables = (split(keys), conditions, split(array(count, 1)), array(), array(), split(given))
         arrays = place(variables(params["unet"]), state, number, table, *tables)

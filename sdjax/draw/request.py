@@ -71,6 +71,14 @@ class Request:
         return guidance
 
     @property
+    def spacing(self) -> str | None:
+        """The spacing of the timesteps or noise levels; None: the model's. Raises ConfigError if two are given."""
+        spacing, karras = self.settings["spacing"], self.settings["karras"]
+        if karras and spacing not in (None, "karras"):
+            raise ConfigError(f"karras and spacing {spacing!r} are both given: choose one")
+        return "karras" if karras else spacing
+
+    @property
     def keys(self) -> Array:
         """One key for each picture, from its seed alone."""
         return _keys(self.seeds)
@@ -121,7 +129,7 @@ class Request:
         def tabulate(outline: Outline, strength: float) -> sampling.Table:
             outline.hidden_state(settings["clip_skip"])  # only to check clip_skip
             return sampling.tabulate(
-                outline.schedule, settings["sampler"], steps, karras=settings["karras"], strength=strength
+                outline.schedule, settings["sampler"], steps, spacing=self.spacing, strength=strength
             )
 
         table = tabulate(outline, self.strength)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from sdjax.draw.levels import Task
+from sdjax.draw.levels import CURVES, TIMESTEP_SPACINGS, Task
 from sdjax.draw.samplers import ONLY, SAMPLERS
 from sdjax.draw.solvers import HISTORY
 from sdjax.errors import ConfigError
@@ -80,24 +80,22 @@ def tabulate(
     sampler: str,
     steps: int,
     *,
-    karras: bool = False,
+    spacing: str | None = None,
     strength: float = 1.0,
     max_steps: int = 1000,
 ) -> Table:
     """Computes the table of a sampling run, on the host.
 
-    steps: in 1..max_steps. Tables of one max_steps have one size, so they share one compiled program. heun evaluates
-    the denoiser 2 steps - 1 times. pndm evaluates it steps + 1 times or, without skip_prk_steps, steps + 9 times.
+    steps: in 1..max_steps. Tables of one max_steps have one size, so they share one compiled program. Samplers with two
+    evaluations a step evaluate the denoiser 2 steps - 1 times. pndm evaluates it steps + 1 times or, without
+    skip_prk_steps, steps + 9 times.
     strength: in (0, 1]; below 1 the first steps are left out, as in diffusers' img2img.
-    karras: whether the noise levels are spaced as in Karras et al. 2022, equation 5. The config of the scheduler may
-    ask for this spacing too.
+    spacing: of the timesteps, one of `levels.TIMESTEP_SPACINGS`, or of the noise levels, one of `levels.CURVES`.
+    None: as the config of the scheduler says.
     Raises ConfigError for a sampler, number of steps, strength or scheduler option that is not supported.
     """
     if sampler not in SAMPLERS:
         raise ConfigError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
-    if karras and "use_karras_sigmas" not in SAMPLERS[sampler].options:
-        able = ", ".join(name for name, other in SAMPLERS.items() if "use_karras_sigmas" in other.options)
-        raise ConfigError(f"sampler {sampler!r} has no Karras sigmas; these have: {able}")
     most = min(max_steps, len(schedule.betas))
     if not 1 <= steps <= most:
         raise ConfigError(f"steps {steps} must lie between 1 and {most}")
@@ -107,7 +105,7 @@ def tabulate(
         raise ConfigError(
             f"strength {strength} of {steps} steps leaves none to run; use a strength of {1 / steps:.3g} or more steps"
         )
-    method, options = SAMPLERS[sampler], _scheduler_options(schedule, sampler, karras)
+    method, options = SAMPLERS[sampler], _scheduler_options(schedule, sampler, spacing)
     if "rescale_betas_zero_snr" in options:
         alphas_cumprod = schedule.alphas_cumprod
     else:
@@ -144,7 +142,7 @@ def switched(table: Table, timestep: float, tail: Callable[[int], Table]) -> Tab
     timestep the table is returned as it is.
     """
     timesteps = np.asarray(table.levels.timestep[: int(table.length)])
-    steps = len(np.unique(timesteps[timesteps < timestep]))
+    steps = len(np.unique(timesteps[timesteps < timestep]))  # or more, for a sampler of several evaluations in a step
     if not steps:
         return table
     end = tail(steps)
@@ -162,15 +160,27 @@ def switched(table: Table, timestep: float, tail: Callable[[int], Table]) -> Tab
     return table._replace(levels=levels, mix=mix, length=switch + end.length, switch=jnp.asarray(switch, jnp.int32))
 
 
-def _scheduler_options(schedule: Schedule, sampler: str, karras: bool) -> dict[str, Any]:
-    """The options of the sampler's scheduler class, from the config of the schedule or the defaults of the class."""
-    defaults, config = SAMPLERS[sampler].options, schedule.config
-    if "use_karras_sigmas" in defaults:
+def _scheduler_options(schedule: Schedule, sampler: str, spacing: str | None) -> dict[str, Any]:
+    """The options of the sampler's scheduler class, from the config of the schedule or the defaults of the class.
+
+    A spacing takes the place of what the config says of it.
+    """
+    method, config = SAMPLERS[sampler], schedule.config
+    if "use_karras_sigmas" in method.options:
         for option, supported in ONLY.items():
-            if (value := config.get(option)) not in (None, supported):
-                raise ConfigError(f"scheduler option {option} = {value!r} is not supported; only {supported!r} is")
-    options = {key: default if config.get(key) is None else config[key] for key, default in defaults.items()}
-    return {**options, "use_karras_sigmas": karras or options.get("use_karras_sigmas", False)}
+            if (value := config.get(option)) not in (None, *supported):
+                choices = ", ".join(map(repr, supported))
+                raise ConfigError(f"scheduler option {option} = {value!r} is not supported; only {choices} is")
+    options = {key: default if config.get(key) is None else config[key] for key, default in method.options.items()}
+    if spacing is None:
+        return options
+    if spacing not in method.spacings:
+        own = ", ".join(method.spacings) or "one of its own"
+        raise ConfigError(f"sampler {sampler!r} has no spacing {spacing!r}; it has {own}")
+    chosen: dict[str, Any] = {f"use_{name}_sigmas": name == spacing for name in CURVES}
+    if spacing in TIMESTEP_SPACINGS:
+        chosen |= {"timestep_spacing": spacing, "interpolation_type": "linear"}
+    return {**options, **chosen}
 
 
 def initial(table: Table, noise: Float[Array, "B ..."]) -> State:

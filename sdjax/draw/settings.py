@@ -14,22 +14,44 @@ from sdjax.settings import Fraction, Guidance, Range, Seed, choices, metadata, p
 
 SAMPLER_LABELS = {
     "ddim": "DDIM",
+    "ddpm": "DDPM",
     "pndm": "PLMS",
     "lms": "LMS",
     "heun": "Heun",
     "euler": "Euler",
     "euler_a": "Euler a",
+    "dpm2": "DPM2",
+    "dpm2_a": "DPM2 a",
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "dpmpp_sde": "DPM++ SDE",
+    "dpmpp_2s_a": "DPM++ 2S a",
     "unipc": "UniPC",
+    "restart": "Restart",
+    "er_sde": "ER SDE",
     "lcm": "LCM",
+    "tcd": "TCD",
 }
 """Name -> label in A1111 of every sampler; `draw.samplers` defines them."""
 
+SPACING_LABELS = {
+    "leading": "Leading",
+    "linspace": "Linspace",
+    "trailing": "Trailing",
+    "sgm_uniform": "SGM Uniform",
+    "simple": "Simple",
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "beta": "Beta",
+}
+"""Name -> label in A1111 of every spacing, where A1111 has it; `draw.levels` defines them."""
+
 if TYPE_CHECKING:
-    SamplerName = str
+    SamplerName = SpacingName = str
 else:
     SamplerName = Literal[tuple(SAMPLER_LABELS)]
+    SpacingName = Literal[tuple(SPACING_LABELS)]
 
 Steps = Annotated[int, Range(1, 1000)]
 LARGEST_SIDE = 16384
@@ -94,15 +116,18 @@ class Sampling(TypedDict, total=False):
 
     sampler: Annotated[SamplerName, Declared("dpmpp_2m", "sampler", "Sampler", True, names=SAMPLER_LABELS)]
     steps: Annotated[Steps, Declared(20, "sampler steps", "Steps", axis=True)]
-    karras: Annotated[
-        bool,
+    spacing: Annotated[
+        SpacingName | None,
         Declared(
-            False,
-            "use the noise levels of Karras et al. 2022",
+            None,
+            "spacing of the timesteps or of the noise levels",
             "Schedule type",
-            names={True: "Karras", False: "Automatic"},
+            True,
+            "the model's",
+            names={None: "Automatic", **SPACING_LABELS},
         ),
     ]
+    karras: Annotated[bool, Declared(False, "use the noise levels of Karras et al. 2022; the same as spacing karras")]
     guidance: Annotated[
         Guidance | None,
         Declared(

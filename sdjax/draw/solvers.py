@@ -16,7 +16,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sdjax.draw.levels import SolverGrid, Task, k_diffusion_grid, scales, solver_grid, spaced
+from sdjax.draw.levels import (
+    SolverGrid,
+    Task,
+    ancestral_step,
+    k_diffusion_grid,
+    scales,
+    solver_grid,
+    spaced,
+    timestep_of,
+    ve_table,
+)
 
 HISTORY = 5  # arrays remembered from one evaluation to the next; pndm needs the most
 
@@ -143,14 +153,59 @@ def heun(task: Task) -> Iterator[Entry]:
     The last step, to ve_next = 0, is an Euler step.
     """
     timesteps, ve = k_diffusion_grid(task)
-    alpha, sigma = scales(ve)
     for i in range(task.first, task.steps):
-        width = ve[i + 1] - ve[i]
+        yield from heun_step(timesteps[i : i + 2], ve[i : i + 2], ve[i + 1])
+
+
+def heun_step(timesteps: np.ndarray, ve: np.ndarray, lift: float) -> Iterator[Entry]:
+    """Takes one step of `heun` between two levels, and adds noise up to the level `lift`."""
+    (alpha, alpha_next), (sigma, sigma_next) = scales(ve)
+    noise, (alpha_lift, _) = np.sqrt(lift**2 - ve[1] ** 2) * NOISE, scales(lift)
+    width = ve[1] - ve[0]
+    begin, eps = X / alpha, (X - alpha * X0) / sigma
+    if sigma_next == 0:
+        yield (timesteps[0], alpha, sigma), [alpha_lift * (begin + width * eps + noise)]
+        return
+    yield (timesteps[0], alpha, sigma), [alpha_next * (begin + width * eps), begin, eps]
+    eps = (H[1] + (X - alpha_next * X0) / sigma_next) / 2
+    yield (timesteps[1], alpha_next, sigma_next), [alpha_lift * (H[0] + width * eps + noise)]
+
+
+def _dpm2(task: Task, *, ancestral: bool) -> Iterator[Entry]:
+    """The midpoint method in ve, with the middle in log(ve): k-diffusion's `sample_dpm_2` without churn.
+
+        middle = sqrt(ve * ve_next)
+        eps = (x - alpha * denoised) / sigma
+        x_middle = alpha_middle * (x / alpha + (middle - ve) * eps)
+        eps_middle = (x_middle - alpha_middle * denoised(x_middle)) / sigma_middle
+        x = alpha_next * (x / alpha + (ve_next - ve) * eps_middle)
+
+    The last step, to ve_next = 0, is an Euler step. As in diffusers, Karras timesteps are rounded.
+
+    ancestral: k-diffusion's `sample_dpm_2_ancestral` with eta = 1. The step leads to `down` of `levels.ancestral_step`
+    instead of ve_next, and alpha_next * up * noise is added to x.
+    """
+    timesteps, ve = k_diffusion_grid(task)
+    if task.curve == "karras":
+        timesteps = timesteps.round()
+    (alpha, sigma), table = scales(ve), ve_table(task)
+    for i in range(task.first, task.steps):
+        target, up = ancestral_step(ve[i], ve[i + 1]) if ancestral else (ve[i + 1], 0.0)
+        middle = np.sqrt(ve[i] * target)
+        alpha_middle, sigma_middle = scales(middle)
         begin, eps = X / alpha[i], (X - alpha[i] * X0) / sigma[i]
-        yield (timesteps[i], alpha[i], sigma[i]), [alpha[i + 1] * (begin + width * eps), begin, eps]
-        if (end := i + 1) < task.steps:
-            begin, eps = H[0], (H[1] + (X - alpha[end] * X0) / sigma[end]) / 2
-            yield (timesteps[end], alpha[end], sigma[end]), [alpha[end] * (begin + width * eps)]
+        yield (timesteps[i], alpha[i], sigma[i]), [alpha_middle * (begin + (middle - ve[i]) * eps), begin]
+        if target > 0:
+            moved = H[0] + (target - ve[i]) * (X - alpha_middle * X0) / sigma_middle + up * NOISE
+            yield (timestep_of(middle, table), alpha_middle, sigma_middle), [alpha[i + 1] * moved]
+
+
+def dpm2(task: Task) -> Iterator[Entry]:
+    return _dpm2(task, ancestral=False)
+
+
+def dpm2_ancestral(task: Task) -> Iterator[Entry]:
+    return _dpm2(task, ancestral=True)
 
 
 def lms(task: Task) -> Iterator[Entry]:
@@ -247,7 +302,7 @@ def unipc(task: Task) -> Iterator[Entry]:
     Every solver_type but "bh1" means "bh2".
     """
     options = task.options
-    grid = solver_grid(task, karras_last=True)
+    grid = solver_grid(task, curve_last=True)
     order = 0
     for i in range(task.first, task.steps):
         latents = X
