@@ -256,7 +256,7 @@ def hidden(images, holes):
 def test_images_and_holes_move_together(tmp_path, mask_files):
     """Each hole is cut out of its crop and mirrored with the crop. An image that is also its mask shows where."""
     records = [wide(tmp_path / f"{i}.png")._replace(mask=None) for i in range(3)]
-    records = [record._replace(hole=record.path if mask_files else None) for record in records]
+    records = [record._replace(hole=record.file if mask_files else None) for record in records]
     count = 1 if mask_files else 2
     views = Views(Size(16, 16), flip=True, crops=3, seed=4, holes=count, full=0.2)
     images = cache_images(records, views, None, folder=tmp_path / "cache", model="")

@@ -37,7 +37,7 @@ def dataset(*buckets):
 
 def test_a_batch_holds_what_the_order_says():
     data = dataset(bucket((2, 2), views=6))
-    assert data.repeats == ((1, 2, 1, 2, 1, 2),)
+    assert [each.tolist() for each in data.repeats] == [[1, 2, 1, 2, 1, 2]]
     order = Order(data.repeats, 4, seed=1, flip=True, caption_dropout=0.3, crops=3, versions=2)
     seen = set()
     for number in range(24):

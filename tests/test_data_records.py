@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdjax.data.records import Record, file_digest, fingerprint, scan, split, with_masks
+from sdjax.data.files import file_digest
+from sdjax.data.records import Record, fingerprint, scan, split, with_masks
 from sdjax.errors import DataError
 
 
@@ -156,7 +157,7 @@ def test_a_date_in_the_name_of_a_folder_is_no_number_of_repeats(tmp_path):
 
 def test_the_pictures_of_the_package_are_found_from_everywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert {record.path.is_file() for record in scan("sdjax/tiny/samples")} == {True}
+    assert {record.file.is_file() for record in scan("sdjax/tiny/samples")} == {True}
     image(tmp_path / "sdjax" / "tiny" / "samples" / "mine.png")  # a folder that is there comes first
     assert [record.name for record in scan("sdjax/tiny/samples", caption="a picture")] == ["mine.png"]
 

@@ -1,5 +1,6 @@
 """From the images of a stage, through a real model, to the batches of its steps."""
 
+import json
 import logging
 import os
 import shutil
@@ -13,12 +14,14 @@ import micro
 import numpy as np
 import pytest
 from PIL import Image
+from test_data_tar import write_tar
 
 from sdjax.data.dataset import make_batch
 from sdjax.data.images import Crop, Size, read_image, to_float
 from sdjax.errors import DataError
 from sdjax.text import textual_inversion
 from sdjax.train import loop, stages
+from sdjax.train.config_file import compare_runs
 from sdjax.train.encoding import class_images, encode
 from sdjax.train.results import NOTHING
 
@@ -62,7 +65,7 @@ def test_the_autoencoder_gets_pixels_and_no_text(model, images):
     (bucket,) = dataset.buckets
     assert bucket.arrays["pixels"].shape == (4, 2, 16, 16, 3)
     for row, record in enumerate(run.stages[0].records):
-        (expected,) = read_image(record.path, Size(16, 16))
+        (expected,) = read_image(record.file, Size(16, 16))
         np.testing.assert_array_equal(bucket.arrays["pixels"][row], [expected, expected[:, ::-1]])
     assert held_out is not None
     assert held_out.buckets[0].arrays["pixels"].shape == (2, 1, 16, 16, 3)
@@ -82,6 +85,33 @@ def test_what_is_cached_needs_no_weights(model, images, tmp_path):
     (images / "00.png").write_bytes((images / "01.png").read_bytes())
     with pytest.raises((DataError, OSError)):
         encoded(run)
+
+
+def test_shards_train_as_the_folder_does(model, images, tmp_path):
+    """The same batches from a tar, and no picture of it is encoded again. A changed shard is noticed on resume."""
+    captions = {entry["file_name"]: entry["text"] for entry in map(json.loads, (images / "metadata.jsonl").open())}
+    shards = tmp_path / "shards"
+    shards.mkdir()
+
+    def write(names):
+        members = {}
+        for name in names:
+            members |= {name: (images / name).read_bytes(), f"{name[:-4]}.txt": captions[name].encode()}
+        write_tar(shards / "0.tar", members)
+
+    write(sorted(captions))
+    data = {"cache": str(tmp_path / "cache"), "validation_count": 0}
+    folder, tar = plan_run(model, images, data), plan_run(model, shards, data)
+    first = encoded(folder)[0]
+    latents = set((tmp_path / "cache").glob("latents-*"))
+    second = encoded(tar)[0]
+    assert set((tmp_path / "cache").glob("latents-*")) == latents
+    for ours, theirs in zip(batches(tar, second, 4), batches(folder, first, 4), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert list(tar.identity["fingerprint.data.style"]) == [f"0.tar/{name}" for name in sorted(captions)]
+    write(sorted(captions)[1:])
+    with pytest.raises(DataError, match=r"images or captions of data.style: 1 missing \(0.tar/00.png\)"):
+        compare_runs(tar.identity, plan_run(model, shards, data).identity, tar.config)
 
 
 def test_another_autoencoder_makes_other_latents(model, images):
@@ -114,7 +144,7 @@ def test_each_image_at_its_own_shape(model, shapes, caplog):
     assert "6 images (8 with repeats), 2 a batch: 1.5 epochs; 3 shapes: 1 at 8x32, 2 at 16x16, 3 at 32x8" in caplog.text
     assert "fewer images than a batch holds at 8x32" in caplog.text
     dataset, _ = encoded(run)
-    assert dataset.repeats == ((1,), (3, 1), (1, 1, 1))
+    assert [each.tolist() for each in dataset.repeats] == [[1], [3, 1], [1, 1, 1]]
     assert [bucket.arrays["moments"].shape for bucket in dataset.buckets] == [
         (1, 1, 16, 4, 8),
         (2, 1, 8, 8, 8),
@@ -245,7 +275,7 @@ def test_a_file_that_vanishes_after_planning(model, shapes, caplog):
     skipping = plan_run(model, shapes, {**BUCKETS, "on_bad_image": "skip"})
     (shapes / "c.png").write_bytes(b"")
     dataset, _ = encoded(skipping)
-    assert dataset.repeats == ((1, 1), (1, 1))  # the tall shape has nothing left
+    assert [each.tolist() for each in dataset.repeats] == [[1, 1], [1, 1]]  # the tall shape has nothing left
     assert "1 of 3 images skipped" in caplog.text
     assert {batch["moments"].shape for batch in batches(skipping, dataset, 6)} == {(2, 8, 8, 8), (2, 4, 16, 8)}
     for path in shapes.glob("*.png"):
@@ -266,7 +296,7 @@ def test_class_images_are_read_from_a_folder(model, shapes):
     assert run.stages[0].examples == 8
     dataset, _ = encoded(run)
     assert dataset.prior is not None
-    assert [bucket.repeats for bucket in dataset.prior.buckets] == [(1, 1, 1)] * 3
+    assert [bucket.repeats.tolist() for bucket in dataset.prior.buckets] == [[1, 1, 1]] * 3
     assert len(list(folder.glob("*.png"))) == 3
     plain = dataset._replace(prior=None)
     order = run.stages[0].order(dataset.repeats, run.config.seed)

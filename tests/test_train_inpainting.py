@@ -74,7 +74,7 @@ def test_training_sees_what_drawing_sees(prepared):
     (images,) = held_out.buckets
     assert set(images.arrays) == {"moments", "hole", "kept"}
     size = Size(16, 16)
-    pixels = np.stack([read_image(record.path, size)[0] for record in images.records]) / np.float32(255)
+    pixels = np.stack([read_image(record.file, size)[0] for record in images.records]) / np.float32(255)
     holes = np.stack([make_holes(r, size, [Crop()], count=1, full=0, seed=0)[0, 0] for r in images.records])
     seen = loop.mask_channels(Model.load(run.config.model), pixels, holes.astype(np.float32))
     np.testing.assert_array_equal(seen[..., :1], images.arrays["hole"][:, 0])

@@ -1,13 +1,17 @@
 """Chooses shapes of about the same area, and the shape that each image is trained at."""
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from sdjax.data.images import Size, read_size
-from sdjax.data.records import Record
+import numpy as np
+
+from sdjax.data.files import picture_size
+from sdjax.data.images import Size
+from sdjax.data.records import Record, chosen
 from sdjax.errors import DataError
 
-Buckets = Mapping[Size, tuple[Record, ...]]
+Buckets = Mapping[Size, Sequence[Record]]
 """Shape -> its images, in the order of the data set."""
 
 
@@ -31,24 +35,28 @@ def sizes(resolution: int, *, step: int, max_aspect: float) -> tuple[Size, ...]:
     return tuple(sorted(fitting, key=_aspect)) or (Size(resolution, resolution),)
 
 
-def assign(records: Iterable[Record], choices: Sequence[Size]) -> Buckets:
+def assign(records: Sequence[Record], choices: Sequence[Size]) -> Buckets:
     """Assigns each image to the nearest of the shapes `choices`; shapes without images are left out.
 
     Shapes are compared by the logarithm of width over height. An image that cannot be read goes to the squarest shape,
     since the error will be reported when the image is decoded.
     """
-    buckets: dict[Size, list[Record]] = {size: [] for size in choices}
-    for record in records:
-        buckets[_nearest(record, choices) if len(choices) > 1 else choices[0]].append(record)
-    return {size: tuple(members) for size, members in buckets.items() if members}
+    if len(choices) == 1:
+        return {choices[0]: records}
+
+    @functools.cache
+    def nearest(aspect: float) -> int:
+        return min(range(len(choices)), key=lambda i: abs(_aspect(choices[i]) - aspect))
+
+    buckets = np.fromiter((nearest(_aspect_of(record)) for record in records), np.int32, len(records))
+    return {size: chosen(records, np.flatnonzero(buckets == i)) for i, size in enumerate(choices) if i in buckets}
 
 
-def _nearest(record: Record, choices: Sequence[Size]) -> Size:
+def _aspect_of(record: Record) -> float:
     try:
-        aspect = _aspect(read_size(record.path))
+        return _aspect(picture_size(record.file))
     except DataError:
-        aspect = 0.0
-    return min(choices, key=lambda size: abs(_aspect(size) - aspect))
+        return 0.0
 
 
 def _aspect(size: Size) -> float:

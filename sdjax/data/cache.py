@@ -1,21 +1,9 @@
 """Keeps on disk what is computed once from a data set: latents (or pixels), masks and prompt embeddings.
 
-A cache entry is a folder named after the digest of everything that the entry depends on. It holds one raw file per
-array, which is memory-mapped, and index.json with the arrays' shapes and digests. An entry is written under another
-name and renamed when it is complete, so a killed run leaves no partial entry. An entry that does not match its digests
-is computed again.
-
-A large set is kept in several entries. Processes that train together share out those that are missing.
+A large set is kept in several entries (`data.entries`).
 """
 
-import contextlib
-import hashlib
-import json
 import logging
-import os
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,20 +11,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Shaped, UInt8
 
+from sdjax.data.entries import Missing, entries
+from sdjax.data.files import file_digest, picture_size, loaded
 from sdjax.data.holes import make_holes
-from sdjax.data.images import Crop, Size, random_crops, read_image, read_mask, read_size, size_conditions
+from sdjax.data.images import Crop, Size, random_crops, read_image, read_mask, size_conditions
 from sdjax.data.joined import joined
-from sdjax.data.records import Record, file_digest
+from sdjax.data.records import Record, chosen
 from sdjax.errors import DataError
-from sdjax.runtime import processes
 
 log = logging.getLogger(__name__)
-
-FORMAT = 2
-"""Version of the entries, part of what each depends on. Raise it whenever an entry's contents change their meaning."""
-
-_FAULTS = (OSError, ValueError, KeyError, TypeError)
-"""What `_open` raises for a damaged entry."""
 
 TEXTS_AT_ONCE = 16
 """Captions that are encoded at a time."""
@@ -50,7 +33,7 @@ Arrays = Mapping[str, Shaped[np.ndarray, " N *S"]]
 class Images(NamedTuple):
     """The readable images of one shape as arrays, which may lie on disk."""
 
-    records: tuple[Record, ...]
+    records: Sequence[Record]
     arrays: Arrays
     """By name, each `[N, V, ...]`: N images with V views each. The views are the image's crops, each followed by its
     mirror image if images are flipped.
@@ -121,13 +104,13 @@ def cache_images(
     """
     encode_named = None if encode is None else lambda images: {"moments": encode(images)}
 
-    def entry(begin: int, members: Sequence[Record]) -> _Missing:
-        key = views.key(members, [file_digest(record.path) for record in members])
+    def entry(begin: int, members: Sequence[Record]) -> Missing:
+        key = views.key(members, [file_digest(record.file) for record in members])
         key |= {"kind": "pixels" if encode is None else "latents", "background": views.background}
         key |= {} if encode is None else {"model": model}
         kept: list[int] = []
         skipped: list[str] = []
-        return _Missing(key, rows(begin, members, kept, skipped), {"kept": kept, "skipped": skipped})
+        return Missing(key, rows(begin, members, kept, skipped), {"kept": kept, "skipped": skipped})
 
     def rows(
         begin: int, members: Sequence[Record], kept: list[int], skipped: list[str]
@@ -136,8 +119,9 @@ def cache_images(
             images = []
             for i in range(start, min(start + batch_size, len(members))):
                 record = members[i]
+                file = loaded(record.file)  # a shard that cannot be read is not a bad image
                 try:
-                    pictures = read_image(record.path, views.size, views.background, views.crops_of(record))
+                    pictures = read_image(file, views.size, views.background, views.crops_of(record))
                 except DataError as e:
                     if on_bad_image == "fail":
                         raise _bad_image(e) from e
@@ -161,7 +145,8 @@ def cache_images(
         if on_bad_image == "fail":
             raise _bad_image(skipped[0])
         log.warning("%d of %d images skipped", len(skipped), len(records))
-    return Images(tuple(records[begin + i] for begin, note in notes for i in note["kept"]), arrays, skipped)
+    kept = np.concatenate([begin + np.array(note["kept"], np.int64) for begin, note in notes])
+    return Images(chosen(records, kept), arrays, skipped)
 
 
 def cache_masks(images: Images, views: Views, factor: int, *, folder: str | Path) -> Images:
@@ -171,13 +156,13 @@ def cache_masks(images: Images, views: Views, factor: int, *, folder: str | Path
     """
     size = Size(*(side // factor for side in views.size))
 
-    def entry(_: int, records: Sequence[Record]) -> _Missing:
-        key = views.key(records, [file_digest(record.mask or record.path) for record in records])
+    def entry(_: int, records: Sequence[Record]) -> Missing:
+        key = views.key(records, [file_digest(record.mask or record.file) for record in records])
         key |= {"kind": "masks", "factor": factor, "alpha": [record.mask is None for record in records]}
-        return _Missing(key, map(row, records), {})
+        return Missing(key, map(row, records), {})
 
     def row(record: Record) -> Mapping[str, np.ndarray]:
-        mask = read_mask(record.mask or record.path, size, views.crops_of(record), alpha=record.mask is None)
+        mask = read_mask(record.mask or record.file, size, views.crops_of(record), alpha=record.mask is None)
         return {"mask": _with_mirrored(mask, views.flip)[None]}
 
     arrays, _ = _entries(Path(folder), images.records, entry)
@@ -187,12 +172,12 @@ def cache_masks(images: Images, views: Views, factor: int, *, folder: str | Path
 def cache_sizes(images: Images, views: Views, *, folder: str | Path) -> Images:
     """`images` with the array `sizes`: SDXL's size conditions of each view."""
 
-    def entry(_: int, records: Sequence[Record]) -> _Missing:
-        key = views.key(records, [file_digest(record.path) for record in records]) | {"kind": "sizes"}
-        return _Missing(key, map(row, records), {})
+    def entry(_: int, records: Sequence[Record]) -> Missing:
+        key = views.key(records, [file_digest(record.file) for record in records]) | {"kind": "sizes"}
+        return Missing(key, map(row, records), {})
 
     def row(record: Record) -> Mapping[str, np.ndarray]:
-        sizes = size_conditions(read_size(record.path), views.size, views.crops_of(record), flip=views.flip)
+        sizes = size_conditions(picture_size(record.file), views.size, views.crops_of(record), flip=views.flip)
         return {"sizes": sizes[None]}
 
     arrays, _ = _entries(Path(folder), images.records, entry)
@@ -215,18 +200,18 @@ def cache_holes(
     Raises DataError for a mask file that cannot be used.
     """
 
-    def entry(begin: int, records: Sequence[Record]) -> _Missing:
-        key = views.key(records, [file_digest(record.path) for record in records])
+    def entry(begin: int, records: Sequence[Record]) -> Missing:
+        key = views.key(records, [file_digest(record.file) for record in records])
         key |= {"kind": "holes", "model": model, "background": views.background}
         key |= {"holes": views.holes, "full": views.full}
         key |= {"seed": views.seed, "names": [record.name for record in records]}
         key |= {"own": ["" if record.hole is None else file_digest(record.hole) for record in records]}
-        return _Missing(key, rows(begin, records), {})
+        return Missing(key, rows(begin, records), {})
 
     def shown(record: Record) -> list[np.ndarray]:
         """The image and the mask of each view."""
         crops = views.crops_of(record)
-        pictures = read_image(record.path, views.size, views.background, crops)
+        pictures = read_image(record.file, views.size, views.background, crops)
         holes = make_holes(record, views.size, crops, count=views.holes, full=views.full, seed=views.seed)
         pairs = np.repeat(pictures, views.holes, axis=0), holes.reshape(-1, *views.size)
         return [_with_mirrored(array, views.flip) for array in pairs]
@@ -258,9 +243,9 @@ def cache_texts(
     """
     unique = sorted({"", *captions})
 
-    def entry(_: int, texts: Sequence[str]) -> _Missing:
+    def entry(_: int, texts: Sequence[str]) -> Missing:
         key = {"kind": "texts", "model": model, "settings": dict(settings or {}), "captions": texts}
-        return _Missing(key, rows(texts), {})
+        return Missing(key, rows(texts), {})
 
     def rows(texts: Sequence[str]) -> Iterator[Mapping[str, np.ndarray]]:
         for start in range(0, len(texts), batch_size):
@@ -306,119 +291,11 @@ def storable(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float32) if dtype.kind == "V" or dtype.name == "bfloat16" else dtype
 
 
-class _Missing(NamedTuple):
-    """What an entry depends on, and how it is made if it is missing."""
-
-    key: Mapping[str, Any]
-    rows: Iterable[Mapping[str, np.ndarray]]
-    notes: dict[str, Any]
-    """Iterating over the rows may change it."""
-
-
 def _entries(
-    folder: Path, items: Sequence[Any], entry: Callable[[int, Sequence[Any]], _Missing]
+    folder: Path, items: Sequence[Any], entry: Callable[[int, Sequence[Any]], Missing]
 ) -> tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]:
-    """Returns the joined arrays of the entries of all items, and for each entry its first item and its notes.
-
-    entry(begin, members): of the items from number `begin` on.
-    """
-    starts = range(0, max(1, len(items)), LARGEST)
-    wanted = [entry(start, items[start : start + LARGEST]) for start in starts]
-    found = {number: _entry(folder, *each) for number, each in enumerate(wanted) if processes.is_mine(number)}
-    processes.wait("cache")
-    found |= {number: _entry(folder, *each) for number, each in enumerate(wanted) if number not in found}
-    parts = [found[number] for number in range(len(wanted))]
-    names = next((list(arrays) for arrays, _ in parts if arrays), [])  # an entry whose images are all bad has none
-    arrays = {name: joined([arrays[name] for arrays, _ in parts if arrays]) for name in names}
-    return arrays, [(start, notes) for start, (_, notes) in zip(starts, parts, strict=True)]
-
-
-def _entry(
-    folder: Path, key: Mapping[str, Any], rows: Iterable[Mapping[str, np.ndarray]], notes: dict[str, Any]
-) -> tuple[dict[str, np.memmap], dict[str, Any]]:
-    """Returns the arrays and notes of the entry of `key`; see `_Missing`. If there is no good one, it is written."""
-    digest = hashlib.sha256(json.dumps({"format": FORMAT, **key}, sort_keys=True).encode()).hexdigest()
-    place = folder / f"{key['kind']}-{digest[:16]}"
-    if place.exists():
-        try:
-            return _open(place)
-        except _FAULTS as e:
-            log.warning("cache entry %s is damaged (%s) and is computed again", place, e)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
-        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
-    except OSError as e:
-        raise DataError(
-            f"cannot write the cache in {folder}: {e.strerror or e}; set data.cache to another folder"
-        ) from e
-    try:
-        _write(temporary, rows, notes)
-        return _publish(temporary, place)
-    except OSError as e:
-        raise DataError(f"cannot write the cache in {folder}: {e.strerror or e}") from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _publish(temporary: Path, place: Path) -> tuple[dict[str, np.memmap], dict[str, Any]]:
-    """Renames a complete entry to its place and opens it, or opens the good entry that another run has put there.
-
-    An entry is never removed while it is good, since other runs may be reading it.
-    """
-    for _ in range(10):
-        try:
-            temporary.rename(place)
-        except OSError:
-            if not place.exists():
-                raise
-        try:
-            return _open(place)
-        except _FAULTS:
-            aside = Path(tempfile.mkdtemp(prefix=".new-", dir=place.parent))
-            with contextlib.suppress(FileNotFoundError):  # another run has moved it away
-                place.rename(aside / "damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-    raise DataError(f"cache entry {place} is damaged again and again; set data.cache to another folder")
-
-
-def _write(place: Path, rows: Iterable[Mapping[str, np.ndarray]], notes: dict[str, Any]) -> None:
-    """Writes each array's rows to a raw file, then index.json with shapes, number types, digests and notes."""
-    index: dict[str, dict[str, Any]] = {}
-    digests: dict[str, Any] = {}
-    for arrays in rows:
-        os.utime(place)  # see `_sweep`
-        for name, array in arrays.items():
-            entry = index.setdefault(name, {"dtype": array.dtype.name, "shape": [0, *array.shape[1:]]})
-            if entry["shape"][1:] != list(array.shape[1:]) or entry["dtype"] != array.dtype.name:
-                row = f"{array.dtype}{list(array.shape[1:])}"
-                raise DataError(f"{name}: {row} after {entry['dtype']}{entry['shape'][1:]}; rows must be alike")
-            entry["shape"][0] += len(array)
-            data = np.ascontiguousarray(array).tobytes()
-            digests.setdefault(name, hashlib.sha256()).update(data)
-            with (place / f"{name}.bin").open("ab") as file:
-                file.write(data)
-    for name, entry in index.items():
-        entry["sha256"] = digests[name].hexdigest()
-    (place / "index.json").write_text(json.dumps({"arrays": index, "notes": notes}), encoding="utf-8")
-
-
-def _open(place: Path) -> tuple[dict[str, np.memmap], dict[str, Any]]:
-    """Memory-maps the arrays of an entry. Raises ValueError if a file does not match its digest."""
-    index = json.loads((place / "index.json").read_text(encoding="utf-8"))
-    arrays = {}
-    for name, entry in index["arrays"].items():
-        path = place / f"{name}.bin"
-        with path.open("rb") as file:  # read each time: `file_digest` would not see damage that keeps the file's times
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                raise ValueError(f"{path.name} does not match its digest")
-        arrays[name] = np.memmap(path, dtype=entry["dtype"], mode="r", shape=tuple(entry["shape"]))
-    return arrays, index["notes"]
-
-
-def _sweep(folder: Path) -> None:
-    """Removes the temporary folders of killed runs. Those changed within a day may belong to a run."""
-    for path in folder.glob(".new-*"):
-        with contextlib.suppress(FileNotFoundError):  # another run sweeps too
-            if time.time() - path.stat().st_mtime > 86400:
-                shutil.rmtree(path, ignore_errors=True)
+    """Returns the joined arrays of the entries of all items, and for each entry its first item and its notes."""
+    found = entries(folder, items, entry, most=LARGEST)
+    parts = [each.arrays for _, each in found if each.arrays]  # an entry whose images are all bad has none
+    arrays = {name: joined([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+    return arrays, [(start, each.notes) for start, each in found]

@@ -1,16 +1,16 @@
 """Gathers the batches of a run from cached arrays, ahead of time and in the background."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Int64, Shaped
+from jaxtyping import Int32, Int64, Shaped
 
 from sdjax.data.cache import Arrays, Images, Texts
 from sdjax.data.order import Choice, Order, beside, choose
-from sdjax.data.records import Record
+from sdjax.data.records import Record, captions_of, repeats_of
 from sdjax.errors import ConfigError
 
 T = TypeVar("T")
@@ -25,12 +25,12 @@ class Bucket(NamedTuple):
     """`moments` or `pixels`, perhaps `mask`, `sizes`, `hole` and `kept`; each `[N, V, ...]`, see `cache.Images`."""
     text_rows: Int64[np.ndarray, "N K"]
     """For each image, the rows of the K versions of its caption in `Dataset.texts`."""
-    records: tuple[Record, ...]
+    records: Sequence[Record]
 
     @property
-    def repeats(self) -> tuple[int, ...]:
+    def repeats(self) -> Int32[np.ndarray, " N"]:
         """How often an epoch shows each image."""
-        return tuple(record.repeats for record in self.records)
+        return repeats_of(self.records)
 
 
 class Prior(NamedTuple):
@@ -53,15 +53,15 @@ class Dataset(NamedTuple):
     prior: Prior | None = None
 
     @property
-    def repeats(self) -> tuple[tuple[int, ...], ...]:
+    def repeats(self) -> tuple[Int32[np.ndarray, " N"], ...]:
         """The repeats of every bucket, on which the order depends."""
         return tuple(bucket.repeats for bucket in self.buckets)
 
 
 def join(images: Images, texts: Texts) -> Bucket:
     """Joins images of one shape with the rows of their captions."""
-    rows = [[texts.rows[caption] for caption in record.captions] for record in images.records]
-    return Bucket(images.arrays, np.array(rows, np.int64), images.records)
+    rows = np.fromiter((texts.rows[text] for shown in captions_of(images.records) for text in shown), np.int64)
+    return Bucket(images.arrays, rows.reshape(len(images.records), -1), images.records)
 
 
 def make_batch(dataset: Dataset, order: Order, number: int) -> Batch:

@@ -5,7 +5,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+"""Ends of the names of files that are taken for pictures."""
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 MAX_ENLARGEMENT = 8
 """An image that would have to be enlarged more than this many times is refused."""
@@ -32,6 +34,17 @@ class Size(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
+
+
+class Opens(Protocol):
+    """A picture that is not a file of its own. `str` of it is its name for messages."""
+
+    def open(self, mode: Literal["rb"], /) -> BinaryIO:
+        """Returns the picture as a file."""
+        ...
+
+
+Source = str | Path | Opens
 
 
 class Crop(NamedTuple):
@@ -51,7 +64,7 @@ def random_crops(count: int, *, seed: int, name: str) -> tuple[Crop, ...]:
     return tuple(place(number) for number in range(count)) or (Crop(),)
 
 
-def read_size(path: str | Path) -> Size:
+def read_size(path: Source) -> Size:
     """The size of an image when turned upright, from its header alone. Raises DataError, see `read_image`."""
 
     def size(image: Image.Image) -> Size:
@@ -64,7 +77,7 @@ def read_size(path: str | Path) -> Size:
 
 
 def read_image(
-    path: str | Path, size: Size, background: str = "white", crops: Sequence[Crop] = (Crop(),)
+    path: Source, size: Size, background: str = "white", crops: Sequence[Crop] = (Crop(),)
 ) -> UInt8[np.ndarray, "V H W 3"]:
     """Reads an image, turns it upright (EXIF), fills transparency with `background`, resizes its crops (Lanczos).
 
@@ -101,7 +114,7 @@ def size_conditions(
     return np.asarray(rows, np.float32)
 
 
-def read_picture(path: str | Path) -> Image.Image:
+def read_picture(path: Source) -> Image.Image:
     """Reads an image whole, turned upright, in 8 bits, with its transparency. See `read_image` for what is refused.
 
     Images that are too small or too narrow for training are taken.
@@ -115,7 +128,7 @@ def read_picture(path: str | Path) -> Image.Image:
 
 
 def read_mask(
-    path: str | Path, size: Size, crops: Sequence[Crop] = (Crop(),), *, alpha: bool = False
+    path: Source, size: Size, crops: Sequence[Crop] = (Crop(),), *, alpha: bool = False
 ) -> Float32[np.ndarray, "V H W 1"]:
     """Crops of a mask's brightness (or of an image's alpha channel), 0 to 1, averaged over areas down to `size`.
 
@@ -168,19 +181,19 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return _from_deep_grey(image) if image.mode in ("I", "F") or image.mode.startswith("I;16") else image
 
 
-def _mention_frames(path: str | Path, image: Image.Image) -> None:
+def _mention_frames(path: Source, image: Image.Image) -> None:
     # The second frame of a phone's MPO is a preview.
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         log.warning("%s holds several frames: the first is taken", path)
 
 
-def _read(path: str | Path, use: Callable[[Image.Image], T], *, any_shape: bool = False) -> T:
+def _read(path: Source, use: Callable[[Image.Image], T], *, any_shape: bool = False) -> T:
     """Returns `use` of the opened image. Every error becomes a DataError that names the file.
 
     any_shape: take images that are narrower than MAX_ASPECT allows.
     """
     try:
-        with warnings.catch_warnings(), Path(path).open("rb") as file:
+        with warnings.catch_warnings(), (Path(path) if isinstance(path, str) else path).open("rb") as file:
             # Pillow only warns of a bomb just below its limit for errors. Other warnings (of odd EXIF) do not matter.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -194,7 +207,8 @@ def _read(path: str | Path, use: Callable[[Image.Image], T], *, any_shape: bool 
     except MemoryError:
         raise
     except Exception as e:  # a malformed file makes Pillow raise nearly anything
-        raise DataError(f"{path}: cannot be read as an image: {str(e) or type(e).__name__}") from e
+        reason = str(e).partition(" <_io.")[0]  # Pillow names the object that it reads from
+        raise DataError(f"{path}: cannot be read as an image: {reason or type(e).__name__}") from e
 
 
 def _open(file: BinaryIO) -> Image.Image:
@@ -202,7 +216,7 @@ def _open(file: BinaryIO) -> Image.Image:
     return Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
 
 
-def _check_enlargement(path: str | Path, image: Image.Image, size: Size) -> None:
+def _check_enlargement(path: Source, image: Image.Image, size: Size) -> None:
     if max(size.width / image.width, size.height / image.height) > MAX_ENLARGEMENT:
         least = Size(*(-(-side // MAX_ENLARGEMENT) for side in size))
         raise DataError(f"{path}: {image.width}x{image.height} is too small for {size} pixels; at least {least}")

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt64
+from jaxtyping import Bool, Int32, Int64, UInt64
 
 
 class Order(NamedTuple):
     """The order of the batches, given by everything that it depends on."""
 
-    repeats: tuple[tuple[int, ...], ...]
+    repeats: tuple[Sequence[int] | Int32[np.ndarray, " N"], ...]
     """For each bucket, how often an epoch shows each image."""
     batch_size: int
     """Number of examples of a batch, over all devices."""
@@ -40,7 +40,12 @@ class Order(NamedTuple):
     @property
     def size(self) -> int:
         """Number of examples of an epoch."""
-        return sum(map(sum, self.repeats))
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of examples of an epoch of each bucket."""
+        return tuple(int(np.sum(repeats)) for repeats in self.repeats)
 
 
 class Choice(NamedTuple):
@@ -63,13 +68,12 @@ class Choice(NamedTuple):
 
 def choose(order: Order, number: int) -> Choice:
     """The examples of batch `number`, counted from 0."""
-    bucket, turn = _turn(tuple(map(sum, order.repeats)), number)
-    repeats = np.asarray(order.repeats[bucket])
-    entries = np.repeat(np.arange(len(repeats)), repeats)
-    showing = np.arange(len(entries)) - np.repeat(np.cumsum(repeats) - repeats, repeats)  # 0, 1, ... for each image
-    size = len(entries)
-    position = np.arange(order.batch_size) + turn * order.batch_size
-    epoch, place = position // size, position % size
+    sizes = order.sizes
+    bucket, turn = _turn(sizes, number)
+    size, seed = sizes[bucket], order.seed + (bucket << 64)
+    repeats = np.asarray(order.repeats[bucket], np.int64)
+    first = np.arange(order.batch_size) + turn * order.batch_size
+    epoch, place = first // size, first % size
     entry = np.empty(order.batch_size, np.int64)
     flip = np.zeros(order.batch_size, bool)
     drop = np.zeros(order.batch_size, bool)
@@ -77,25 +81,27 @@ def choose(order: Order, number: int) -> Choice:
     hole = np.zeros(order.batch_size, np.int64)
     for e in np.unique(epoch):
         here = epoch == e
-        at = place[here]
-        bits = functools.partial(_bits, order.seed + (bucket << 64), int(e), size=size)
-        entry[here] = np.argsort(bits(purpose=0), kind="stable")[at]
+        at = place[here]  # neighbours
+        bits = functools.partial(_bits, seed, int(e), begin=int(at[0]), count=len(at))
+        entry[here] = _shuffled(seed, int(e), size)[at]
         if order.flip:
-            flip[here] = bits(purpose=1)[at] >= 2**63
+            flip[here] = bits(purpose=1) >= 2**63
         if order.caption_dropout:
-            drop[here] = bits(purpose=2)[at] < order.caption_dropout * 2.0**64
+            drop[here] = bits(purpose=2) < order.caption_dropout * 2.0**64
         if order.versions > 1:
-            version[here] = bits(purpose=3)[at] % np.uint64(order.versions)
+            version[here] = bits(purpose=3) % np.uint64(order.versions)
         if order.holes > 1:
-            hole[here] = bits(purpose=4)[at] % np.uint64(order.holes)
-    example = entries[entry]
-    crop = (epoch * repeats[example] + showing[entry]) % order.crops
+            hole[here] = bits(purpose=4) % np.uint64(order.holes)
+    ends = np.cumsum(repeats)  # entry -> image
+    example = np.searchsorted(ends, entry, side="right")
+    showing = entry - ends[example] + repeats[example]  # 0, 1, ... for each image
+    crop = (epoch * repeats[example] + showing) % order.crops
     return Choice(bucket, example, flip, drop, crop, version, hole)
 
 
 def beside(order: Order, count: int) -> Order:
     """The order of `count` class images, all in one bucket, for batches that go with the batches of `order`."""
-    return Order(((1,) * count,), order.batch_size, order.seed + (1 << 128), order.flip, holes=order.holes)
+    return Order((np.ones(count, np.int32),), order.batch_size, order.seed + (1 << 128), order.flip, holes=order.holes)
 
 
 def describe(order: Order, batches: int, names: Sequence[object] = ()) -> str:
@@ -106,8 +112,7 @@ def describe(order: Order, batches: int, names: Sequence[object] = ()) -> str:
     if len(names) > 1:
         counts = ", ".join(f"{len(images)} at {name}" for name, images in zip(names, order.repeats, strict=True))
         text += f"; {len(names)} shapes: {counts}"
-    buckets = zip(names or [""], order.repeats, strict=True)
-    small = [str(name) for name, repeats in buckets if sum(repeats) < order.batch_size]
+    small = [str(name) for name, size in zip(names or [""], order.sizes, strict=True) if size < order.batch_size]
     if small:
         text += "; fewer images than a batch holds" + (f" at {', '.join(small)}" if len(names) > 1 else "")
         text += ", so each such batch repeats some" if len(names) > 1 else ", so each batch repeats some"
@@ -116,38 +121,47 @@ def describe(order: Order, batches: int, names: Sequence[object] = ()) -> str:
 
 def _turn(shares: tuple[int, ...], number: int) -> tuple[int, int]:
     """The bucket of batch `number`, and the number of earlier batches of that bucket."""
-    pattern = _pattern(shares)
-    rounds, place = divmod(number, len(pattern))
-    bucket = int(pattern[place])
-    return bucket, rounds * int(np.sum(pattern == bucket)) + int(np.sum(pattern[:place] == bucket))
+    turns = np.array(shares, np.int64) // math.gcd(*shares)
+    rounds, place = divmod(number, int(turns.sum()))
+    length = 1 << place.bit_length()  # computed again for twice as many batches, rather than for all of a large set
+    buckets, earlier = _pattern(tuple(turns.tolist()), min(length, int(turns.sum())))
+    bucket = int(buckets[place])
+    return bucket, rounds * int(turns[bucket]) + int(earlier[place])
 
 
 @functools.lru_cache(maxsize=8)
-def _pattern(shares: tuple[int, ...]) -> Int64[np.ndarray, " P"]:
-    """The bucket of each batch, from the first batch until each bucket has had exactly its share.
+def _pattern(shares: tuple[int, ...], length: int) -> tuple[Int32[np.ndarray, " P"], Int32[np.ndarray, " P"]]:
+    """The bucket of each of the first `length` batches, and how many batches that bucket has had before.
+
+    shares: the number of batches of each bucket until each has had exactly its share; `length` is at most their sum.
 
     Let p be a bucket's fraction of all batches. Its turn k (from 0) may come at batch k/p or later and must come before
     batch (k+1)/p. Of the turns that may come, the one with the earliest deadline comes. This is the scheduling of unit
     jobs on one machine, where this rule finds a schedule whenever there is one. Here there is one (the quota method of
     Balinski and Young 1975), so at any time every bucket has had its share, rounded down or up.
     """
-    divisor = math.gcd(*shares)
-    turns = np.array(shares, np.int64) // divisor
+    turns = np.array(shares, np.int64)
     total = int(turns.sum())
     done = np.zeros(len(turns), np.int64)
-    pattern = np.empty(total, np.int64)
-    for n in range(total):
+    buckets, earlier = np.empty((2, length), np.int32)
+    for n in range(length):
         deadline = np.where(done * total // turns <= n, -(-(done + 1) * total // turns), 2 * total)
-        pattern[n] = np.argmin(deadline)
-        done[pattern[n]] += 1
-    pattern.flags.writeable = False
-    return pattern
+        bucket = int(np.argmin(deadline))
+        buckets[n], earlier[n] = bucket, done[bucket]
+        done[bucket] += 1
+    return buckets, earlier
 
 
 @functools.lru_cache(maxsize=16)
-def _bits(seed: int, epoch: int, *, purpose: int, size: int) -> UInt64[np.ndarray, " N"]:
-    """Random 64-bit words of Philox. NumPy never changes this raw stream, but may change `Generator.permutation`."""
-    key = np.random.SeedSequence([seed, epoch, purpose])
-    bits = np.random.Philox(key).random_raw(size)
-    bits.flags.writeable = False
-    return bits
+def _shuffled(seed: int, epoch: int, size: int) -> Int32[np.ndarray, " N"]:
+    """The numbers below `size` in the order of an epoch. Four bytes each, since they stay in memory."""
+    return np.argsort(_bits(seed, epoch, purpose=0, begin=0, count=size), kind="stable").astype(np.int32)
+
+
+def _bits(seed: int, epoch: int, *, purpose: int, begin: int, count: int) -> UInt64[np.ndarray, " N"]:
+    """Random 64-bit words of Philox. NumPy never changes this raw stream, but may change `Generator.permutation`.
+
+    Words `begin` to `begin + count` of the stream. Philox makes four words at a time, and can begin anywhere.
+    """
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch, purpose]))
+    return bits.advance(begin // 4).random_raw(begin % 4 + count)[begin % 4 :]

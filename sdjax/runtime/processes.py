@@ -76,9 +76,10 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def is_mine(number: int) -> bool:
-    """Whether this process does piece `number` of work that the processes share out."""
-    return number % jax.process_count() == jax.process_index()
+def share(count: int) -> range:
+    """The numbers of the pieces of work, of `count`, that this process does: neighbours, which read the same files."""
+    index, processes = jax.process_index(), jax.process_count()
+    return range(count * index // processes, count * (index + 1) // processes)
 
 
 def wait(event: str) -> None:

@@ -53,10 +53,14 @@ Kind = Literal["lora", "textual_inversion", "unet", "text_encoder", "text_encode
 
 @dataclass(frozen=True)
 class Data:
-    """A folder of images with captions."""
+    """Images with captions."""
 
     path: Free[Text]
-    """Folder of images. Captions are in metadata.jsonl, in NAME.txt beside NAME.png, or in caption."""
+    """Folder of images, with captions in metadata.jsonl or NAME.txt beside NAME.png; or parquet files or tars."""
+    image_column: Free[str] = ""
+    """Column of parquet files that holds the images. Empty: image, or the only column of bytes."""
+    caption_column: Free[str] = ""
+    """Column of parquet files, or key of the .json files in tars, that holds the captions. Empty: text or caption."""
     resolution: Resolution = 512
     """Side of the square training images in pixels, a multiple of 8."""
     batch_size: Logged[Count] = 1
@@ -102,7 +106,7 @@ class Data:
     inpaint_mask_path: str = ""
     """Train inpainting with the masks in this folder, named like the images; white is painted."""
     validation_path: Logged[str] = ""
-    """Folder of held-out images, used instead of images of path."""
+    """Held-out images, used instead of images of path: a folder, parquet files or tars, as in path."""
     validation_count: Logged[Whole] = 0
     """Number of images of path that are held out of training."""
     validation_fraction: Logged[Annotated[float, Range(0, 0.9)]] = 0.0

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -16,8 +17,9 @@ from jaxtyping import Array, Bool, PyTree, UInt8
 
 from sdjax.data import cache
 from sdjax.data.dataset import Bucket, Dataset, Prior, join
+from sdjax.data.folder import images_below
 from sdjax.data.images import Size, to_float
-from sdjax.data.records import Record, images_below, scan
+from sdjax.data.records import Record, captions_of, scan
 from sdjax.draw import inpainting
 from sdjax.draw.pipeline import StableDiffusion
 from sdjax.errors import DataError
@@ -66,10 +68,10 @@ def encode(run: Run, plan: StagePlan, earlier: Results) -> tuple[Dataset, Datase
         _check_usable(prior)
         prior = [_learned_everywhere(images) for images in prior] if stage.masked_loss else prior
 
-    records = [record for images in (*training, *held_out, *prior) for record in images.records]
-    captions = [caption for record in records for caption in record.captions]
+    shown = itertools.chain.from_iterable(captions_of(images.records) for images in (*training, *held_out, *prior))
+    captions = itertools.chain.from_iterable(shown)
     if "vae" in stage.parts:
-        texts = cache.Texts(dict.fromkeys(["", *captions], 0), {})
+        texts = cache.Texts(dict.fromkeys(itertools.chain([""], captions), 0), {})
     else:
         texts = _encode_texts(run, plan, captions, earlier, folder)
 
@@ -84,7 +86,7 @@ def encode(run: Run, plan: StagePlan, earlier: Results) -> tuple[Dataset, Datase
 _DRAWN = re.compile(r"drawn-([0-9a-f]{8}-)?\d{5}\.png")
 
 
-def class_images(run: Run, plan: StagePlan, earlier: Results) -> tuple[Record, ...]:
+def class_images(run: Run, plan: StagePlan, earlier: Results) -> Sequence[Record]:
     """Returns the class images of a stage, all with the prior prompt as their caption.
 
     Images missing in prior_path are drawn with the model that the stage starts from. Image n has seed n. Each is saved
@@ -118,7 +120,7 @@ def class_images(run: Run, plan: StagePlan, earlier: Results) -> tuple[Record, .
     processes.wait("class images")
     wanted = {path.resolve() for path in provided} | {(folder / name).resolve() for name in names}
     records = scan(folder, caption=stage.prior_prompt)
-    return tuple(record._replace(caption=stage.prior_prompt) for record in records if record.path.resolve() in wanted)
+    return tuple(record._replace(caption=stage.prior_prompt) for record in records if record.file.resolve() in wanted)
 
 
 def _image_encoder(run: Run, plan: StagePlan, earlier: Results, folder: Path) -> Callable[..., cache.Images]:
@@ -189,7 +191,7 @@ def _learned_everywhere(images: cache.Images) -> cache.Images:
     return images._replace(arrays={**images.arrays, "mask": white})
 
 
-def _encode_texts(run: Run, plan: StagePlan, captions: Sequence[str], earlier: Results, folder: Path) -> cache.Texts:
+def _encode_texts(run: Run, plan: StagePlan, captions: Iterable[str], earlier: Results, folder: Path) -> cache.Texts:
     """Returns the context (and SDXL's pooled vector) of each caption, or its token ids if training changes it."""
     recipe, outline = plan.recipe, plan.recipe.outline
     zeroed = outline.is_sdxl and outline.zeros_empty_prompts

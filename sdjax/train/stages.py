@@ -19,14 +19,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Int32, PRNGKeyArray, PyTree
 
 from sdjax import diffusion
 from sdjax.data import buckets, captions, records
 from sdjax.data.buckets import Buckets
+from sdjax.data.files import file_digest
+from sdjax.data.folder import takes_all_below
 from sdjax.data.images import Size
 from sdjax.data.order import Order, describe
-from sdjax.data.records import Record
+from sdjax.data.records import Record, Records
+from sdjax.data.shards import Columns
 from sdjax.draw import sampling
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.embedding_file import file_name, load_embedding
@@ -55,7 +58,7 @@ class StagePlan(NamedTuple):
     number: int
     data: Data
     buckets: Buckets
-    held_out: tuple[Record, ...]
+    held_out: Sequence[Record]
     chunks: int
     """Chunks that the longest caption takes in any text model."""
     recipe: Recipe
@@ -81,9 +84,9 @@ class StagePlan(NamedTuple):
         return self.recipe.stage
 
     @property
-    def records(self) -> tuple[Record, ...]:
+    def records(self) -> Sequence[Record]:
         """The training images."""
-        return tuple(record for members in self.buckets.values() for record in members)
+        return records.together([*self.buckets.values()])
 
     @property
     def holes(self) -> int:
@@ -95,7 +98,7 @@ class StagePlan(NamedTuple):
         """Images that an optimizer step takes, class images included."""
         return self.data.batch_size * self.data.accumulation * (2 if self.stage.prior_prompt else 1)
 
-    def order(self, repeats: tuple[tuple[int, ...], ...], seed: int) -> Order:
+    def order(self, repeats: tuple[Int32[np.ndarray, " N"], ...], seed: int) -> Order:
         """Returns the order of the batches. repeats: see `Dataset.repeats`. Each stage has another order."""
         data = self.data
         return Order(
@@ -105,7 +108,7 @@ class StagePlan(NamedTuple):
             flip=data.flip,
             caption_dropout=data.caption_dropout,
             crops=max(1, data.random_crops),
-            versions=len(self.records[0].captions),  # every record has as many
+            versions=len(next(iter(self.buckets.values()))[0].captions),  # every record has as many
             holes=max(1, self.holes),
         )
 
@@ -127,19 +130,19 @@ class Run(NamedTuple):
     """Dotted key -> value of everything that a resumed run is compared by; see `config_file.compare_runs`."""
 
 
-Scan = Callable[[str, tuple[tuple[str, int], ...], tuple[tuple[str, Any], ...]], tuple[Record, ...]]
+Scan = Callable[[str, tuple[tuple[str, int], ...], tuple[tuple[str, Any], ...]], Records]
 """`records.scan` of (folder, repeats, other settings), each of which is scanned once for all stages and copies."""
 
 
-def _scan(folder: str, repeats: tuple[tuple[str, int], ...], how: tuple[tuple[str, Any], ...]) -> tuple[Record, ...]:
+def _scan(folder: str, repeats: tuple[tuple[str, int], ...], how: tuple[tuple[str, Any], ...]) -> Records:
     return records.scan(folder, repeats=dict(repeats), **dict(how))
 
 
 class Images(NamedTuple):
     """The images of one stage."""
 
-    training: tuple[Record, ...]
-    held_out: tuple[Record, ...]
+    training: Sequence[Record]
+    held_out: Sequence[Record]
     fingerprint: dict[str, str]
     """Name of an image -> digest; see `records.fingerprint`."""
 
@@ -202,7 +205,7 @@ def plan_run(config: RunConfig, scan: Scan = _scan, devices: Sequence[Any] | Non
     """Checks one run; see `plan_runs`. scan: what reads the folders of images."""
     data = [config.data_of(stage) for stage in config.stages]
     images = [
-        _find_images(own, stage, f"stages.{i}", config.seed, scan)
+        _find_images(own, stage, f"stages.{i}", config.seed, scan, None if devices else _cache(config, own))
         for i, (own, stage) in enumerate(zip(data, config.stages, strict=True))
     ]
     _check_output(config, data)
@@ -227,7 +230,7 @@ def plan_run(config: RunConfig, scan: Scan = _scan, devices: Sequence[Any] | Non
         before = stages[-1] if stages else None
         stages.append(_plan_stage(config, number, data[number], images[number], outline, before, devices))
         assigned = stages[-1].buckets
-        repeats = tuple(tuple(record.repeats for record in members) for members in assigned.values())
+        repeats = tuple(map(records.repeats_of, assigned.values()))
         shown = describe(stages[-1].order(repeats, config.seed), stage.steps, tuple(assigned))
         log.info("stage %s: %s", stage.name, shown)
     digests = {
@@ -258,26 +261,36 @@ def prepare(
 # ---------------------------------------------------------------------------------------------- checks, without weights
 
 
-def _find_images(data: Data, stage: Stage, key: str, seed: int, scan: Scan) -> Images:
+def _cache(config: RunConfig, data: Data) -> Path:
+    return Path(data.cache or Path(config.output) / "cache")
+
+
+def _find_images(data: Data, stage: Stage, key: str, seed: int, scan: Scan, keep: Path | None) -> Images:
+    """Returns the images of a stage. keep: see `sources.find`; None if no weights are read, and so no picture."""
     templated = bool(stage.placeholder_tokens) and stage.template != "caption"
     unused = (templated or "vae" in stage.parts) and data.missing_caption in ("fail", "empty")
-    how = (("caption", data.caption), ("missing_caption", "unused" if unused else data.missing_caption))
+    how = (
+        ("caption", data.caption),
+        ("missing_caption", "unused" if unused else data.missing_caption),
+        ("columns", Columns(data.image_column, data.caption_column)),
+        ("keep", keep),
+    )
     everything = scan(data.path, tuple(data.repeats.items()), how)
     if _holes(data, stage) and data.inpaint_mask_path:
         everything = records.with_masks(everything, data.inpaint_mask_path, "hole")
-    training, held_out = everything, ()
+    training, held_out = everything, everything[:0]
     if data.validation_path:
-        if not Path(data.validation_path).is_dir():
-            raise DataError(f"{key}: data.validation_path = {data.validation_path!r} is not a folder")
-        held_out = scan(data.validation_path, (), how)
+        held_out = scan(data.validation_path, (), (*how, ("setting", f"{key}: data.validation_path")))
     elif data.validation_count or data.validation_fraction:
         training, held_out = records.split(everything, count=data.validation_count, fraction=data.validation_fraction)
     if stage.masked_loss and data.mask_path:
         training = records.with_masks(training, data.mask_path)
     shown = functools.partial(_with_versions, data=data, stage=stage, seed=seed)
     others = f"{Path(data.validation_path).name}: " if data.validation_path else ""  # both folders may hold a name
-    fingerprint = records.fingerprint(training)
-    fingerprint |= {others + name: digest for name, digest in records.fingerprint(held_out).items()}
+    fingerprint: dict[str, str] = {}
+    if keep is not None:
+        fingerprint = records.fingerprint(training)
+        fingerprint |= {others + name: digest for name, digest in records.fingerprint(held_out).items()}
     return Images(shown(training), shown(held_out, vary=False), fingerprint)
 
 
@@ -289,7 +302,7 @@ def _check_output(config: RunConfig, data: Sequence[Data]) -> None:
             ("data.validation_path", own.validation_path),
             ("prior_path", stage.prior_path),
         ):
-            if folder and records.takes_all_below(folder, config.output):
+            if folder and takes_all_below(folder, config.output):
                 raise ConfigError(
                     f"output = {config.output!r} lies in {key} = {folder!r}: its samples would become training "
                     "pictures; choose an output outside"
@@ -300,14 +313,12 @@ def _holes(data: Data, stage: Stage) -> int:
     return 0 if "vae" in stage.parts else data.inpaint_masks or bool(data.inpaint_mask_path)
 
 
-def _with_versions(
-    images: tuple[Record, ...], *, data: Data, stage: Stage, seed: int, vary: bool = True
-) -> tuple[Record, ...]:
+def _with_versions(images: Records, *, data: Data, stage: Stage, seed: int, vary: bool = True) -> Records:
     """Returns the images with the versions of their captions that the stage shows; one version unless `vary`."""
     words = stage.placeholder_tokens
     if words and stage.template != "caption":
         versions = captions.from_templates(textual_inversion.templates(stage.template), words)
-        return tuple(record._replace(versions=versions if vary else versions[:1]) for record in images)
+        return dataclasses.replace(images, versions=lambda _: versions if vary else versions[:1])
     tags = functools.partial(
         captions.tag_versions,
         count=data.caption_variants,
@@ -316,9 +327,8 @@ def _with_versions(
         keep=data.keep_tags,
         dropout=data.tag_dropout if vary else 0.0,
     )
-    return tuple(
-        record._replace(versions=tuple(captions.with_words(version, words) for version in tags(record.caption)))
-        for record in images
+    return dataclasses.replace(
+        images, versions=lambda caption: tuple(captions.with_words(version, words) for version in tags(caption))
     )
 
 
@@ -438,7 +448,7 @@ def parallelize_stage(
     )
 
 
-def _assign(data: Data, training: tuple[Record, ...], key: str, outline: Outline) -> Buckets:
+def _assign(data: Data, training: Sequence[Record], key: str, outline: Outline) -> Buckets:
     """Returns the training images by the size they are trained at."""
     if not data.buckets:
         return {Size(data.resolution, data.resolution): training}
@@ -470,12 +480,14 @@ def _chunks(images: Images, prior_prompt: str, outline: Outline, key: str) -> in
 
     Warns of a caption of more than 4 chunks; raises DataError for one of more than MOST_CHUNKS. Both name its image.
     """
-    names = {prior_prompt: "prior_prompt"}
-    names |= {text: record.name for record in (*images.training, *images.held_out) for text in record.captions}
-    counts = {text: outline.chunks([text]) for text in names}
-    longest = max(counts, key=lambda text: counts[text])
-    chunks = counts[longest]
-    words = f"the caption of {names[longest]} ({len(longest)} characters: {longest[:40]!r}...) takes {chunks} windows"
+    count = functools.lru_cache(4096)(lambda text: outline.chunks([text]))  # templates come again and again
+    longest, name, chunks = prior_prompt, "prior_prompt", count(prior_prompt)
+    for several in (images.training, images.held_out):
+        for number, texts in enumerate(records.captions_of(several)):
+            for text in texts:
+                if count(text) > chunks:
+                    longest, name, chunks = text, several[number].name, count(text)
+    words = f"the caption of {name} ({len(longest)} characters: {longest[:40]!r}...) takes {chunks} windows"
     if chunks > MOST_CHUNKS:
         raise DataError(f"{key}: {words} of the text model; at most {MOST_CHUNKS} are possible: shorten it")
     if chunks > 4:
@@ -547,5 +559,5 @@ def _fingerprint(outline: Outline) -> str:
     weights = {path for paths in folder.weights.values() for path in paths}
     tokenizers = {path for place in folder.tokenizers.values() for path in place.iterdir() if path.is_file()}
     for path in sorted(weights | tokenizers):
-        digest.update(f"{path.parent.name}/{path.name} {records.file_digest(path)}".encode())
+        digest.update(f"{path.parent.name}/{path.name} {file_digest(path)}".encode())
     return digest.hexdigest()

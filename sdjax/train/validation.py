@@ -203,7 +203,7 @@ def _masked_pictures(bucket: Bucket, plan: StagePlan, *, count: int) -> list[tup
     rows = range(0, len(bucket.records), -(-len(bucket.records) // count))
     found = []
     for row, record in ((row, bucket.records[row]) for row in rows):
-        (pixels,) = read_image(record.path, size, plan.data.background)
+        (pixels,) = read_image(record.file, size, plan.data.background)
         hole = np.asarray(bucket.arrays["hole"][row, 0, ..., 0]).astype(bool)
         mask = np.kron(hole, np.ones((factor, factor), bool))
         found.append((record.captions[0], Image.fromarray(pixels), Image.fromarray(mask).convert("L")))
