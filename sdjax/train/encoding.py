@@ -119,8 +119,10 @@ def class_images(run: Run, plan: StagePlan, earlier: Results) -> Sequence[Record
                 bar.update()
     processes.wait("class images")
     wanted = {path.resolve() for path in provided} | {(folder / name).resolve() for name in names}
-    records = scan(folder, caption=stage.prior_prompt)
-    return tuple(record._replace(caption=stage.prior_prompt) for record in records if record.file.resolve() in wanted)
+    found = scan(folder, caption=stage.prior_prompt, setting="prior_path")
+    return tuple(
+        record._replace(caption=stage.prior_prompt) for record in found if Path(str(record.file)).resolve() in wanted
+    )
 
 
 def _image_encoder(run: Run, plan: StagePlan, earlier: Results, folder: Path) -> Callable[..., cache.Images]:

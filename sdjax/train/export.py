@@ -89,7 +89,7 @@ def _buckets(plan: StagePlan) -> list[dict[str, Any]]:
 def _card(config: RunConfig, plan: StagePlan, results: Results, *, has_grid: bool) -> str:
     """Returns the model card, in Markdown."""
     stage = plan.stage
-    captions = list(dict.fromkeys(caption for record in plan.records if (caption := record.caption)))
+    captions = list(dict.fromkeys(caption for record in plan.records[:1000] if (caption := record.caption)))
     earlier = [s.name for s in config.stages[: plan.number]]
     hub_id = not Path(config.model).exists() and "/" in config.model
     settings = {

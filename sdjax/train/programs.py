@@ -1,6 +1,7 @@
 """The programs that a training run compiles, from shapes alone."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
@@ -10,6 +11,7 @@ from jaxtyping import PyTree
 
 from sdjax.data.cache import TEXTS_AT_ONCE, storable
 from sdjax.data.images import Size
+from sdjax.data.records import captions_of
 from sdjax.draw.programs import drawing
 from sdjax.errors import ConfigError
 from sdjax.models.layers import variables
@@ -206,6 +208,7 @@ def _encoding(plan: StagePlan, size: Size) -> Iterator[Program]:
         texts = {name: variables(outline.abstract_params(name)) for name in outline.text_models}
         ids = outline.abstract_ids(TEXTS_AT_ONCE, plan.chunks)
         models = tuple(outline.text_models.items())
-        captions = {caption for record in (*plan.records, *plan.held_out) for caption in record.captions}
+        shown = itertools.chain(captions_of(plan.records), captions_of(plan.held_out))
+        captions = set(itertools.chain.from_iterable(shown))
         encode = lambda place: compiled_encode_ids.lower(models, recipe.hidden, *place(texts, ids))
         yield Program("encode captions", encode, -(-len(captions) // TEXTS_AT_ONCE))

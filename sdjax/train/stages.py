@@ -205,7 +205,7 @@ def plan_run(config: RunConfig, scan: Scan = _scan, devices: Sequence[Any] | Non
     """Checks one run; see `plan_runs`. scan: what reads the folders of images."""
     data = [config.data_of(stage) for stage in config.stages]
     images = [
-        _find_images(own, stage, f"stages.{i}", config.seed, scan, None if devices else _cache(config, own))
+        _find_images(own, stage, f"stages.{i}", config.seed, scan, None if devices is not None else _cache(config, own))
         for i, (own, stage) in enumerate(zip(data, config.stages, strict=True))
     ]
     _check_output(config, data)
