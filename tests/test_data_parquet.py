@@ -69,6 +69,13 @@ def test_columns_that_do_not_fit_are_named(tmp_path, columns, names, message):
         listed(path, *names)
 
 
+def test_a_caption_that_is_no_text_is_named(tmp_path):
+    text = pa.array([b"na\xefve"]).view(pa.string())
+    path = write_parquet(tmp_path / "a.parquet", {"image": structs(b"x"), "text": text})
+    with pytest.raises(DataError, match=r"a.parquet is no readable parquet file: 'utf-8' codec"):
+        listed(path)
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -15,7 +15,7 @@ from sdjax.settings import read_record
 from sdjax.train.config import RunConfig, check
 
 NAMES = ["safetensors", "torch", "embedding", "embedding.pt", "lora", "single file", "model_index", "picture"]
-NAMES += ["training picture", "metadata", "caption", "config", "jobs", "prompt", "grid"]
+NAMES += ["training picture", "metadata", "caption", "tar", "parquet", "config", "jobs", "prompt", "grid"]
 
 
 @pytest.fixture(scope="module")

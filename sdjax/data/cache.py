@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Shaped, UInt8
 
 from sdjax.data.entries import Missing, entries
-from sdjax.data.files import file_digest, picture_size, loaded
+from sdjax.data.files import file_digest, loaded, picture_size
 from sdjax.data.holes import make_holes
 from sdjax.data.images import Crop, Size, random_crops, read_image, read_mask, size_conditions
 from sdjax.data.joined import joined

@@ -34,7 +34,7 @@ class ParquetReader:
         except ImportError:
             raise ConfigError(f'{path.name} is read by pyarrow: pip install "sdjax[data]"') from None
         self._path = path
-        self._errors = (pa.ArrowException, OSError)
+        self._errors = (pa.ArrowException, OSError, UnicodeDecodeError)
         try:
             self._file = pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
         except self._errors as e:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -95,11 +95,15 @@ class Records(Sequence[Record]):
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(Record.__eq__, self, other))
 
 
-def chosen(records: Sequence[Record], rows: Sequence[int] | np.ndarray) -> Sequence[Record]:
+Many = TypeVar("Many", bound=Sequence[Record])
+
+
+def chosen(records: Many, rows: Sequence[int] | np.ndarray) -> Many:
     """Some of the records, by their numbers."""
+    several: Any = records
     if isinstance(records, Records):
-        return records[np.asarray(rows, np.int64)]
-    return tuple(records[row] for row in rows)
+        return several[np.asarray(rows, np.int64)]
+    return cast(Many, tuple(several[row] for row in rows))
 
 
 def together(parts: Sequence[Sequence[Record]]) -> Sequence[Record]:
@@ -204,9 +208,7 @@ def _times(source: sources.Listing, repeats: Mapping[str, int], numbers: Sequenc
     return times
 
 
-def with_masks(
-    records: Sequence[Record], folder: str | Path, field: Literal["mask", "hole"] = "mask"
-) -> Sequence[Record]:
+def with_masks(records: Many, folder: str | Path, field: Literal["mask", "hole"] = "mask") -> Many:
     """The records, each with the image of the same name (and any suffix) below `folder` as its mask file `field`.
 
     Raises DataError for a folder that does not exist, an image without a mask, and a link that leaves the folder.
@@ -224,14 +226,13 @@ def with_masks(
     if missing:
         raise DataError(f"{root}: no mask for {_some(missing)}; a white image of that name {white} all of it")
     paths = (inside(root, masks[stem(name)], str(root)) for name in names)
+    several: Any = records
     if isinstance(records, Records):
-        return replace(records, **{f"{field}s": Strings.of(map(str, paths))})
-    return tuple(record._replace(**{field: path}) for record, path in zip(records, paths, strict=True))
+        return replace(several, **{f"{field}s": Strings.of(map(str, paths))})
+    return cast(Many, tuple(record._replace(**{field: path}) for record, path in zip(several, paths, strict=True)))
 
 
-def split(
-    records: Sequence[Record], *, count: int = 0, fraction: float = 0.0
-) -> tuple[Sequence[Record], Sequence[Record]]:
+def split(records: Many, *, count: int = 0, fraction: float = 0.0) -> tuple[Many, Many]:
     """The training records and the held-out records, both in the order of `records`.
 
     The held-out ones depend on the names alone (those with the smallest hashes), so adding an image moves few others.

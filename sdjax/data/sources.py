@@ -40,6 +40,8 @@ def find(path: str | Path, *, columns: Columns, keep: Path | None = None, settin
     A folder of shards holds `.parquet` or `.tar` files, also in sub-folders, and no pictures beside them. The pictures
     that come with sdjax, such as `sdjax/tiny/samples`, are found from everywhere.
 
+    Shards may be links that lead elsewhere, as in the hub's own cache; pictures of a folder may not.
+
     columns: those of parquet files that are read. keep: the folder where what is read from many pictures is kept for
     the next start; None: nowhere. setting: names `path` in messages.
 
@@ -49,12 +51,13 @@ def find(path: str | Path, *, columns: Columns, keep: Path | None = None, settin
     if not root.exists() and Path(path).parts[:2] == ("sdjax", "tiny"):
         root = _PACKAGE.parent / path
     named = f"{setting} = {str(path)!r}"
-    if root.is_file() or (not root.exists() and glob.has_magic(str(path))):
-        found = [Path(name).resolve() for name in sorted(glob.glob(str(path), recursive=True))] or [root]
-        shards = [Shard(each, each.name) for each in found] if root.is_file() else _below_fixed(str(path), found)
-        if not root.is_file() and not any(each.is_file() for each in found):
+    if root.is_file():
+        return _of_shards(root, [Shard(root, root.name)], columns, keep, named)
+    if not root.exists() and glob.has_magic(str(path)):
+        shards = _matching(str(path))
+        if not shards:
             raise DataError(f"{named} matches no file")
-        return _of_shards(root.parent, shards, columns, keep, named)
+        return _of_shards(root, shards, columns, keep, named)
     if not root.is_dir():
         raise DataError(f"{named} is not a folder, a .parquet or .tar file, or a pattern for such files")
     names = [] if (root / METADATA).is_file() else sorted(files_below(root, frozenset(READERS)))
@@ -80,11 +83,11 @@ def _pattern(part: tuple[str, str]) -> str:
     return name[: name.lower().index(word) + len(word)] + "*" + PurePosixPath(name).suffix
 
 
-def _below_fixed(pattern: str, found: Sequence[Path]) -> list[Shard]:
-    """The shards that a pattern found, named from the folder before its first special character."""
-    fixed = Path(pattern[: re.search(r"[*?[]", pattern).start()] + "x").parent.resolve()  # type: ignore[union-attr]
-    name = lambda path: path.relative_to(fixed).as_posix() if path.is_relative_to(fixed) else path.name
-    return [Shard(path, name(path)) for path in found]
+def _matching(pattern: str) -> list[Shard]:
+    """The files that match a pattern, named from the folder before its first special character."""
+    fixed = Path(re.split(r"[*?[]", pattern)[0] + "x").parent
+    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    return [Shard(path.absolute(), path.relative_to(fixed).as_posix()) for path in found if path.is_file()]
 
 
 def _of_folder(root: Path, keep: Path | None) -> Listing:

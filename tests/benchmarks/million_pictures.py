@@ -98,11 +98,11 @@ def encode_texts(captions: list[str]) -> dict[str, np.ndarray]:
     return {"context": np.array([[len(text)] * 8 for text in captions], np.float32)}
 
 
-def plan(folder: Path, cache_folder: Path, model: str) -> None:
-    """Does what a run does before its first step, and some batches."""
+def plan(folder: Path, cache_folder: Path, model: str, encode: int) -> None:
+    """Does what a run does before its first step, and some batches. encode: how many pictures have latents."""
     from sdjax.data import buckets, cache, records
     from sdjax.data.dataset import Dataset, join, make_batch
-    from sdjax.data.order import Order, describe
+    from sdjax.data.order import Order, choose
     from sdjax.model import Outline
     from sdjax.train import stages
 
@@ -114,35 +114,37 @@ def plan(folder: Path, cache_folder: Path, model: str) -> None:
     training, held_out = records.split(everything, count=100)
     report("hold out 100")
     digests = records.fingerprint(training)
-    report(f"fingerprint, {len(json.dumps(digests)) / 1e3:.0f} kB in a checkpoint")
+    report(f"fingerprint, {len(json.dumps(digests)) / 1e3:.1f} kB in a checkpoint")
     assigned = buckets.assign(training, buckets.sizes(16, step=4, max_aspect=2))
     report(f"{len(assigned)} shapes")
+    order = Order(tuple(map(records.repeats_of, assigned.values())), 64, 0)
+    choose(order, 0)
+    report("order of the first batch of 64")
+    for number in range(1, 101):
+        choose(order, number)
+    report("order of 100 batches")
+    choose(order, 1_000_000)
+    report("order of batch 1,000,000")
     chunks = stages._chunks(stages.Images(training, held_out, {}), "", outline, "stages.0")
     report(f"captions of at most {chunks} windows")
+    parts = {size: members[: encode * len(members) // len(training)] for size, members in assigned.items()}
     found = [
         cache.cache_images(members, cache.Views(size), encode_images, folder=cache_folder, model="none")
-        for size, members in assigned.items()
+        for size, members in parts.items()
     ]
-    report("latents")
-    texts = cache.cache_texts(
-        (text for images in found for shown in records.captions_of(images.records) for text in shown),
-        encode_texts,
-        folder=cache_folder,
-        model="none",
-    )
+    report(f"latents of {sum(len(images.records) for images in found)} pictures")
+    shown = (text for texts in records.captions_of(training) for text in texts)
+    texts = cache.cache_texts(shown, encode_texts, folder=cache_folder, model="none")
     report(f"{len(texts.rows)} captions")
     dataset = Dataset(tuple(join(images, texts) for images in found), texts.arrays, texts.rows[""])
     del texts
-    order = Order(dataset.repeats, 64, 0, flip=False)
-    print(describe(order, 1000, list(assigned)))
     report("rows of the captions")
+    order = Order(dataset.repeats, 64, 0)
     make_batch(dataset, order, 0)
     report("first batch of 64")
     for number in range(1, 101):
         make_batch(dataset, order, number)
     report("100 batches of 64")
-    make_batch(dataset, order, 1_000_000)
-    report("batch 1,000,000 (another epoch)")
     print(f"total {time.process_time():.1f} s of the processor, peak {resident('VmHWM'):.0f} MB with pages of files")
 
 
@@ -152,10 +154,11 @@ if __name__ == "__main__":
     parser.add_argument("action", choices=["make", "plan"])
     parser.add_argument("arguments", nargs="+", help="make: tar, parquet or folder, and the place; plan: the place")
     parser.add_argument("--count", type=int, default=1_000_000)
+    parser.add_argument("--encode", type=int, default=1_000_000, help="plan: number of pictures that get latents")
     parser.add_argument("--cache", type=Path)
     args = parser.parse_args()
     if args.action == "make":
         make(args.arguments[0], Path(args.arguments[1]), args.count)
     else:
         place = Path(args.arguments[0])
-        plan(place, args.cache or place.with_name(place.name + "-cache"), "tiny")
+        plan(place, args.cache or place.with_name(place.name + "-cache"), "tiny", args.encode)

@@ -8,6 +8,7 @@ import json
 import pickle
 import random
 import struct
+import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -146,6 +147,28 @@ def _data(name: str) -> Callable[[bytes, Path], object]:
     return reader
 
 
+def _shards() -> dict[str, bytes]:
+    """Suffix -> a shard of three pictures with captions."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tar, parquet = io.BytesIO(), io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as file:
+        for number, content in enumerate(_pictures()[:3]):
+            parts = {"png": content, "txt": b"a caption", "json": b'{"caption": "another"}'}
+            for suffix, part in parts.items():
+                member = tarfile.TarInfo(f"{'long' * 30 * (number % 2)}{number}.{suffix}")
+                member.size = len(part)
+                file.addfile(member, io.BytesIO(part))
+    images = [{"bytes": content, "path": None} for content in _pictures()[:3]]
+    pq.write_table(pa.table({"image": images, "text": ["a", "b", "c"]}), parquet)
+    return {".tar": tar.getvalue(), ".parquet": parquet.getvalue()}
+
+
+def _opened(path: Path) -> object:
+    return [record.file.open("rb").read() for record in scan(path, missing_caption="empty")]
+
+
 def _prompt(content: bytes, folder: Path) -> object:
     text = content.decode("utf-8", "surrogateescape")
     plain, _ = syntax.without_loras(text)
@@ -191,6 +214,8 @@ def make_targets(model: Path, marker: Path) -> dict[str, Target]:
     return {
         "safetensors": Target([plain, adapter], _as_file("a.safetensors", read_safetensors)),
         "torch": Target(torch, _as_file("a.pt", read_state_dict)),
+        "tar": Target([_shards()[".tar"]], _as_file("a.tar", _opened)),
+        "parquet": Target([_shards()[".parquet"]], _as_file("a.parquet", _opened)),
         "embedding": Target([plain], _as_file("a.safetensors", load_embedding)),
         "embedding.pt": Target(torch, _as_file("a.pt", load_embedding)),
         "lora": Target([adapter], _as_file("a.safetensors", lambda path: load_lora(path, shapes))),
