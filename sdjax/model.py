@@ -85,7 +85,8 @@ class Outline:
 
     shapes: part -> tree of `jax.ShapeDtypeStruct`. The parts are `unet`, `vae`, `text_encoder` and, for SDXL,
     `text_encoder_2`. folder: the configs and files of the model. name: the source it was loaded from. refiner: see
-    `with_refiner`.
+    `with_refiner`. loras: LoRA trees with their weights, which are merged in this order into the weights of a part when
+    they are loaded.
     """
 
     unet: unet.UNet
@@ -97,6 +98,7 @@ class Outline:
     folder: ModelFolder
     name: str
     refiner: Refiner | None = None
+    loras: tuple[tuple[Mapping[str, Any], float], ...] = ()
 
     @classmethod
     def load(
@@ -169,12 +171,15 @@ class Outline:
 
     def load_weights(self, part: str, *, dtype: Any = None) -> dict[str, Any]:
         """Loads the parameters of one part, such as `unet`. dtype: by default the number type of the computation."""
-        return load_params(
+        params = load_params(
             self.folder.tensors(part),
             self.shapes[part],
             dtype=dtype or self.dtype(part),
             what=f"{self.name}: {part}",
         )
+        for adapters, weight in self.loras:
+            params = lora.merge(params, adapters[part], weight) if part in adapters else params
+        return params
 
     @property
     def is_sdxl(self) -> bool:

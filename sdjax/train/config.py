@@ -154,6 +154,8 @@ class Stage:
     """LoRA: models that get an adapter: unet, text_encoder, text_encoder_2."""
     lora_continue: bool = False
     """LoRA: train the adapter of the earlier stages further, instead of adding a new one to it."""
+    lora_init: Free[str] = ""
+    """LoRA: file whose adapter is trained further. It sets rank, alpha, layers and DoRA; other values are refused."""
     lora_rank: Count = 4
     """LoRA: rank of the adapter."""
     lora_ranks: dict[str, Whole] = field(default_factory=dict)
@@ -245,6 +247,26 @@ class Stage:
         parts = dict.fromkeys(self.lora_parts, "lora") if "lora" in self.train else {}
         parts |= {"textual_inversion": "rows"} if "textual_inversion" in self.train else {}
         return parts | {kind: "weights" for kind in self.train if kind not in ("lora", "textual_inversion")}
+
+
+@dataclass(frozen=True)
+class BaseLora:
+    """A LoRA file beneath a run."""
+
+    path: Free[Text]
+    """LoRA file, with the keys of any program."""
+    weight: float = 1.0
+    """Strength of the LoRA: 0 none, 1 as it was trained."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """Files that lie beneath all stages. They are trained with and drawn with, but not changed and not exported."""
+
+    loras: tuple[BaseLora, ...] = ()
+    """LoRAs to merge into the base model."""
+    embeddings: Free[tuple[Text, ...]] = ()
+    """Embedding files, whose words captions and prompts may use."""
 
 
 @dataclass(frozen=True)
@@ -350,7 +372,7 @@ class Copy:
 NUMBERS: dict[str, Callable[[Stage], bool]] = {
     "learning_rate": lambda stage: True,
     "weight_decay": lambda stage: True,
-    "lora_alpha": lambda stage: "lora" in stage.train and not stage.lora_continue,
+    "lora_alpha": lambda stage: "lora" in stage.train and not (stage.lora_continue or stage.lora_init),
     "clip_ti_norm": lambda stage: stage.clip_ti_decay,
     "huber_c": lambda stage: stage.loss == "huber",
     "min_snr_gamma": lambda stage: True,
@@ -395,6 +417,7 @@ class RunConfig:
     """When the loss or gradient of a step is not finite: stop the run, or skip the step."""
     trackers: Free[tuple[Literal["tensorboard", "wandb"], ...]] = ()
     """Where the numbers of metrics.jsonl and the pictures go as well: tensorboard, wandb (Weights & Biases)."""
+    base: Base = Base()
     validation: Free[Validation] = Validation()
     checkpoint: Free[Checkpoint] = Checkpoint()
     parallel: Free[Parallel] = Parallel()
@@ -537,6 +560,10 @@ def _check_parts(stage: Stage, key: str) -> None:
     both = sorted(set(stage.lora_parts) & set(stage.train)) if "lora" in stage.train else []
     if both:
         raise ConfigError(f"{key}: {both[0]} is trained as a whole and by LoRA: leave it out of train or of lora_parts")
+    if stage.lora_init and "lora" not in stage.train:
+        raise ConfigError(f"{key}.lora_init needs train = ['lora']")
+    if stage.lora_init and stage.lora_continue:
+        raise ConfigError(f"{key}: lora_init and lora_continue are two beginnings of the adapter: choose one")
     if "vae" in stage.train and len(stage.train) > 1:
         raise ConfigError(f"{key}.train: vae is trained alone, in a stage of its own")
     if unknown := set(stage.vae_loss) - set(VAE_LOSS):

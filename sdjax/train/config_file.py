@@ -83,9 +83,9 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 def compare_runs(saved: Mapping[str, Any], current: Mapping[str, Any], config: RunConfig) -> None:
     """Raises DataError if a run cannot be resumed with these settings, and lists those that must not have changed.
 
-    saved, current: `flatten` of both runs, with the digests of their model and data under `fingerprint.`. The marks in
-    `train.config` say which settings may change. Values are compared as JSON represents them. A setting that is newer
-    than the saved run counts as its default.
+    saved, current: `flatten` of both runs, with the digests of their model, files and data under `fingerprint.`. The
+    marks in `train.config` say which settings may change. Values are compared as JSON represents them. A setting that
+    is newer than the saved run counts as its default.
     """
     defaults = flatten(RunConfig("", "", Data(""), (Stage("", (), 0, 0.0),) * len(config.stages)))
     refused = []
@@ -105,6 +105,8 @@ def compare_runs(saved: Mapping[str, Any], current: Mapping[str, Any], config: R
         policy = on_resume(key)
         if key == "fingerprint.model":
             refused.append("model is another one: its weights, configs, schedule or tokenizer differ")
+        elif key.startswith("fingerprint.files."):
+            refused.append(f"the file of {key.removeprefix('fingerprint.files.')} is another one")
         elif policy is None:
             refused.append(f"{key} was {before}, is {now}")
         elif policy is OnResume.LOGGED:

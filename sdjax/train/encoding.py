@@ -97,6 +97,7 @@ def class_images(run: Run, plan: StagePlan, earlier: Results) -> Sequence[Record
     folder = Path(stage.prior_path or Path(run.config.output) / "prior" / stage.name)
     folder.mkdir(parents=True, exist_ok=True)
     drawn_from = [stage.prior_prompt, plan.data.resolution, run.config.clip_skip, run.fingerprint, run.config.dtype]
+    drawn_from += [run.beneath.digest] if run.beneath.loras else []
     digest = hashlib.sha256(json.dumps([*drawn_from, earlier.digest(*outline.shapes)]).encode()).hexdigest()[:8]
     provided = [path for path in images_below(folder) if not _DRAWN.fullmatch(path.name)]
     names = [f"drawn-{digest}-{seed:05d}.png" for seed in range(max(0, stage.prior_count - len(provided)))]
@@ -222,6 +223,7 @@ def _encode_texts(run: Run, plan: StagePlan, captions: Iterable[str], earlier: R
         "earlier": earlier.digest(*outline.text_models),
         "packing": 2,  # number of the rule by which captions are cut into chunks
     }
+    settings |= {"beneath": run.beneath.digest} if run.beneath.loras else {}
     return cache.cache_texts(captions, encode, folder=folder, model=run.fingerprint, settings=settings)
 
 

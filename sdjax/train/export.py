@@ -16,23 +16,25 @@ from sdjax.formats.embedding_file import file_name, save_embedding
 from sdjax.formats.lora_file import KOHYA_FILE, PEFT_FILE, save_lora
 from sdjax.model import Model
 from sdjax.runtime.whole_file import replacing
+from sdjax.train import start
 from sdjax.train.config import RunConfig
 from sdjax.train.results import Results, places
-from sdjax.train.stages import StagePlan
+from sdjax.train.stages import Run, StagePlan
+from sdjax.trees import layers
 
 
-def export(folder: Path, config: RunConfig, plan: StagePlan, results: Results, grid: Path | None) -> None:
-    """Writes the results of all stages up to this one.
+def export(folder: Path, run: Run, plan: StagePlan, results: Results, grid: Path | None) -> None:
+    """Writes the results of all stages up to this one. A model holds the LoRAs of [base], the other files do not.
 
     The files are `lora.safetensors` with kohya's keys and `pytorch_lora_weights.safetensors` with PEFT's keys,
     WORD.safetensors for each new word, README.md, and `samples.png` if there is a `grid` to copy. If all weights of a
     part were trained, `model/` holds the whole model. `lora.safetensors` is written last.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    outline, metadata = plan.recipe.outline, _metadata(config, plan)
+    config, outline, metadata = run.config, plan.recipe.outline, _metadata(run.config, plan)
     if results.adapters:
         save_lora(folder / PEFT_FILE, results.adapters, outline.shapes, style="peft")
-    for word, place in places(plan.words).items():
+    for word, place in _own_words(run, plan).items():
         vectors = {name: np.asarray(rows[place.start : place.stop]) for name, rows in results.rows.items()}
         save_embedding(folder / file_name(word), word, vectors)
     if results.weights:
@@ -41,9 +43,14 @@ def export(folder: Path, config: RunConfig, plan: StagePlan, results: Results, g
         with replacing(folder / "samples.png") as file, grid.open("rb") as source:
             shutil.copyfileobj(source, file)
     with replacing(folder / "README.md") as file:
-        file.write(_card(config, plan, results, has_grid=grid is not None).encode())
+        file.write(_card(run, plan, results, has_grid=grid is not None).encode())
     if results.adapters:
         save_lora(folder / KOHYA_FILE, results.adapters, outline.shapes, style="kohya", metadata=metadata)
+
+
+def _own_words(run: Run, plan: StagePlan) -> dict[str, range]:
+    """Returns the places of the words that the run made: all but those of [base]."""
+    return {word: place for word, place in places(plan.words).items() if word not in run.beneath.words}
 
 
 def _save_model(folder: Path, config: RunConfig, plan: StagePlan, results: Results) -> None:
@@ -78,7 +85,13 @@ def _metadata(config: RunConfig, plan: StagePlan) -> dict[str, str]:
         "ss_bucket_info": json.dumps({"buckets": dict(enumerate(_buckets(plan)))}),
         "ss_min_snr_gamma": str(stage.min_snr_gamma or None),
         "modelspec.title": stage.name,
+        **({"sdjax_base": json.dumps(beneath)} if (beneath := start.described(config)) else {}),
+        **({"sdjax_lora_init": json.dumps(_beginning(stage.lora_init))} if stage.lora_init else {}),
     }
+
+
+def _beginning(path: str) -> dict[str, str]:
+    return {"file": Path(path).name, "sha256": start.digest(path)}
 
 
 def _buckets(plan: StagePlan) -> list[dict[str, Any]]:
@@ -86,16 +99,20 @@ def _buckets(plan: StagePlan) -> list[dict[str, Any]]:
     return [{"resolution": (size.width, size.height), "count": len(images)} for size, images in plan.buckets.items()]
 
 
-def _card(config: RunConfig, plan: StagePlan, results: Results, *, has_grid: bool) -> str:
+def _card(run: Run, plan: StagePlan, results: Results, *, has_grid: bool) -> str:
     """Returns the model card, in Markdown."""
-    stage = plan.stage
+    config, stage = run.config, plan.stage
+    words = {word: len(place) for word, place in _own_words(run, plan).items()}
+    beneath = _beneath(config, results)
     captions = list(dict.fromkeys(caption for record in plan.records[:1000] if (caption := record.caption)))
     earlier = [s.name for s in config.stages[: plan.number]]
     hub_id = not Path(config.model).exists() and "/" in config.model
     settings = {
         "base model": f"`{config.model}`",
         "trained": "; ".join(_trained(plan)),
+        **({"begun from": f"`{Path(stage.lora_init).name}`"} if stage.lora_init else {}),
         "on top of": ", ".join(earlier) + " (included in these files)" if earlier else "the base model",
+        **({"with": beneath} if beneath else {}),
         "images": ", ".join(f"{len(images)} at {size.width} x {size.height}" for size, images in plan.buckets.items()),
         "steps": f"{stage.steps} of {plan.examples} images",
         "learning rate": f"{json.dumps(stage.learning_rate)}, {stage.schedule}, warm-up {stage.warmup_steps}",
@@ -105,7 +122,7 @@ def _card(config: RunConfig, plan: StagePlan, results: Results, *, has_grid: boo
     }
     example = " ".join(plan.words) or next(iter(captions), "a prompt")
     prompt = next((prompt for prompt in config.validation.prompts if prompt), example)
-    tags = [*(["lora"] if results.adapters else []), *(["textual_inversion"] if results.rows else []), "sdjax"]
+    tags = [*(["lora"] if results.adapters else []), *(["textual_inversion"] if words else []), "sdjax"]
     lines = [
         "---",
         *([f"base_model: {config.model}"] if hub_id else []),
@@ -122,14 +139,14 @@ def _card(config: RunConfig, plan: StagePlan, results: Results, *, has_grid: boo
         *(f"| {name} | {value} |" for name, value in settings.items()),
         "",
         "## Prompts",
-        "New words: " + ", ".join(f"`{word}` ({count} vectors)" for word, count in plan.words.items())
-        if plan.words
+        "New words: " + ", ".join(f"`{word}` ({count} vectors)" for word, count in words.items())
+        if words
         else "There is no trigger word besides those in the captions.",
         *(["", "Captions it was trained with, for example:", ""] if captions else []),
         *(f"- {caption}" for caption in captions[:8]),
         "",
         "## Use",
-        *_use(config, plan, results, prompt),
+        *_use(config, list(words), plan.stage.name, results, prompt),
         "",
         "## Licence",
         "These weights derive from the base model and from the training images: the licences of both apply. Name them",
@@ -139,27 +156,46 @@ def _card(config: RunConfig, plan: StagePlan, results: Results, *, has_grid: boo
     return "\n".join(lines)
 
 
+def _beneath(config: RunConfig, results: Results) -> str:
+    """Returns what the files of [base] are to the export, in words."""
+    loras = [f"`{Path(item.path).name}` at weight {item.weight:g}" for item in config.base.loras]
+    words = [f"`{Path(path).name}`" for path in config.base.embeddings]
+    held, apart = (loras, words) if results.weights else ([], loras + words)
+    return "; ".join(
+        [
+            *([f"{', '.join(held)} (included in `model/`)"] if held else []),
+            *([f"{', '.join(apart)} (not in these files: use them together)"] if apart else []),
+        ]
+    )
+
+
 def _trained(plan: StagePlan) -> list[str]:
     """Returns what the stage trains, in words."""
     stage, parts = plan.stage, plan.stage.parts
     adapted = [part for part, kind in parts.items() if kind == "lora"]
+    downs = [layer["down"] for part in adapted for _, layer in layers(plan.state.trainable[part], "down")]
+    ranks = ", ".join(map(str, sorted({down.shape[-1] for down in downs})))
     whole = [part for part, kind in parts.items() if kind == "weights"]
     targets = stage.lora_targets
     listed = targets if isinstance(targets, str) else ", ".join(f"`{pattern}`" for pattern in targets)
+    listed = f"the {len(downs)} layers of the file" if stage.lora_init else listed
     return [
-        *([f"LoRA of {', '.join(adapted)}, rank {stage.lora_rank}, targets {listed}"] if adapted else []),
+        *([f"LoRA of {', '.join(adapted)}, rank {ranks}, targets {listed}"] if adapted else []),
         *([f"Textual Inversion of {', '.join(stage.placeholder_tokens)}"] if stage.placeholder_tokens else []),
         *([f"all weights of {', '.join(whole)}"] if whole else []),
     ]
 
 
-def _use(config: RunConfig, plan: StagePlan, results: Results, prompt: str) -> list[str]:
-    """Returns how other programs load the files, as items of a list in Markdown."""
-    name, files = plan.stage.name, {word: file_name(word) for word in plan.words}
+def _use(config: RunConfig, words: list[str], name: str, results: Results, prompt: str) -> list[str]:
+    """Returns how other programs load the files, as items of a list in Markdown. name: that of the stage."""
+    files = {word: file_name(word) for word in words}
+    loras = [] if results.weights else config.base.loras
     model = "model" if results.weights else config.model
     flags = [
         f"--model {model}",
+        *(f"--lora {Path(item.path).name}:{item.weight:g}" for item in loras),
         *([f"--lora {KOHYA_FILE}"] if results.adapters else []),
+        *(f"--embedding {Path(path).name}" for path in config.base.embeddings),
         *(f"--embedding {file}" for file in files.values()),
         f"--prompt {json.dumps(prompt)}",
         *([] if (guidance := config.validation.guidance) is None else [f"--guidance {guidance:g}"]),

@@ -26,7 +26,7 @@ from sdjax.train.encoding import encode
 from sdjax.train.export import export
 from sdjax.train.metrics import Metrics
 from sdjax.train.parallel import stack, stack_frozen, together, unstack
-from sdjax.train.results import NOTHING, Results, after
+from sdjax.train.results import Results, after
 from sdjax.train.stages import Run, StagePlan, parallelize_stage, plan_runs, prepare
 from sdjax.train.step import State, make_train_step
 from sdjax.train.validation import Validator
@@ -178,7 +178,7 @@ class Training:
         """The present stage."""
         self.step = 0
         """Optimizer steps done in the present stage."""
-        self.earlier: Results = NOTHING
+        self.earlier: Results = run.beneath.results
         """The results of the stages before the present one."""
         self.has_first_only = False
         """Whether the run stands at its first checkpoint, or has none."""
@@ -226,7 +226,7 @@ class Training:
 
     def restart(self) -> None:
         """Goes back to the beginning."""
-        self.number, self.step, self.earlier = 0, 0, NOTHING
+        self.number, self.step, self.earlier = 0, 0, self.run.beneath.results
         self._restored, self._saved = None, None
 
     def _expected(self, metadata: dict[str, Any]) -> PyTree:
@@ -238,7 +238,7 @@ class Training:
                 f"stages.{number}.steps = {steps} is less than the {done} steps that are done: "
                 "give that number or more, or resume from an earlier checkpoint with --resume-step"
             )
-        earlier, plan = self.run.stages[number - 1].result if number else NOTHING, self.run.stages[number]
+        earlier, plan = self.run.before(number), self.run.stages[number]
         scaled = loss_scaling.is_needed(metadata["run"]["dtype"], plan.stage)
         scaler = jax.eval_shape(loss_scaling.first) if scaled else None
         return {"earlier": earlier, "state": plan.state._replace(scaler=scaler)}
@@ -305,7 +305,7 @@ class Training:
         results = jax.tree.map(np.asarray, results)
         folder = self._folder / "export" / self.plan.stage.name
         if processes.is_first():
-            export(folder, self.run.config, self.plan, results, grid)
+            export(folder, self.run, self.plan, results, grid)
         log.info("stage %s is done: %s", self.plan.stage.name, folder)
         self.number, self.step, self.earlier = self.number + 1, 0, results
         self._saved = None

@@ -99,17 +99,21 @@ def begin(
     params: Mapping[str, PyTree],
     earlier: Results,
     new_rows: Mapping[str, Float[Array | np.ndarray, "K D"]],
+    adapters: Mapping[str, PyTree],
 ) -> tuple[State, dict[str, PyTree], dict[str, Float[Array, "K D"]]]:
     """Returns the state before the first step of a stage, and the `scales` and `rows` of its `Frozen`.
 
     With new adapters the model computes exactly what it computed before.
-    params: part -> weights. new_rows: see `first_rows`. Raises ConfigError where the settings do not fit.
+    params: part -> weights. new_rows: see `first_rows`. adapters: those of a file, to be trained further.
+    Raises ConfigError where the settings do not fit.
     """
     stage, parts = recipe.stage, recipe.stage.parts
     trainable: dict[str, PyTree] = {part: params[part] for part, kind in parts.items() if kind == "weights"}
     scales = {}
     for i, part in enumerate(part for part, kind in parts.items() if kind == "lora"):
-        if stage.lora_continue and part in earlier.adapters:
+        if part in adapters:
+            adapter = adapters[part]
+        elif stage.lora_continue and part in earlier.adapters:
             adapter = earlier.adapters[part]
         else:
             adapter = _new_adapter(stage, part, jax.random.fold_in(key, i), params[part])

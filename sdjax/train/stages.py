@@ -42,7 +42,8 @@ from sdjax.train.config import Data, RunConfig, Stage
 from sdjax.train.config_file import flatten
 from sdjax.train.optimizers import make_optimizer, peak_rates
 from sdjax.train.parallel import Parallel, TrainStep, parallelize
-from sdjax.train.results import NOTHING, Results, Rows, after, base_weights, begin, beneath, first_rows, places
+from sdjax.train.results import Results, Rows, after, base_weights, begin, beneath, first_rows, places
+from sdjax.train.start import Beneath, digest, first_adapters, read_base
 from sdjax.train.step import Frozen, Recipe, State, make_train_step
 
 log = logging.getLogger(__name__)
@@ -71,10 +72,14 @@ class StagePlan(NamedTuple):
     """Vectors of each new word of this stage and the stages before it, in the order of their rows."""
     new_words: dict[str, Rows | int]
     """The words that this stage adds: the number of vectors, or the vectors of a file."""
+    adapters: dict[str, PyTree]
+    """The adapters of a file that those of this stage begin as, by part."""
     result: Results
     """Shapes of the results of this stage and the stages before it."""
     numbers: dict[str, Any] = {}  # noqa: RUF012
     """The settings that the step must read from `Frozen.numbers`, because copies differ in them."""
+    files_beneath: int = 0
+    """Files of [base], each of which counts as a stage before the first."""
     shared: bool = False
     """Whether this stage and those before it are the same in all copies. Then one of them trains for all."""
 
@@ -104,7 +109,7 @@ class StagePlan(NamedTuple):
         return Order(
             repeats,
             data.batch_size * data.accumulation,
-            seed + (self.number << 32),
+            seed + (self._place << 32),
             flip=data.flip,
             caption_dropout=data.caption_dropout,
             crops=max(1, data.random_crops),
@@ -114,8 +119,13 @@ class StagePlan(NamedTuple):
 
     def keys(self, seed: int) -> tuple[PRNGKeyArray, PRNGKeyArray]:
         """Returns the key of the first values and the key of the steps."""
-        first, steps = jax.random.split(jax.random.fold_in(jax.random.key(seed), self.number))
+        first, steps = jax.random.split(jax.random.fold_in(jax.random.key(seed), self._place))
         return first, steps
+
+    @property
+    def _place(self) -> int:
+        """The number that sets the randomness: a stage on a file takes the same steps as on the stage that made it."""
+        return self.number + self.files_beneath
 
 
 class Run(NamedTuple):
@@ -125,9 +135,15 @@ class Run(NamedTuple):
     outline: Outline
     fingerprint: str
     """Digest of the model: its weights, configs, schedule and tokenizers."""
+    beneath: Beneath
+    """The files that lie beneath all stages."""
     stages: tuple[StagePlan, ...]
     identity: dict[str, Any]
     """Dotted key -> value of everything that a resumed run is compared by; see `config_file.compare_runs`."""
+
+    def before(self, number: int) -> Results:
+        """Returns the shapes of the results of the stages before a stage. number: that of the stage."""
+        return self.stages[number - 1].result if number else self.beneath.results
 
 
 Scan = Callable[[str, tuple[tuple[str, int], ...], tuple[tuple[str, Any], ...]], Records]
@@ -165,8 +181,7 @@ def plan_runs(config: RunConfig, devices: Sequence[Any] | None = None) -> tuple[
             where = f"copies, stage {plan.stage.name}"
             if _shapes(plan.state) != _shapes(first.state):
                 raise ConfigError(f"{where}: {copy.name} and {config.copies[0].name} train words of other sizes")
-            earlier = runs[0].stages[plan.number - 1].result if plan.number else NOTHING
-            if beneath(plan.stage, earlier).adapters and not below_shared:
+            if beneath(plan.stage, runs[0].before(plan.number)).adapters and not below_shared:
                 raise ConfigError(f"{where} stands on a LoRA of its own in each copy; they share one base model")
         chunks = max(plan.chunks for plan in alike)
         numbers = _differing([plan.stage for plan in alike])
@@ -225,10 +240,12 @@ def plan_run(config: RunConfig, scan: Scan = _scan, devices: Sequence[Any] | Non
     outline = _with_remat(outline, config.remat_policy) if config.remat else outline
     _check_model(config, outline)
     fingerprint = "" if devices is not None else _fingerprint(outline)
+    below = read_base(config, outline)
+    outline = dataclasses.replace(outline.with_embedding(below.words), loras=below.loras)
     stages: list[StagePlan] = []
     for number, stage in enumerate(config.stages):
         before = stages[-1] if stages else None
-        stages.append(_plan_stage(config, number, data[number], images[number], outline, before, devices))
+        stages.append(_plan_stage(config, number, data[number], images[number], outline, below, before, devices))
         assigned = stages[-1].buckets
         repeats = tuple(map(records.repeats_of, assigned.values()))
         shown = describe(stages[-1].order(repeats, config.seed), stage.steps, tuple(assigned))
@@ -236,8 +253,9 @@ def plan_run(config: RunConfig, scan: Scan = _scan, devices: Sequence[Any] | Non
     digests = {
         f"fingerprint.data.{stage.name}": found.fingerprint for stage, found in zip(config.stages, images, strict=True)
     }
-    identity = flatten(config) | {"fingerprint.model": fingerprint} | digests
-    return Run(config, outline, fingerprint, tuple(stages), identity)
+    files = {f"fingerprint.files.{key}": name for key, name in below.files.items()} | _first_files(config)
+    identity = flatten(config) | {"fingerprint.model": fingerprint} | files | digests
+    return Run(config, outline, fingerprint, below, tuple(stages), identity)
 
 
 def prepare(
@@ -253,7 +271,7 @@ def prepare(
     params = params or {part: base_weights(recipe.outline, part, below, dtype=dtypes[part]) for part in recipe.models}
     key, _ = plan.keys(run.config.seed)
     new_rows, norms = first_rows(recipe, key, params, plan.new_words) if "textual_inversion" in parts else ({}, {})
-    state, scales, rows = jax.jit(functools.partial(begin, recipe))(key, params, earlier, new_rows)
+    state, scales, rows = jax.jit(functools.partial(begin, recipe))(key, params, earlier, new_rows, plan.adapters)
     left = {part: weights for part, weights in params.items() if parts.get(part) != "weights"}
     return state, {"params": left, "scales": scales, "rows": rows, "norms": norms, "numbers": plan.numbers}
 
@@ -357,6 +375,7 @@ def _plan_stage(
     data: Data,
     images: Images,
     outline: Outline,
+    below: Beneath,
     before: StagePlan | None,
     devices: Sequence[Any] | None,
 ) -> StagePlan:
@@ -373,13 +392,14 @@ def _plan_stage(
         raise ConfigError(
             f"{key}: {config.model} is made for inpainting: give data.inpaint_masks (4, say) or data.inpaint_mask_path"
         )
-    earlier_words = before.words if before else {}
+    earlier_words = before.words if before else textual_inversion.vector_counts(below.words)
     new_words = _new_words(stage, key, earlier_words, outline)
     words = earlier_words | {word: _vectors(given) for word, given in new_words.items()}
     _check_file_names(words, key)
     rows = places(words)
+    own = {word: count for word, count in words.items() if word not in below.words}  # the outline knows the others
     recipe = Recipe(
-        outline=_knowing(outline, words, key),
+        outline=_knowing(outline, own, key),
         stage=stage,
         optimizer=make_optimizer(stage, stage.parts),
         hidden=outline.hidden_state(config.clip_skip),
@@ -387,23 +407,27 @@ def _plan_stage(
         rows=tuple(row for word in stage.placeholder_tokens for row in rows[word]),
     )
     parallel = parallelize_stage(config, data, make_train_step(recipe), recipe, devices)
-    earlier = before.result if before else NOTHING
+    earlier = before.result if before else below.results
+    adapters = first_adapters(stage, key, outline)
     try:
-        state, frozen, total = _result_shapes(recipe, earlier, sum(map(_vectors, new_words.values())))
+        state, frozen, total = _result_shapes(recipe, earlier, sum(map(_vectors, new_words.values())), adapters)
     except ConfigError as e:
         raise ConfigError(f"{key}: {e}") from None
     assigned = _assign(data, images.training, key, outline)
     chunks = _chunks(images, stage.prior_prompt, recipe.outline, key)
     return StagePlan(
         *(number, data, assigned, images.held_out, chunks, recipe),
-        *(parallel, state, frozen, words, new_words, total),
+        *(parallel, state, frozen, words, new_words, adapters, total),
+        files_beneath=len(below.files),
     )
 
 
-def _result_shapes(recipe: Recipe, earlier: Results, vectors: int) -> tuple[State, Frozen, Results]:
+def _result_shapes(
+    recipe: Recipe, earlier: Results, vectors: int, adapters: Mapping[str, PyTree]
+) -> tuple[State, Frozen, Results]:
     """Returns the shapes of what `prepare` returns and of the results after the stage.
 
-    vectors: of the words that the stage adds.
+    vectors: of the words that the stage adds. adapters: those of a file that its adapters begin as.
     """
     outline, parts = recipe.outline, recipe.stage.parts
     trained_whole = [part for part in recipe.models if parts.get(part) == "weights"]
@@ -416,15 +440,15 @@ def _result_shapes(recipe: Recipe, earlier: Results, vectors: int) -> tuple[Stat
     }
 
     def run(
-        key: PRNGKeyArray, params: dict[str, PyTree], earlier: Results, new_rows: PyTree
+        key: PRNGKeyArray, params: dict[str, PyTree], earlier: Results, new_rows: PyTree, adapters: PyTree
     ) -> tuple[State, Frozen, Results]:
-        state, scales, rows = begin(recipe, key, params, earlier, new_rows)
+        state, scales, rows = begin(recipe, key, params, earlier, new_rows, adapters)
         left = {part: weights for part, weights in params.items() if part not in trained_whole}
         norms = {name: jnp.float32(0) for name in new_rows} if "textual_inversion" in parts else {}
         frozen: Frozen = {"params": left, "scales": scales, "rows": rows, "norms": norms, "numbers": {}}
         return state, frozen, after(recipe, earlier, state, frozen)
 
-    return jax.eval_shape(run, jax.random.key(0), params, earlier, new_rows)
+    return jax.eval_shape(run, jax.random.key(0), params, earlier, new_rows, adapters)
 
 
 def parallelize_stage(
@@ -505,12 +529,26 @@ def _new_words(stage: Stage, key: str, earlier: Mapping[str, int], outline: Outl
         if word in earlier:
             continue
         words[word] = count
-        if Path(init).suffix in (".safetensors", ".bin", ".pt"):
+        if _is_file(init):
             found = load_embedding(init, widths)
             if len(found) != 1:
                 raise ConfigError(f"{key}.init_tokens: {init} holds {len(found)} words: give a file of one")
             words[word] = next(iter(found.values()))
     return words
+
+
+def _is_file(init: str) -> bool:
+    return Path(init).suffix in (".safetensors", ".bin", ".pt")
+
+
+def _first_files(config: RunConfig) -> dict[str, str]:
+    """Returns the digests of the files that adapters and words of stages begin as, by the keys of `Run.identity`."""
+    digests = {}
+    for number, stage in enumerate(config.stages):
+        inits = {"lora_init": stage.lora_init} if stage.lora_init else {}
+        inits |= {f"init_tokens.{i}": init for i, init in enumerate(stage.init_tokens) if _is_file(init)}
+        digests |= {f"fingerprint.files.stages.{number}.{name}": digest(init) for name, init in inits.items()}
+    return digests
 
 
 def _check_file_names(words: Mapping[str, int], key: str) -> None:

@@ -24,7 +24,7 @@ from sdjax.models import vae
 from sdjax.runtime.devices import within
 from sdjax.train.config import Validation
 from sdjax.train.metrics import Metrics
-from sdjax.train.results import NOTHING, Results, after, base_weights
+from sdjax.train.results import Results, after, base_weights
 from sdjax.train.stages import Run, StagePlan
 from sdjax.train.step import Draws, Frozen, Recipe, State, distance, evaluated, timestep_bounds, variables
 
@@ -111,7 +111,7 @@ class Validator:
         number, name = self._plan.number, self._plan.stage.name
         if self._originals:
             before = self._originals
-        elif self._earlier == NOTHING and 0 in self._drawn and not self._plan.words:
+        elif self._starts_as_base and 0 in self._drawn:
             before = self._drawn[0]
         else:
             before = self._draw(self._base(), self._without_words())
@@ -129,6 +129,12 @@ class Validator:
         _save(path, grids.captioned(pictures, captions, columns=len(columns)))
         self._metrics.picture(self._plan.stage.steps, "before-after", path)
         return path
+
+    @property
+    def _starts_as_base(self) -> bool:
+        """Whether the stage begins with the model that `_base` returns, and the prompts have no new word."""
+        plan = self._plan
+        return not (plan.number or plan.new_words or plan.adapters)
 
     def _without_words(self) -> list[str]:
         """Returns the prompts with init words in place of new words."""
@@ -180,12 +186,13 @@ class Validator:
             return {part: jax.device_get(base_weights(recipe.outline, part, self._earlier)) for part in parts}
 
     def _base(self) -> Model:
-        """Returns the model before the first stage."""
-        outline = self._run.outline
-        at_hand = self._frozen["params"] | self._untrained if self._earlier == NOTHING else {}
+        """Returns the model before the first stage, with the files beneath it."""
+        outline, number = self._run.outline, self._plan.number
+        at_hand = {} if number else self._frozen["params"] | self._untrained
         with self._parallel.loading():
             params = {part: at_hand[part] if part in at_hand else outline.load_weights(part) for part in outline.shapes}
-        return Model(outline, self._parallel.place_model(params), mesh=self._parallel.mesh)
+        rows = self._run.beneath.results.rows
+        return Model(outline, self._parallel.place_model(params), rows, mesh=self._parallel.mesh)
 
 
 def _one(draw: Callable[..., list[Image.Image]], side: int, *arguments: Any, **settings: Any) -> Image.Image:

@@ -142,7 +142,7 @@ def stage_cost(run: stages.Run, number: int) -> dict[str, float]:
     new_rows = {name: jax.ShapeDtypeStruct((words, width), jnp.float32) for name, width in widths.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     below = beneath(recipe.stage, earlier)
-    _, scales, rows = jax.eval_shape(lambda *a: begin(recipe, *a), key, params, below, new_rows)
+    _, scales, rows = jax.eval_shape(lambda *a: begin(recipe, *a), key, params, below, new_rows, {})
     frozen = {
         "params": {part: tree for part, tree in computed.items() if part not in whole},
         "scales": scales,
