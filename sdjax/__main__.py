@@ -46,11 +46,18 @@ def _plan(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _pick(argv: Sequence[str]) -> int:
+    from sdjax.pick import main
+
+    return main(argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "generate": _generate,
     "convert": _convert,
     "plan": _plan,
+    "pick": _pick,
 }
 """Each imports its module when it is called, so no command waits for the imports of another."""
 

@@ -294,6 +294,16 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Files that are written during training, to choose the best step by looking."""
+
+    every: Whole = 0
+    """Optimizer steps between files of the LoRA and the new words. Each time is a validation too. 0: none."""
+    keep: Whole = 0
+    """Number of newest steps whose files are kept, beside the best by held-out loss. 0: all."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Checkpoints, from which a run can be resumed."""
 
@@ -419,6 +429,7 @@ class RunConfig:
     """Where the numbers of metrics.jsonl and the pictures go as well: tensorboard, wandb (Weights & Biases)."""
     base: Base = Base()
     validation: Free[Validation] = Validation()
+    export: Free[Export] = Export()
     checkpoint: Free[Checkpoint] = Checkpoint()
     parallel: Free[Parallel] = Parallel()
     copies: tuple[Copy, ...] = ()
@@ -428,6 +439,17 @@ class RunConfig:
         """Returns the data settings of a stage: [data] with the changes that the stage makes."""
         changes = {k: v for k, v in dataclasses.asdict(stage.data).items() if v is not None}
         return dataclasses.replace(self.data, **changes)
+
+    def file_steps(self, number: int) -> set[int]:
+        """Returns the steps of a stage after which it writes files: none if it trains a whole model, or follows one."""
+        steps, every = self.stages[number].steps, self.export.every
+        whole = any("weights" in stage.parts.values() for stage in self.stages[: number + 1])
+        return {*range(every, steps, every), steps} if every and not whole else set()
+
+    def validation_steps(self, number: int) -> set[int]:
+        """Returns the steps of a stage after which it is validated."""
+        steps, every = self.stages[number].steps, self.validation.every
+        return {0, steps, *(range(every, steps, every) if every else ())} | self.file_steps(number)
 
     def members(self) -> tuple["RunConfig", ...]:
         """Returns a run for each copy, as if it were trained alone, or just this run if there are no copies."""
@@ -477,6 +499,12 @@ def check(config: RunConfig) -> None:
         raise ConfigError(f"parallel.mode = 'pmap' has a data axis only, but parallel.mesh.fsdp = {mesh.fsdp}")
     if len(set(config.trackers)) < len(config.trackers):
         raise wrong("trackers", list(config.trackers), "no name twice")
+    if config.export.every and not any(map(config.file_steps, range(len(config.stages)))):
+        raise ConfigError(
+            "export.every writes LoRAs and new words, and every stage trains a whole model or follows one"
+        )
+    if config.export.keep and not config.export.every:
+        raise ConfigError(f"export.keep = {config.export.keep} needs export.every")
     if config.copies:
         _check_copies(config)
 

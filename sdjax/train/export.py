@@ -16,36 +16,40 @@ from sdjax.formats.embedding_file import file_name, save_embedding
 from sdjax.formats.lora_file import KOHYA_FILE, PEFT_FILE, save_lora
 from sdjax.model import Model
 from sdjax.runtime.whole_file import replacing
-from sdjax.train import start
+from sdjax.train import snapshots
 from sdjax.train.config import RunConfig
 from sdjax.train.results import Results, places
 from sdjax.train.stages import Run, StagePlan
 from sdjax.trees import layers
 
 
-def export(folder: Path, run: Run, plan: StagePlan, results: Results, grid: Path | None) -> None:
+def export(
+    folder: Path, run: Run, plan: StagePlan, results: Results, grid: Path | None, *, step: int | None = None
+) -> None:
     """Writes the results of all stages up to this one. A model holds the LoRAs of [base], the other files do not.
 
     The files are `lora.safetensors` with kohya's keys and `pytorch_lora_weights.safetensors` with PEFT's keys,
     WORD.safetensors for each new word, README.md, and `samples.png` if there is a `grid` to copy. If all weights of a
-    part were trained, `model/` holds the whole model. `lora.safetensors` is written last.
+    part were trained, `model/` holds the whole model. README.md is written last.
+    step: that of a snapshot, see `snapshots`. Its files have the step in their names; none of them has PEFT's keys.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config, outline, metadata = run.config, plan.recipe.outline, _metadata(run.config, plan)
+    outline, named = plan.recipe.outline, lambda name: name if step is None else snapshots.numbered(name, step)
     if results.adapters:
-        save_lora(folder / PEFT_FILE, results.adapters, outline.shapes, style="peft")
+        metadata = _metadata(run, plan, step)
+        save_lora(folder / named(KOHYA_FILE), results.adapters, outline.shapes, style="kohya", metadata=metadata)
+        if step is None:
+            save_lora(folder / PEFT_FILE, results.adapters, outline.shapes, style="peft")
     for word, place in _own_words(run, plan).items():
         vectors = {name: np.asarray(rows[place.start : place.stop]) for name, rows in results.rows.items()}
-        save_embedding(folder / file_name(word), word, vectors)
+        save_embedding(folder / named(file_name(word)), word, vectors)
     if results.weights:
-        _save_model(folder / "model", config, plan, results)
+        _save_model(folder / "model", run.config, plan, results)
     if grid is not None:
-        with replacing(folder / "samples.png") as file, grid.open("rb") as source:
+        with replacing(folder / named(snapshots.GRID)) as file, grid.open("rb") as source:
             shutil.copyfileobj(source, file)
-    with replacing(folder / "README.md") as file:
-        file.write(_card(run, plan, results, has_grid=grid is not None).encode())
-    if results.adapters:
-        save_lora(folder / KOHYA_FILE, results.adapters, outline.shapes, style="kohya", metadata=metadata)
+    with replacing(folder / named(snapshots.CARD)) as file:
+        file.write(_card(run, plan, results, step=step, has_grid=grid is not None).encode())
 
 
 def _own_words(run: Run, plan: StagePlan) -> dict[str, range]:
@@ -65,16 +69,17 @@ def _save_model(folder: Path, config: RunConfig, plan: StagePlan, results: Resul
     Model(outline, params).save(folder, dtype=config.export_dtype)
 
 
-def _metadata(config: RunConfig, plan: StagePlan) -> dict[str, str]:
+def _metadata(run: Run, plan: StagePlan, step: int | None) -> dict[str, str]:
     """Returns the metadata of a LoRA file that A1111 and other programs show."""
-    stage = plan.stage
+    config, stage, beneath = run.config, plan.stage, _files_beneath(run)
     return {
         "ss_output_name": stage.name,
         "ss_sd_model_name": Path(config.model).name,
         "ss_resolution": f"({plan.data.resolution}, {plan.data.resolution})",
         "ss_clip_skip": str(plan.recipe.hidden.clip_skip),
         "ss_seed": str(config.seed),
-        "ss_steps": str(stage.steps),
+        "ss_steps": str(stage.steps if step is None else step),
+        "ss_max_train_steps": str(stage.steps),
         "ss_learning_rate": json.dumps(stage.learning_rate),
         "ss_lr_scheduler": stage.schedule,
         "ss_optimizer": stage.optimizer,
@@ -85,13 +90,24 @@ def _metadata(config: RunConfig, plan: StagePlan) -> dict[str, str]:
         "ss_bucket_info": json.dumps({"buckets": dict(enumerate(_buckets(plan)))}),
         "ss_min_snr_gamma": str(stage.min_snr_gamma or None),
         "modelspec.title": stage.name,
-        **({"sdjax_base": json.dumps(beneath)} if (beneath := start.described(config)) else {}),
-        **({"sdjax_lora_init": json.dumps(_beginning(stage.lora_init))} if stage.lora_init else {}),
+        **({"sdjax_base": json.dumps(beneath)} if beneath else {}),
+        **(
+            {"sdjax_lora_init": json.dumps(_file(run, f"stages.{plan.number}.lora_init", stage.lora_init))}
+            if stage.lora_init
+            else {}
+        ),
     }
 
 
-def _beginning(path: str) -> dict[str, str]:
-    return {"file": Path(path).name, "sha256": start.digest(path)}
+def _files_beneath(run: Run) -> list[dict[str, Any]]:
+    """Returns for each file of [base] its name, its sha256 and the weight of a LoRA."""
+    base = run.config.base
+    loras = [_file(run, f"base.loras.{i}", lora.path) | {"weight": lora.weight} for i, lora in enumerate(base.loras)]
+    return [*loras, *(_file(run, f"base.embeddings.{i}", path) for i, path in enumerate(base.embeddings))]
+
+
+def _file(run: Run, key: str, path: str) -> dict[str, Any]:
+    return {"file": Path(path).name, "sha256": run.identity[f"fingerprint.files.{key}"].split()[0]}
 
 
 def _buckets(plan: StagePlan) -> list[dict[str, Any]]:
@@ -99,10 +115,10 @@ def _buckets(plan: StagePlan) -> list[dict[str, Any]]:
     return [{"resolution": (size.width, size.height), "count": len(images)} for size, images in plan.buckets.items()]
 
 
-def _card(run: Run, plan: StagePlan, results: Results, *, has_grid: bool) -> str:
+def _card(run: Run, plan: StagePlan, results: Results, *, step: int | None, has_grid: bool) -> str:
     """Returns the model card, in Markdown."""
     config, stage = run.config, plan.stage
-    words = {word: len(place) for word, place in _own_words(run, plan).items()}
+    plan = plan._replace(words={word: len(place) for word, place in _own_words(run, plan).items()})
     beneath = _beneath(config, results)
     captions = list(dict.fromkeys(caption for record in plan.records[:1000] if (caption := record.caption)))
     earlier = [s.name for s in config.stages[: plan.number]]
@@ -114,7 +130,7 @@ def _card(run: Run, plan: StagePlan, results: Results, *, has_grid: bool) -> str
         "on top of": ", ".join(earlier) + " (included in these files)" if earlier else "the base model",
         **({"with": beneath} if beneath else {}),
         "images": ", ".join(f"{len(images)} at {size.width} x {size.height}" for size, images in plan.buckets.items()),
-        "steps": f"{stage.steps} of {plan.examples} images",
+        "steps": ("" if step is None else f"{step} of ") + f"{stage.steps}, each of {plan.examples} images",
         "learning rate": f"{json.dumps(stage.learning_rate)}, {stage.schedule}, warm-up {stage.warmup_steps}",
         "seed": str(config.seed),
         "clip skip": str(plan.recipe.hidden.clip_skip),
@@ -122,7 +138,7 @@ def _card(run: Run, plan: StagePlan, results: Results, *, has_grid: bool) -> str
     }
     example = " ".join(plan.words) or next(iter(captions), "a prompt")
     prompt = next((prompt for prompt in config.validation.prompts if prompt), example)
-    tags = [*(["lora"] if results.adapters else []), *(["textual_inversion"] if words else []), "sdjax"]
+    tags = [*(["lora"] if results.adapters else []), *(["textual_inversion"] if plan.words else []), "sdjax"]
     lines = [
         "---",
         *([f"base_model: {config.model}"] if hub_id else []),
@@ -133,20 +149,20 @@ def _card(run: Run, plan: StagePlan, results: Results, *, has_grid: bool) -> str
         "",
         "For Stable Diffusion, trained with sdjax.",
         "",
-        *(["![before and after](samples.png)", ""] if has_grid else []),
+        *([f"![{'before and after' if step is None else 'samples'}]({snapshots.GRID})", ""] if has_grid else []),
         "| | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in settings.items()),
         "",
         "## Prompts",
-        "New words: " + ", ".join(f"`{word}` ({count} vectors)" for word, count in words.items())
-        if words
+        "New words: " + ", ".join(f"`{word}` ({count} vectors)" for word, count in plan.words.items())
+        if plan.words
         else "There is no trigger word besides those in the captions.",
         *(["", "Captions it was trained with, for example:", ""] if captions else []),
         *(f"- {caption}" for caption in captions[:8]),
         "",
         "## Use",
-        *_use(config, list(words), plan.stage.name, results, prompt),
+        *_use(config, plan, results, prompt),
         "",
         "## Licence",
         "These weights derive from the base model and from the training images: the licences of both apply. Name them",
@@ -186,9 +202,9 @@ def _trained(plan: StagePlan) -> list[str]:
     ]
 
 
-def _use(config: RunConfig, words: list[str], name: str, results: Results, prompt: str) -> list[str]:
-    """Returns how other programs load the files, as items of a list in Markdown. name: that of the stage."""
-    files = {word: file_name(word) for word in words}
+def _use(config: RunConfig, plan: StagePlan, results: Results, prompt: str) -> list[str]:
+    """Returns how other programs load the files, as items of a list in Markdown."""
+    name, files = plan.stage.name, {word: file_name(word) for word in plan.words}
     loras = [] if results.weights else config.base.loras
     model = "model" if results.weights else config.model
     flags = [

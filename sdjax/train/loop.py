@@ -18,7 +18,7 @@ from sdjax.data.dataset import make_batch, prefetch
 from sdjax.errors import ConfigError, DataError, TrainingStopped
 from sdjax.runtime import out_of_memory, processes
 from sdjax.runtime.whole_file import replacing
-from sdjax.train import checkpoint, config_file, loss_scaling, trackers
+from sdjax.train import checkpoint, config_file, loss_scaling, snapshots, trackers
 from sdjax.train.autoencoder import normalised
 from sdjax.train.config import RunConfig
 from sdjax.train.copies import compare
@@ -107,6 +107,8 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
         each = unstack(fetched, len(trainings)) if copies else [fetched] * len(trainings)
         return list(zip(trainings, each, strict=True))
 
+    validated, written = config.validation_steps(plan.number), config.file_steps(plan.number)
+    every = config.checkpoint.every
     with contextlib.ExitStack() as entered:
         stop, agreed = entered.enter_context(checkpoint.StopSignal()), processes.Agreed()
         batches = entered.enter_context(contextlib.closing(prefetch(batch, range(begin, plan.stage.steps))))
@@ -116,10 +118,13 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
             if code := agreed(stop.exit_code):
                 _save(step, current())
                 return code
-            if step in (0, plan.stage.steps) or _due(step, config.validation.every):
-                for training, reached in current()[: len(working)]:
-                    if processes.is_first():
-                        training.validate(step, reached)
+            if step in validated:
+                grid, writes = None, step in written
+                for training, reached in current():
+                    if training in working and processes.is_first():
+                        grid = training.validate(step, reached)
+                    if writes and processes.is_first():
+                        training.write(step, reached, grid)
             if step == plan.stage.steps:
                 break
             state, measured = parallel.step(state, frozen, next(batches), key)
@@ -127,7 +132,7 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
             for i, training in enumerate(trainings):
                 values = {name: value[i] for name, value in measured.items()} if copies else measured
                 training.metrics.measured(step + 1, values)
-            if step + 1 == plan.stage.steps or _due(step + 1, config.checkpoint.every):
+            if step + 1 == plan.stage.steps or (every and (step + 1) % every == 0):
                 _save(step + 1, current())
         grid = None
         for training, reached in current():
@@ -165,10 +170,6 @@ def _save(step: int, current: Sequence[tuple["Training", State]]) -> None:
             training.prune()
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
 class Training:
     """One run while it is trained: where it stands, and what its present stage needs."""
 
@@ -200,6 +201,13 @@ class Training:
     @property
     def _folder(self) -> Path:
         return Path(self.run.config.output)
+
+    @property
+    def _metrics(self) -> Path:
+        return self._folder / "metrics.jsonl"
+
+    def _export(self, plan: StagePlan) -> Path:
+        return self._folder / "export" / plan.stage.name
 
     @property
     def checkpoints(self) -> Path:
@@ -248,7 +256,11 @@ class Training:
         if processes.is_first():
             with replacing(self._folder / "config.toml") as file:
                 file.write(config_file.to_toml(self.run.config).encode())
-        self.metrics = Metrics(self._folder / "metrics.jsonl", self.run, stage=self.number, step=self.step)
+        self.metrics = Metrics(self._metrics, self.run, stage=self.number, step=self.step)
+        if processes.is_first():
+            for plan in self.run.stages[self.number :]:
+                here = plan.number == self.number
+                snapshots.remove_later(self._export(plan) / "steps", self.step if here else -1)
 
     def load(self, first: "Training") -> State:
         """Encodes the data of the present stage and loads its weights. Returns the state that its steps begin with.
@@ -295,6 +307,13 @@ class Training:
         """Removes the checkpoints that are not to be kept beside the newest one."""
         checkpoint.prune(self.checkpoints, self.reached, keep=self.run.config.checkpoint.keep)
 
+    def write(self, step: int, state: State, grid: Path | None) -> None:
+        """Writes the LoRA and words of a state (on the host) after `step` steps. grid: pictures by it."""
+        results = jax.tree.map(np.asarray, after(self.plan.recipe, self.earlier, state, self.frozen))
+        folder, stage = self._export(self.plan) / "steps", self.plan.stage.name
+        export(folder, self.run, self.plan, results, grid, step=step)
+        snapshots.tidy(folder, snapshots.losses(self._metrics, stage), keep=self.run.config.export.keep)
+
     def finish(self, state: State, grid: Path | None) -> None:
         """Exports the results of the present stage, and goes on to the next. grid: pictures before and after it."""
         results = after(self.plan.recipe, self.earlier, state, self.frozen)
@@ -303,7 +322,7 @@ class Training:
             vae = normalised(self.run.outline.vae, results.weights["vae"], pixels)
             results = results._replace(weights=results.weights | {"vae": vae})
         results = jax.tree.map(np.asarray, results)
-        folder = self._folder / "export" / self.plan.stage.name
+        folder = self._export(self.plan)
         if processes.is_first():
             export(folder, self.run, self.plan, results, grid)
         log.info("stage %s is done: %s", self.plan.stage.name, folder)

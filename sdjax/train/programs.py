@@ -44,7 +44,7 @@ def _stage(config: RunConfig, run: Run, plans: Sequence[StagePlan], devices: Seq
     programs = list(_encoding(plan, size)) if latents else []
     programs.append(step(config, plans, devices))
     beside: list[Program] = []  # those of the validation
-    validations = 2 + (plan.stage.steps - 1) // config.validation.every if config.validation.every else 2
+    validations = len(config.validation_steps(plan.number))
     resident = plan.parallel.place_state(plan.state), plan.parallel.place_frozen(plan.frozen)
     if plan.held_out and latents:
         square = Size(plan.data.resolution, plan.data.resolution)

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import PyTree
@@ -86,6 +86,9 @@ def first_adapters(stage: Stage, key: str, outline: Outline) -> dict[str, PyTree
     where = f"{key}.lora_init = {stage.lora_init!r}"
     if set(adapters) != set(stage.lora_parts):
         raise ConfigError(f"{where} adapts {', '.join(adapters)}: give lora_parts = {list(adapters)}")
+    others = {name for tree in adapters.values() for _, layer in layers(tree, "scale") for name in layer}
+    if others - {"down", "up", "scale", "magnitude"}:
+        raise ConfigError(f"{where}: only LoRA and DoRA can be trained further; [base] takes adapters of any kind")
     defaults = {field.name: field.default for field in dataclasses.fields(Stage)}
     given = {name for name in _SET_BY_FILE if getattr(stage, name) not in (defaults[name], {})}
     for part, tree in adapters.items():
@@ -128,12 +131,3 @@ def digest(path: str) -> str:
     """Returns the sha256 of a LoRA or embedding file. Of a folder it is that of the LoRA in it."""
     file = Path(path)
     return file_digest(file / PEFT_FILE if file.is_dir() else file)
-
-
-def described(config: RunConfig) -> list[dict[str, Any]]:
-    """Returns for each file of [base] its name, its digest, and the weight of a LoRA, for the metadata of exports."""
-    loras = [(item.path, {"weight": item.weight}) for item in config.base.loras]
-    return [
-        {"file": Path(path).name, "sha256": digest(path), **more}
-        for path, more in [*loras, *((path, {}) for path in config.base.embeddings)]
-    ]

@@ -77,18 +77,20 @@ class Validator:
                 else make_held_out_loss(plan.recipe, held_out, self._settings, size, self.errors)
             )
 
-    def __call__(self, step: int, state: State) -> None:
-        """Measures and draws with the state (on the host) after `step` steps."""
+    def __call__(self, step: int, state: State) -> Path | None:
+        """Measures and draws with the state (on the host) after `step` steps. Returns the grid of pictures, if any."""
         if self._held_out_loss is not None:
             best = self._parallel.place_model(evaluated(self._plan.recipe, state))
             with within(self._parallel.mesh):
                 self._metrics.held_out(step, self._held_out_loss(best, self._frozen))
-        if self._captions:
-            self._drawn = {k: v for k, v in self._drawn.items() if k == 0}  # the first and the newest are kept
-            self._drawn[step] = self._draw(self._current(state))
-            path = self._samples / f"{self._plan.stage.name}-{step}.png"
-            _save(path, grids.captioned(self._drawn[step], self._captions, columns=4))
-            self._metrics.picture(step, "samples", path)
+        if not self._captions:
+            return None
+        self._drawn = {k: v for k, v in self._drawn.items() if k == 0}  # the first and the newest are kept
+        self._drawn[step] = self._draw(self._current(state))
+        path = self._samples / f"{self._plan.stage.name}-{step}.png"
+        _save(path, grids.captioned(self._drawn[step], self._captions, columns=4))
+        self._metrics.picture(step, "samples", path)
+        return path
 
     @property
     def pictures(self) -> list[Image.Image]:
