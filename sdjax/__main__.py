@@ -52,12 +52,19 @@ def _pick(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _push(argv: Sequence[str]) -> int:
+    from sdjax.push import main
+
+    return main(argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "generate": _generate,
     "convert": _convert,
     "plan": _plan,
     "pick": _pick,
+    "push": _push,
 }
 """Each imports its module when it is called, so no command waits for the imports of another."""
 

@@ -42,7 +42,8 @@ def test_the_names_of_lora_targets_are_those_of_lora():
 
 
 def test_every_field_is_documented():
-    for record in (Data, Stage, config.Validation, config.Checkpoint, config.Mesh):
+    records = (config.Base, config.BaseLora, config.Validation, config.Export, config.Checkpoint, config.Mesh)
+    for record in (Data, Stage, *records):
         body = inspect.getsource(record)
         for f in dataclasses.fields(record):
             if not dataclasses.is_dataclass(f.type):

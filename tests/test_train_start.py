@@ -63,7 +63,7 @@ def random_lora(shapes, parts=("unet",), seed=0, **options):
     ],
 )
 def test_a_word_on_a_style_file_equals_the_two_stages_in_one_run(run_of, sdxl, style, file):
-    """Within float32 rounding: vectors to 2e-6 of about 0.3, losses to 1e-5. The style changes the losses by far more."""
+    """Within float32 rounding: vectors to 2e-6 of about 0.3, losses to 1e-5. The style changes them by far more."""
     both, output = run_of("both", [STYLE | style, WORD], sdxl=sdxl)
     assert train(both) == 0
     base = {"loras": [{"path": str(output / "export" / "style" / file)}]}
@@ -176,6 +176,23 @@ def micro_sheet(path):
     from PIL import Image
 
     return Image.open(path).convert("RGB")
+
+
+def test_the_file_of_a_word_names_what_lies_beneath(run_of, beneath):
+    """It is the whole export of its stage: its metadata are those of ModelSpec, with the files to use it with."""
+    config, output = run_of("run", [WORD | {"steps": 1}], base=beneath, license="openrail++")
+    assert train(config) == 0
+    with safe_open(output / "export" / "word" / "plana.safetensors", "np") as file:
+        metadata = file.metadata()
+    assert [each["file"] for each in json.loads(metadata["sdjax_base"])] == [
+        "plain.safetensors",
+        "dora.safetensors",
+        "old.safetensors",
+    ]
+    assert metadata["modelspec.trigger_phrase"] == "<plana>" and metadata["modelspec.license"] == "openrail++"
+    assert metadata["modelspec.usage_hint"] == "new words: <plana>; with plain at 0.5, dora at 0.25"
+    assert metadata["modelspec.title"] == "word" and metadata["modelspec.sai_model_spec"] == "1.0.1"
+    assert (metadata["name"], metadata["format"]) == ("<plana>", "pt")
 
 
 def test_a_model_trained_on_files_holds_their_loras(run_of, beneath, micro_base):

@@ -53,14 +53,20 @@ def load_embedding(path: str | os.PathLike, widths: Mapping[str, int] | None = N
 
 
 def save_embedding(
-    path: str | os.PathLike, word: str, rows: Mapping[str, np.ndarray], *, dtype: Any = np.float32
+    path: str | os.PathLike,
+    word: str,
+    rows: Mapping[str, np.ndarray],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    dtype: Any = np.float32,
 ) -> None:
     """Writes one word in the form of diffusers, which A1111 and ComfyUI also read.
 
     rows: text model -> vectors [n, D]. The file holds one tensor with the word as its name, or for SDXL's two text
-    models the tensors `clip_l` and `clip_g`.
+    models the tensors `clip_l` and `clip_g`. metadata: more entries beside the word.
     """
-    save_safetensors(path, _tensors(word, rows, word), {"format": "pt", "name": word}, dtype=dtype)
+    records = {**(metadata or {}), "format": "pt", "name": word}
+    save_safetensors(path, _tensors(word, rows, word), records, dtype=dtype)
 
 
 def bundle(embeddings: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -129,16 +129,18 @@ def kohya_metadata(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any
 
 
 def kohya_hashes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The hashes that kohya's scripts record, of the file without metadata other than `ss_*`.
+    """The hashes that kohya's scripts record, of the file without metadata other than `ss_*`, and that of ModelSpec.
 
-    `sshs_model_hash` covers the tensors. `sshs_legacy_hash`, once A1111's, covers 64 KiB of the file.
+    `sshs_model_hash` and `modelspec.hash_sha256` cover the tensors. `sshs_legacy_hash`, once A1111's, covers 64 KiB of
+    the file.
     """
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     header, *data = encode(tensors, training)
     whole = io.BytesIO(b"".join([header, *data]))
     digest = hashlib.sha256(whole.getbuffer()[len(header) :]).hexdigest()
     whole.seek(0x100000)
-    return {"sshs_model_hash": digest, "sshs_legacy_hash": hashlib.sha256(whole.read(0x10000)).hexdigest()[:8]}
+    legacy = hashlib.sha256(whole.read(0x10000)).hexdigest()[:8]
+    return {"sshs_model_hash": digest, "sshs_legacy_hash": legacy, "modelspec.hash_sha256": f"0x{digest}"}
 
 
 def context_width(expected: Mapping[str, Any]) -> int | None:

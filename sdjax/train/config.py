@@ -409,6 +409,10 @@ class RunConfig:
     """Number type of the computation. What is trained stays float32. float16 is for GPUs without bfloat16."""
     export_dtype: Free[Dtype] = "float32"
     """Number type of the weights of models that are exported as a whole."""
+    license: Free[str] = ""
+    """Licence of the exports, for cards and metadata: an id of the hub, such as openrail++. Empty: to be filled in."""
+    push_to_hub: Free[str] = ""
+    """Repository, OWNER/NAME, that gets the last export when the run is done. Needs license. Copies add -COPY."""
     clip_skip: Count | None = None
     """Text model layer that is used, counted from the end: 1 last, 2 penultimate. Left out: the model's default."""
     prediction_type: Literal["", "epsilon", "v_prediction"] = ""
@@ -472,6 +476,7 @@ class RunConfig:
         return dataclasses.replace(
             self,
             output=f"{self.output}/{copy.name}",
+            push_to_hub=f"{self.push_to_hub}-{copy.name}" if self.push_to_hub else "",
             data=dataclasses.replace(self.data, **data),
             stages=tuple(stages),
             seed=self.seed if copy.seed is None else copy.seed,
@@ -503,6 +508,8 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             "export.every writes LoRAs and new words, and every stage trains a whole model or follows one"
         )
+    if config.push_to_hub and not config.license:
+        raise ConfigError("push_to_hub needs license: say under which licence the files may be used")
     if config.export.keep and not config.export.every:
         raise ConfigError(f"export.keep = {config.export.keep} needs export.every")
     if config.copies:

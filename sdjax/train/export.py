@@ -1,13 +1,13 @@
 """Exports the results of a stage for other programs: LoRA files, embedding files, a model, a card and pictures.
 
-Each file is either complete or absent. No file depends on the clock, so the same run gives the same files.
+Each file is either complete or absent. The same run gives the same files: of the clock they hold only the day on which
+the run began.
 """
 
 import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,31 +18,41 @@ from sdjax.model import Model
 from sdjax.runtime.whole_file import replacing
 from sdjax.train import snapshots
 from sdjax.train.config import RunConfig
-from sdjax.train.results import Results, places
+from sdjax.train.file_metadata import lora_metadata, own_words, word_metadata
+from sdjax.train.results import Results
+from sdjax.train.sharing import LICENCE, with_licence
 from sdjax.train.stages import Run, StagePlan
 from sdjax.trees import layers
 
 
 def export(
-    folder: Path, run: Run, plan: StagePlan, results: Results, grid: Path | None, *, step: int | None = None
+    folder: Path,
+    run: Run,
+    plan: StagePlan,
+    results: Results,
+    grid: Path | None,
+    *,
+    date: str,
+    step: int | None = None,
 ) -> None:
     """Writes the results of all stages up to this one. A model holds the LoRAs of [base], the other files do not.
 
     The files are `lora.safetensors` with kohya's keys and `pytorch_lora_weights.safetensors` with PEFT's keys,
     WORD.safetensors for each new word, README.md, and `samples.png` if there is a `grid` to copy. If all weights of a
     part were trained, `model/` holds the whole model. README.md is written last.
-    step: that of a snapshot, see `snapshots`. Its files have the step in their names; none of them has PEFT's keys.
+    date: the day on which the run began. step: that of a snapshot, see `snapshots`. Its files have the step in their
+    names; none of them has PEFT's keys.
     """
     folder.mkdir(parents=True, exist_ok=True)
     outline, named = plan.recipe.outline, lambda name: name if step is None else snapshots.numbered(name, step)
     if results.adapters:
-        metadata = _metadata(run, plan, step)
+        metadata = lora_metadata(run, plan, date, step)
         save_lora(folder / named(KOHYA_FILE), results.adapters, outline.shapes, style="kohya", metadata=metadata)
         if step is None:
             save_lora(folder / PEFT_FILE, results.adapters, outline.shapes, style="peft")
-    for word, place in _own_words(run, plan).items():
+    for word, place in own_words(run, plan).items():
         vectors = {name: np.asarray(rows[place.start : place.stop]) for name, rows in results.rows.items()}
-        save_embedding(folder / named(file_name(word)), word, vectors)
+        save_embedding(folder / named(file_name(word)), word, vectors, metadata=word_metadata(run, plan, date, word))
     if results.weights:
         _save_model(folder / "model", run.config, plan, results)
     if grid is not None:
@@ -50,11 +60,6 @@ def export(
             shutil.copyfileobj(source, file)
     with replacing(folder / named(snapshots.CARD)) as file:
         file.write(_card(run, plan, results, step=step, has_grid=grid is not None).encode())
-
-
-def _own_words(run: Run, plan: StagePlan) -> dict[str, range]:
-    """Returns the places of the words that the run made: all but those of [base]."""
-    return {word: place for word, place in places(plan.words).items() if word not in run.beneath.words}
 
 
 def _save_model(folder: Path, config: RunConfig, plan: StagePlan, results: Results) -> None:
@@ -69,56 +74,10 @@ def _save_model(folder: Path, config: RunConfig, plan: StagePlan, results: Resul
     Model(outline, params).save(folder, dtype=config.export_dtype)
 
 
-def _metadata(run: Run, plan: StagePlan, step: int | None) -> dict[str, str]:
-    """Returns the metadata of a LoRA file that A1111 and other programs show."""
-    config, stage, beneath = run.config, plan.stage, _files_beneath(run)
-    return {
-        "ss_output_name": stage.name,
-        "ss_sd_model_name": Path(config.model).name,
-        "ss_resolution": f"({plan.data.resolution}, {plan.data.resolution})",
-        "ss_clip_skip": str(plan.recipe.hidden.clip_skip),
-        "ss_seed": str(config.seed),
-        "ss_steps": str(stage.steps if step is None else step),
-        "ss_max_train_steps": str(stage.steps),
-        "ss_learning_rate": json.dumps(stage.learning_rate),
-        "ss_lr_scheduler": stage.schedule,
-        "ss_optimizer": stage.optimizer,
-        "ss_batch_size_per_device": str(plan.data.batch_size),
-        "ss_gradient_accumulation_steps": str(plan.data.accumulation),
-        "ss_num_train_images": str(len(plan.records)),
-        "ss_enable_bucket": str(plan.data.buckets),
-        "ss_bucket_info": json.dumps({"buckets": dict(enumerate(_buckets(plan)))}),
-        "ss_min_snr_gamma": str(stage.min_snr_gamma or None),
-        "modelspec.title": stage.name,
-        **({"sdjax_base": json.dumps(beneath)} if beneath else {}),
-        **(
-            {"sdjax_lora_init": json.dumps(_file(run, f"stages.{plan.number}.lora_init", stage.lora_init))}
-            if stage.lora_init
-            else {}
-        ),
-    }
-
-
-def _files_beneath(run: Run) -> list[dict[str, Any]]:
-    """Returns for each file of [base] its name, its sha256 and the weight of a LoRA."""
-    base = run.config.base
-    loras = [_file(run, f"base.loras.{i}", lora.path) | {"weight": lora.weight} for i, lora in enumerate(base.loras)]
-    return [*loras, *(_file(run, f"base.embeddings.{i}", path) for i, path in enumerate(base.embeddings))]
-
-
-def _file(run: Run, key: str, path: str) -> dict[str, Any]:
-    return {"file": Path(path).name, "sha256": run.identity[f"fingerprint.files.{key}"].split()[0]}
-
-
-def _buckets(plan: StagePlan) -> list[dict[str, Any]]:
-    """Returns the number of training images by size, in the form that kohya's scripts write."""
-    return [{"resolution": (size.width, size.height), "count": len(images)} for size, images in plan.buckets.items()]
-
-
 def _card(run: Run, plan: StagePlan, results: Results, *, step: int | None, has_grid: bool) -> str:
     """Returns the model card, in Markdown."""
     config, stage = run.config, plan.stage
-    plan = plan._replace(words={word: len(place) for word, place in _own_words(run, plan).items()})
+    plan = plan._replace(words={word: len(place) for word, place in own_words(run, plan).items()})
     beneath = _beneath(config, results)
     captions = list(dict.fromkeys(caption for record in plan.records[:1000] if (caption := record.caption)))
     earlier = [s.name for s in config.stages[: plan.number]]
@@ -138,12 +97,23 @@ def _card(run: Run, plan: StagePlan, results: Results, *, step: int | None, has_
     }
     example = " ".join(plan.words) or next(iter(captions), "a prompt")
     prompt = next((prompt for prompt in config.validation.prompts if prompt), example)
-    tags = [*(["lora"] if results.adapters else []), *(["textual_inversion"] if plan.words else []), "sdjax"]
+    tags = [
+        *(["lora", "template:sd-lora"] if results.adapters else []),
+        *(["textual_inversion"] if plan.words else []),
+        "sdjax",
+    ]
     lines = [
         "---",
         *([f"base_model: {config.model}"] if hub_id else []),
         "library_name: diffusers",
-        f"tags: [stable-diffusion, text-to-image, {', '.join(tags)}]",
+        "pipeline_tag: text-to-image",
+        f"tags: [stable-diffusion, text-to-image, diffusers, {', '.join(tags)}]",
+        *(
+            [f"instance_prompt: {json.dumps(trigger)}"]
+            if (trigger := " ".join(plan.words) or plan.data.caption)
+            else []
+        ),
+        *(["widget:", f"- text: {json.dumps(prompt)}", "  output:", f"    url: {snapshots.GRID}"] if has_grid else []),
         "---",
         f"# {stage.name}",
         "",
@@ -164,12 +134,13 @@ def _card(run: Run, plan: StagePlan, results: Results, *, step: int | None, has_
         "## Use",
         *_use(config, plan, results, prompt),
         "",
-        "## Licence",
+        f"{LICENCE}",
         "These weights derive from the base model and from the training images: the licences of both apply. Name them",
         "here before you share the files.",
         "",
     ]
-    return "\n".join(lines)
+    card = "\n".join(lines)
+    return with_licence(card, config.license) if config.license else card
 
 
 def _beneath(config: RunConfig, results: Results) -> str:

@@ -16,6 +16,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from sdjax.data.dataset import make_batch, prefetch
 from sdjax.errors import ConfigError, DataError, TrainingStopped
+from sdjax.formats import hub
 from sdjax.runtime import out_of_memory, processes
 from sdjax.runtime.whole_file import replacing
 from sdjax.train import checkpoint, config_file, loss_scaling, snapshots, trackers
@@ -24,9 +25,11 @@ from sdjax.train.config import RunConfig
 from sdjax.train.copies import compare
 from sdjax.train.encoding import encode
 from sdjax.train.export import export
+from sdjax.train.file_metadata import today
 from sdjax.train.metrics import Metrics
 from sdjax.train.parallel import stack, stack_frozen, together, unstack
 from sdjax.train.results import Results, after
+from sdjax.train.sharing import push
 from sdjax.train.stages import Run, StagePlan, parallelize_stage, plan_runs, prepare
 from sdjax.train.step import State, make_train_step
 from sdjax.train.validation import Validator
@@ -57,6 +60,9 @@ def train(config: RunConfig, *, resume: bool = False, resume_step: int | None = 
                     f"output = '{member.output}' holds checkpoints: --resume goes on from them, "
                     "or choose another output"
                 )
+        if config.push_to_hub and processes.is_first():
+            for member in config.members():
+                hub.check_upload(member.push_to_hub)
         entered.enter_context(out_of_memory.advice(OUT_OF_MEMORY))
         trainings = [Training(run) for run in plan_runs(config)]
         if resume:
@@ -71,6 +77,10 @@ def train(config: RunConfig, *, resume: bool = False, resume_step: int | None = 
                 return code
         if processes.is_first() and len(trainings) > 1 and not trainings[0].run.stages[-1].shared:
             compare(config, [training.validate for training in trainings])
+        if config.push_to_hub and processes.is_first():
+            for member in config.members():
+                address = push(member.output, member.stages[-1].name, member.push_to_hub, member.license)
+                log.info("pushed to %s", address)
         processes.wait("the end")
     return 0
 
@@ -183,6 +193,8 @@ class Training:
         """The results of the stages before the present one."""
         self.has_first_only = False
         """Whether the run stands at its first checkpoint, or has none."""
+        self.date = today()
+        """The day on which the run began, which the metadata of its files name."""
         self.warned = False
         """Whether a warning has told that a step of this copy was not finite."""
         self._restored: State | None = None
@@ -227,6 +239,7 @@ class Training:
             return
         self.number, self.step = found.metadata["stage"], found.metadata["step"]
         self.has_first_only = found.metadata.get("first", False)
+        self.date = found.metadata.get("date", self.date)
         self.earlier, state, self._saved = found.state["earlier"], found.state["state"], self.step
         used = self.plan.recipe.scales_loss
         self._restored = state._replace(scaler=loss_scaling.resumed(state.scaler, used=used))
@@ -299,7 +312,7 @@ class Training:
             self.checkpoints,
             self.reached,
             {"earlier": self.earlier, "state": state},
-            {"run": self.run.identity, "stage": self.number, "step": step, "first": first},
+            {"run": self.run.identity, "stage": self.number, "step": step, "first": first, "date": self.date},
         )
         self._saved = step
 
@@ -311,7 +324,7 @@ class Training:
         """Writes the LoRA and words of a state (on the host) after `step` steps. grid: pictures by it."""
         results = jax.tree.map(np.asarray, after(self.plan.recipe, self.earlier, state, self.frozen))
         folder, stage = self._export(self.plan) / "steps", self.plan.stage.name
-        export(folder, self.run, self.plan, results, grid, step=step)
+        export(folder, self.run, self.plan, results, grid, date=self.date, step=step)
         snapshots.tidy(folder, snapshots.losses(self._metrics, stage), keep=self.run.config.export.keep)
 
     def finish(self, state: State, grid: Path | None) -> None:
@@ -324,7 +337,7 @@ class Training:
         results = jax.tree.map(np.asarray, results)
         folder = self._export(self.plan)
         if processes.is_first():
-            export(folder, self.run, self.plan, results, grid)
+            export(folder, self.run, self.plan, results, grid, date=self.date)
         log.info("stage %s is done: %s", self.plan.stage.name, folder)
         self.number, self.step, self.earlier = self.number + 1, 0, results
         self._saved = None

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from sdjax import lora
 from sdjax.data.records import file_digest
 from sdjax.errors import ConfigError
-from sdjax.formats.lora_file import PEFT_FILE, load_lora
+from sdjax.formats.lora_file import load_lora
 from sdjax.model import Outline
 from sdjax.text.textual_inversion import vector_counts
 from sdjax.train.config import RunConfig, Stage
@@ -130,4 +130,4 @@ def _differences(stage: Stage, given: set[str], shapes: PyTree, adapters: PyTree
 def digest(path: str) -> str:
     """Returns the sha256 of a LoRA or embedding file. Of a folder it is that of the LoRA in it."""
     file = Path(path)
-    return file_digest(file / PEFT_FILE if file.is_dir() else file)
+    return file_digest(max(file.glob("pytorch_lora_weights.*")) if file.is_dir() else file)

@@ -1,0 +1,62 @@
+"""Uploads the export of a run to the Hugging Face hub: `sdjax push RUN OWNER/NAME --license LICENCE`.
+
+The repository gets export/STAGE/: the LoRA in both namings, the new words, a whole model if one was trained, the card
+and its pictures. The card gets the licence, which is never assumed: the licence of the base model may limit the choice.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdjax.errors import ConfigError, DataError
+from sdjax.runtime import command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code; see `command.run`."""
+    return command.run(_run, argv)
+
+
+def _run(argv: Sequence[str]) -> None:
+    args = _parser().parse_args(argv)
+    # Imported only now, so that --help is shown at once.
+    from sdjax.formats import hub
+    from sdjax.train import config_file
+    from sdjax.train.sharing import push
+
+    if not (args.run / "config.toml").is_file():
+        raise DataError(f"{args.run}: not the folder of a run, which holds config.toml")
+    config = config_file.load(args.run / "config.toml")
+    names = [stage.name for stage in config.stages]
+    if args.stage and args.stage not in names:
+        raise ConfigError(f"--stage {args.stage}: the stages of {args.run} are {', '.join(names)}")
+    licence = args.license or config.license
+    if not licence:
+        raise ConfigError(
+            f"say under which licence the files may be used, as far as that of {config.model} allows: --license "
+            "creativeml-openrail-m, openrail++, apache-2.0, cc-by-4.0, other, ..."
+        )
+    hub.check_upload(args.repository)
+    print(push(args.run, args.stage or names[-1], args.repository, licence, private=args.private))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command.Parser(
+        prog="sdjax push",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="folder of the run")
+    add("repository", metavar="OWNER/NAME", help="model repository on the hub; it is made if there is none")
+    add("--license", metavar="ID", help="licence of the files, an id of the hub (default: license of the run, if any)")
+    add("--stage", metavar="NAME", help="the stage to upload (default: the last, whose export is the whole result)")
+    add("--private", action="store_true", help="make a private repository")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
