@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from sdjax.errors import ConfigError, DataError
 from sdjax.runtime import command
-from sdjax.settings import Dtype, LoraTargets
+from sdjax.settings import Dtype, LoraTargets, choices
 
 _EPILOG = """forms:
   diffusers    a model folder, from a folder, a single file or a hub id
@@ -55,7 +55,7 @@ def _parser() -> command.Parser:
     add("src", metavar="SRC", help="file, folder or hub id")
     add("dst", metavar="DST", type=Path, help="file or folder to write")
     add("--to", required=True, metavar="FORM", help=f"one of {', '.join(FORMS)}")
-    dtypes, targets = ", ".join(get_args(Dtype)), ", ".join(get_args(LoraTargets))
+    dtypes, targets = ", ".join(get_args(Dtype)), ", ".join(choices(LoraTargets))
     add("--dtype", metavar="TYPE", help=f"of the weights written: {dtypes} (a model keeps its own; others float32)")
     add("--model", metavar="SRC", help="kohya, peft: the model that the LoRA was made for")
     add("--base", metavar="SRC", help="kohya, peft: the model that SRC was fine-tuned from")
@@ -72,10 +72,10 @@ def _parser() -> command.Parser:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises ConfigError for mistakes that show before anything is read."""
-    for name, choices in (("to", FORMS), ("dtype", get_args(Dtype)), ("targets", get_args(LoraTargets))):
+    for name, allowed in (("to", FORMS), ("dtype", get_args(Dtype)), ("targets", choices(LoraTargets))):
         value = vars(args)[name]
-        if value is not None and value not in choices:
-            raise ConfigError(f"--{name} {value}: choices are {', '.join(choices)}")
+        if value is not None and value not in allowed:
+            raise ConfigError(f"--{name} {value}: choices are {', '.join(allowed)}")
     if args.rank is not None and args.rank < 1:
         raise ConfigError(f"--rank {args.rank}: must be 1 or more")
     models, loras = ("diffusers", "single_file"), ("kohya", "peft")

@@ -1,4 +1,4 @@
-"""LoRA and DoRA: their formula, and functions that make, merge, add and extract adapter trees.
+"""LoRA, DoRA and their relatives: their formulas, and functions that make, merge and add adapter trees.
 
 An adapter changes the kernel W of one layer to `W + scale * down up` (LoRA, Hu et al. 2021, eq. 3). Given a layer's
 input x and its output y, `adapted` computes what the changed kernel would give, without forming it. `merge` forms it.
@@ -11,10 +11,21 @@ The adapter of one layer is a dict of arrays:
 DoRA adds `magnitude` [out]: each output's weight vector is scaled to this norm (Liu et al. 2024, eq. 5). A leading axis
 on every array gives each example of a batch its adapter, see `stack`.
 
+Files of LyCORIS hold other adapters. They can be merged, not trained. Their changes of W [.., in, out] are:
+
+    LoHa     down, up, down_2 [.., in, R], up_2 [R, out]            scale * (down up) * (down_2 up_2), by elements
+    LoKr     w1 [c, a]   w2 [.., d, b]; in = c d, out = a b         scale * kron(w1, w2)
+    GLoRA    down, up, gate_down [in, R], gate_up [R, in]           scale * (down up + gate_down gate_up W)
+    full     diff [.., in, out]                                     scale * diff
+
+Any of them may have a `magnitude`, which is [in, 1] if it scales the weights of each input, and `bias` [out], which is
+added to the layer's bias. A norm is adapted by `diff` and `bias` alone.
+
 An adapter tree has the nesting of the parameters that it adapts, with the adapter of a layer where the parameters have
 `kernel` and `bias`. The layers of `sdjax.models` find it in the Flax collection `lora`.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -26,7 +37,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from sdjax.errors import ConfigError
-from sdjax.settings import LoraTargets
+from sdjax.settings import LoraTargets, read_value
 from sdjax.trees import Path, Tree, layers, nest, replaced
 
 # ------------------------------------------------------------------------------------------------ the formula
@@ -76,12 +87,35 @@ def dora_norm(kernel: Float[Array, "*S D"], adapter: Mapping[str, Any]) -> Float
     return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32) + change), axis=tuple(range(kernel.ndim - 1))))
 
 
-def delta(adapter: Mapping[str, Any]) -> Float[Array, "*S D"]:
-    """Returns `scale * down up`, in the shape of the kernel, float32."""
-    product = jnp.matmul(
-        adapter["down"].astype(jnp.float32), adapter["up"].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
-    return product * jnp.asarray(adapter["scale"], jnp.float32)
+def kind(adapter: Mapping[str, Any]) -> str:
+    """Returns the name of an adapter's kind, such as "LoRA" or "LoHa". With magnitudes it is "DoRA" whatever else."""
+    if "magnitude" in adapter:
+        return "DoRA"
+    if "down" not in adapter:
+        return "LoKr" if "w1" in adapter else "full difference"
+    return "LoHa" if "down_2" in adapter else "GLoRA" if "gate_down" in adapter else "LoRA"
+
+
+def delta(adapter: Mapping[str, Any], kernel: Float[Array, "*S D"] | None = None) -> Float[Array, "*S D"]:
+    """Returns the change of the kernel before any magnitude, such as `scale * down up`, in its shape and in float32.
+
+    kernel: W, which GLoRA's change depends on.
+    """
+    parts = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in adapter.items()}
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    if "w1" in parts:
+        w1, w2 = parts["w1"], parts["w2"]
+        blocks = jnp.einsum("ca,...db->...cdab", w1, w2, precision=jax.lax.Precision.HIGHEST)
+        change = blocks.reshape(*w2.shape[:-2], w1.shape[0] * w2.shape[-2], w1.shape[1] * w2.shape[-1])
+    elif "diff" in parts:
+        change = parts["diff"]
+    else:
+        change = product(parts["down"], parts["up"])
+        if "down_2" in parts:
+            change = change * product(parts["down_2"], parts["up_2"])
+        if "gate_down" in parts:
+            change = change + product(parts["gate_down"], product(parts["gate_up"], jnp.asarray(kernel, jnp.float32)))
+    return change * parts["scale"]
 
 
 def merge(params: Mapping[str, Any], lora: Mapping[str, Any], weight: float = 1.0) -> Tree:
@@ -90,20 +124,45 @@ def merge(params: Mapping[str, Any], lora: Mapping[str, Any], weight: float = 1.
     A DoRA layer becomes `W + weight * (m V / |V| - W)` with `V = W + scale * down up`: weight 0 gives the base model,
     weight 1 the trained one. Raises ConfigError for a layer that the parameters lack.
     """
-    kernels = {path: layer["kernel"] for path, layer in layers(params, "kernel")}
+    found = adaptable(params)
     merged = {}
-    for path, adapter in layers(lora, "down"):
-        if path not in kernels:
+    for path, adapter in layers(lora, "scale"):
+        if path not in found:
             raise ConfigError(f"the adapter has a layer the model lacks: {'/'.join(path)}")
-        merged[*path, "kernel"] = _merge_layer(kernels[path], adapter, weight)
+        for leaf, value in merge_layer(found[path], adapter, weight, "/".join(path)).items():
+            merged[*path, leaf] = value
     return replaced(params, merged)
 
 
+def adaptable(params: Mapping[str, Any]) -> dict[Path, Tree]:
+    """Returns the layers that adapters can change, by their path: those with a kernel, and norms, with a scale."""
+    return dict([*layers(params, "kernel"), *layers(params, "scale")])
+
+
+def merge_layer(layer: Mapping[str, Any], adapter: Mapping[str, Any], weight: float, name: str) -> Tree:
+    """Returns the leaves of one layer that its adapter changes, merged; see `merge`. name: of the layer, for errors."""
+    merged = {}
+    if adapter.keys() - {"bias", "scale"}:
+        leaf = "kernel" if "kernel" in layer else "scale"
+        change = {name: value for name, value in adapter.items() if name != "bias"}
+        merged[leaf] = _merge_kernel(layer[leaf], change, weight)
+    if "bias" in adapter:
+        if "bias" not in layer:
+            raise ConfigError(f"the adapter changes the bias of {name}, which has none")
+        merged["bias"] = _merge_kernel(layer["bias"], {"diff": adapter["bias"], "scale": jnp.float32(1.0)}, weight)
+    return merged
+
+
 @jax.jit  # one small program for each shape, where its operations one by one are four
-def _merge_layer(kernel: Array, adapter: Tree, weight: float) -> Array:
-    wide, change = kernel.astype(jnp.float32), delta(adapter)
+def _merge_kernel(kernel: Array, adapter: Tree, weight: float) -> Array:
+    wide = kernel.astype(jnp.float32)
+    change = delta(adapter, wide)
     if "magnitude" in adapter:
-        change = (wide + change) * (adapter["magnitude"] / dora_norm(kernel, adapter)) - wide
+        changed = wide + change
+        kept = kernel.ndim - jnp.ndim(adapter["magnitude"])  # the axis of the outputs, or that of the inputs
+        others = tuple(axis for axis in range(kernel.ndim) if axis != kept)
+        norm = jnp.sqrt(jnp.sum(jnp.square(changed), axis=others, keepdims=True))
+        change = changed * (adapter["magnitude"] / norm) - wide
     return (wide + jnp.asarray(weight, jnp.float32) * change).astype(kernel.dtype)
 
 
@@ -117,11 +176,17 @@ TARGETS: dict[LoraTargets, tuple[tuple[str, ...], bool]] = {
     "attention": ((_ATTENTION,), False),
     "attention+ff": ((_ATTENTION, _FEED_FORWARD), False),
     "transformer": ((_ATTENTION, _FEED_FORWARD, r"attentions_\d+/proj_(in|out)$"), True),
+    "locon": ((r"(attentions|resnets|downsamplers|upsamplers)_\d+/", r"(self_attn|mlp)/"), True),
     "linear": ((_NOT_TEXT_PROJECTION,), False),
-    "conv": ((_NOT_TEXT_PROJECTION,), True),
+    "all": ((_NOT_TEXT_PROJECTION,), True),
 }
 """Preset of `lora_targets` -> the layers to adapt, as regular expressions that search the path of a layer, and whether
-convolutions are adapted too. "transformer" is kohya's default set, "conv" its LoCon set."""
+convolutions are adapted too.
+
+"transformer" is the default set of kohya's scripts, "locon" their set with `conv_dim`. "linear" and "all" also have the
+layers outside the blocks of the U-Net: the time embedding, SDXL's added embedding, and in "all" the first and the last
+convolution. kohya's scripts leave these layers out, and drop them from a file without a word.
+"""
 
 
 def targets(params: Mapping[str, Any], which: str | Sequence[str] = "attention") -> dict[Path, Any]:
@@ -131,10 +196,7 @@ def targets(params: Mapping[str, Any], which: str | Sequence[str] = "attention")
     that is no preset, for a wrong regular expression, and if no layer matches.
     """
     if isinstance(which, str):
-        if which not in TARGETS:
-            raise ConfigError(
-                f"lora_targets = {which!r}: choices are {', '.join(TARGETS)}, or a list of regular expressions"
-            )
+        which = read_value(LoraTargets, which, "lora_targets")
         patterns, convolutions = TARGETS[which]
     else:
         patterns, convolutions = tuple(which), True
@@ -236,14 +298,16 @@ def add(weighted: Sequence[tuple[Mapping[str, Any], float]]) -> Tree:
             "to_k": {"down": C["down"], "up": C["up"], "scale": 1.0 * C["scale"]},
         }
 
-    Raises ConfigError for a DoRA layer that is in more than one tree, or has a weight other than 1. The sum would not
-    be a DoRA layer. `merge` such trees one after the other.
+    Raises ConfigError for a DoRA layer that is in more than one tree, or has a weight other than 1, and for a layer of
+    another kind than LoRA that is in more than one tree. The sum would not be a layer of this kind. `merge` such trees
+    one after the other.
     """
     gathered: dict[Path, list[Tree]] = {}
     for lora, weight in weighted:
-        for path, adapter in layers(lora, "down"):
+        for path, adapter in layers(lora, "scale"):
             if "magnitude" not in adapter:
-                adapter = {**adapter, "scale": jnp.asarray(adapter["scale"]) * jnp.float32(weight)}
+                scaled = {name: jnp.asarray(adapter[name]) * jnp.float32(weight) for name in _SCALED & adapter.keys()}
+                adapter = {**adapter, **scaled}
             elif weight != 1.0:
                 raise ConfigError(f"{'/'.join(path)}: a DoRA layer cannot be weighted without merging it")
             gathered.setdefault(path, []).append(adapter)
@@ -254,14 +318,23 @@ def _concatenate(path: Path, adapters: Sequence[Tree]) -> Tree:
     """Returns the sum of the adapters of one layer."""
     if len(adapters) == 1:
         return adapters[0]
-    if any("magnitude" in adapter for adapter in adapters):
-        raise ConfigError(f"{'/'.join(path)}: a DoRA layer cannot be added to another adapter without merging it")
+    if kinds := _other_kinds(adapters):
+        raise ConfigError(f"{'/'.join(path)}: a {kinds} layer cannot be added to another adapter without merging it")
     ups = [a["up"] * jnp.asarray(a["scale"])[..., None, None] for a in adapters]
     return {
         "down": jnp.concatenate([a["down"] for a in adapters], axis=-1),
         "up": jnp.concatenate(ups, axis=-2),
         "scale": jnp.ones(jnp.shape(adapters[0]["scale"]), jnp.float32),
     }
+
+
+_SCALED = {"scale", "bias"}  # what a weight multiplies
+
+
+def _other_kinds(adapters: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the kinds of these adapters that are not plain LoRA, in words; empty if there are none."""
+    others = [adapter for adapter in adapters if adapter.keys() - {"down", "up", "scale"}]
+    return ", ".join(dict.fromkeys(f"{kind(adapter)}" for adapter in others))
 
 
 def stack(loras: Sequence[Mapping[str, Any]]) -> Tree:
@@ -276,14 +349,14 @@ def stack(loras: Sequence[Mapping[str, Any]]) -> Tree:
             "to_k": {"down": [2, 320, 2], "up": [2, 2, 320], "scale": [2]},
         }
 
-    Raises ConfigError for DoRA layers.
+    Raises ConfigError for layers of other kinds than LoRA.
     """
-    flat = [dict(layers(lora, "down")) for lora in loras]
+    flat = [dict(layers(lora, "scale")) for lora in loras]
     stacked = {}
     for path in dict.fromkeys(path for adapters in flat for path in adapters):
         present = [adapters[path] for adapters in flat if path in adapters]
-        if any("magnitude" in adapter for adapter in present):
-            raise ConfigError(f"{'/'.join(path)}: DoRA layers cannot be stacked")
+        if kinds := _other_kinds(present):
+            raise ConfigError(f"{'/'.join(path)}: {kinds} layers cannot be stacked")
         rank = max(adapter["down"].shape[-1] for adapter in present)
         like = present[0]
         empty = {

@@ -28,7 +28,17 @@ RematPolicy = Literal["attention", "blocks", "levels"]
 """What the backward pass computes again, in place of keeping its activations: from little to much."""
 
 
-LoraTargets = Literal["attention", "attention+ff", "transformer", "linear", "conv"]
+class Former(NamedTuple):
+    """A value that a setting had under this name in an earlier version. advice: what to write today."""
+
+    value: str
+    advice: str
+
+
+LoraTargets = Annotated[
+    Literal["attention", "attention+ff", "transformer", "locon", "linear", "all"],
+    Former("conv", "'all', which has the layers that 'conv' had, or 'locon', the layers of kohya's LoCon"),
+]
 """The sets of layers that a LoRA can adapt, by name; see `lora.TARGETS`."""
 
 
@@ -122,6 +132,9 @@ def read_value(hint: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return read_record(hint, value, key)  # type: ignore[arg-type]
     if kind is Annotated:
+        for rule in arguments[1:]:
+            if isinstance(rule, Former) and value == rule.value:
+                raise wrong(key, value, rule.advice)
         value = read_value(arguments[0], value, key)
         for rule in arguments[1:]:
             if isinstance(rule, (Range, Matching)) and value is not None and not rule.allows(value):

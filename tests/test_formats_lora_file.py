@@ -272,6 +272,15 @@ def test_the_base_model_is_recorded(tmp_path, width, version):
     assert metadata["ss_v2"] == str(width == 1024)
 
 
+def test_dora_in_kohyas_naming_warns_that_few_programs_read_it(tmp_path, caplog):
+    save_lora(tmp_path / "a.safetensors", random_lora(shapes_of(SD1), dora=True), expected(SD1))
+    assert "DoRA. A1111, ComfyUI, kohya's scripts and diffusers read it wrongly" in caplog.text
+    caplog.clear()
+    save_lora(tmp_path / "b.safetensors", random_lora(shapes_of(SD1), dora=True), expected(SD1), style="peft")
+    save_lora(tmp_path / "c.safetensors", random_lora(shapes_of(SD1)), expected(SD1))
+    assert not caplog.text
+
+
 def test_dora_scale_shape(tmp_path):
     lora = random_lora(shapes_of(SD1), dora=True)
     save_lora(tmp_path / "a.safetensors", lora, expected(SD1))
@@ -280,13 +289,34 @@ def test_dora_scale_shape(tmp_path):
     assert shapes["lora_te_text_model_encoder_layers_0_mlp_fc1.dora_scale"] == (24, 1)
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (8, 8), (9, 1)])
-def test_dora_along_the_other_axis_is_refused(tmp_path, shape):
+@pytest.mark.parametrize("shape", [(1, 9), (8, 8), (9, 1), (9,)])
+def test_a_magnitude_of_another_size_is_refused(tmp_path, shape):
     key = ("unet", f"{ATTENTION}/attn1/to_q")
     tensors, _ = kohya_file({key: SD1[key]})
     module = next(iter(tensors)).split(".")[0]
     save_file(tensors | {f"{module}.dora_scale": np.ones(shape, np.float32)}, tmp_path / "a.safetensors")
     raises("DoRA magnitude", tmp_path / "a.safetensors", expected(SD1))
+
+
+@pytest.mark.parametrize("key", [("unet", f"{ATTENTION}/attn1/to_q"), ("unet", "down_blocks_0/resnets_0/square")])
+def test_a_magnitude_for_each_input_is_not_taken_for_the_outputs(tmp_path, key):
+    """LyCORIS's shape tells them apart, also where there are as many inputs as outputs. PEFT has none for inputs."""
+    table = {key: ("down_blocks.0.resnets.0.square" if "square" in key[1] else SD1[key][0],
+                   (3, 3, 8, 8) if "square" in key[1] else (8, 8))}  # fmt: skip
+    lora = random_lora(shapes_of(table), dora=True)
+    for magnitude in (np.arange(1.0, 9.0, dtype=np.float32), np.arange(1.0, 9.0, dtype=np.float32)[:, None]):
+        next(layers(lora, "down"))[1]["magnitude"] = magnitude
+        lora = nest(
+            {(*place(key), name): leaf for name, leaf in next(layers(lora, "down"))[1].items()}
+            | {(*place(key), "magnitude"): magnitude}
+        )
+        save_lora(tmp_path / "a.safetensors", lora, expected(table))
+        (stored,) = [array for name, array in load_file(tmp_path / "a.safetensors").items() if "dora" in name]
+        ones = (1,) * (len(table[key][1]) - 1)
+        assert stored.shape == ((8, *ones) if magnitude.ndim == 1 else (1, 8, *ones[1:]))
+        assert_same(lora, load_lora(tmp_path / "a.safetensors", expected(table)))
+    with pytest.raises(DataError, match="PEFT has no DoRA with a magnitude for each input"):
+        save_lora(tmp_path / "b.safetensors", lora, expected(table), style="peft")
 
 
 def test_bundled_embeddings_are_left_to_their_own_reader(tmp_path, caplog):
@@ -296,15 +326,7 @@ def test_bundled_embeddings_are_left_to_their_own_reader(tmp_path, caplog):
     assert "also holds words: dog" in caplog.text
 
 
-KINDS = {
-    "LoHa": ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"],
-    "LoKr": ["lokr_w1", "lokr_w2", "alpha"],
-    "LoCon in Tucker form": ["lora_down.weight", "lora_up.weight", "lora_mid.weight"],
-    "OFT": ["oft_blocks", "alpha"],
-    "GLoRA": ["a1.weight", "a2.weight", "b1.weight", "b2.weight"],
-    "IA3": ["weight", "on_input"],
-    "full difference": ["diff"],
-}
+KINDS = {"OFT": ["oft_blocks", "alpha"], "BOFT": ["boft_blocks"], "IA3": ["weight", "on_input"]}
 
 
 @pytest.mark.parametrize("kind", KINDS)

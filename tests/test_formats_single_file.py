@@ -15,7 +15,7 @@ from sdjax.errors import ConfigError, DataError
 from sdjax.formats import single_file
 from sdjax.formats.families import REFINER, SD1, SD2, SDXL
 from sdjax.formats.ldm_config import infer_configs
-from sdjax.formats.ldm_names import ldm_name, ldm_prefixes, ldm_vae_name, vae_name
+from sdjax.formats.ldm_names import ldm_name, ldm_prefixes, ldm_vae_name, unet_structure, vae_name
 from sdjax.formats.openclip import to_openclip
 from sdjax.formats.parameter_names import tensor_name
 from sdjax.formats.safetensors_file import read_safetensors, save_safetensors
@@ -564,3 +564,14 @@ def test_the_vaes_names_go_both_ways(layers, levels):
 def test_a_structure_that_is_none_is_named():
     with pytest.raises(DataError, match="not the structure of a Stable Diffusion 1 model: no "):
         infer_configs(SD1, {"unet": {}, "vae": {}, "text_encoder": {}}, "epsilon")
+
+
+def test_a_config_that_leaves_out_the_blocks_has_those_of_sd1():
+    """As in diffusers. The names in a single file depend on the blocks, and each must lead back to its module."""
+    shapes = unet.abstract_params(unet.UNetConfig.from_dict({"in_channels": 4}))
+    prefixes = ldm_prefixes(unet_structure({"in_channels": 4}))
+    assert prefixes == ldm_prefixes(shapes)
+    back = {ldm: ours for ours, ldm in prefixes.items()}
+    for path, _ in leaves(shapes):
+        module = tensor_name(path).rpartition(".")[0]
+        assert ldm_name(ldm_name(module, prefixes), back) == module

@@ -104,7 +104,7 @@ def random_adapter(params, seed=0, **options):
 # A new adapter.
 
 
-@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"which": "conv"}, {"which": "transformer", "alpha": 8.0}])
+@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"which": "all"}, {"which": "transformer", "alpha": 8.0}])
 def test_a_new_adapter_changes_no_bit(base, options):
     config, params = base
     adapter = lora.init(jax.random.key(0), params, rank=4, **options)
@@ -114,7 +114,7 @@ def test_a_new_adapter_changes_no_bit(base, options):
 def test_a_new_dora_changes_nothing(base):
     """Up to rounding, since the norm is divided by itself."""
     config, params = base
-    adapter = lora.init(jax.random.key(0), params, rank=4, which="conv", dora=True)
+    adapter = lora.init(jax.random.key(0), params, rank=4, which="all", dora=True)
     assert oracle.error(apply(config, params, adapter), apply(config, params)) < 1e-6
 
 
@@ -145,12 +145,12 @@ def test_alpha_and_rslora_set_the_scale(base):
 def test_presets_choose_the_layers_they_name(base):
     _, params = base
     chosen = {which: set(lora.targets(params, which)) for which in lora.TARGETS}
-    assert chosen["attention"] < chosen["attention+ff"] < chosen["transformer"] < chosen["conv"]
-    assert chosen["attention+ff"] < chosen["linear"] < chosen["conv"]
+    assert chosen["attention"] < chosen["attention+ff"] < chosen["transformer"] < chosen["locon"] < chosen["all"]
+    assert chosen["attention+ff"] < chosen["linear"] < chosen["all"]
     assert len(chosen["attention"]) == 4 * 8  # four transformers: one down, one in the middle, two up
     assert all(path[-1].startswith("to_") for path in chosen["attention"])
     assert {path[-1] for path in chosen["transformer"] - chosen["attention+ff"]} == {"proj_in", "proj_out"}
-    assert chosen["conv"] == {path for path, _ in trees.layers(params, "kernel")}
+    assert chosen["all"] == {path for path, _ in trees.layers(params, "kernel")}
     assert all(params_at(params, path)["kernel"].ndim == 2 for path in chosen["linear"])
 
 
@@ -182,7 +182,8 @@ def test_layers_of_other_ranks(base):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"which": "attentions"}, "choices are attention, attention.ff, transformer, linear, conv"),
+        ({"which": "attentions"}, "one of attention, attention.ff, transformer, locon, linear, all"),
+        ({"which": "conv"}, "'conv': expected 'all', which has the layers that 'conv' had, or 'locon'"),
         ({"which": ["nothing_here$"]}, "matches no layer"),
         ({"which": ["("]}, "no regular expression"),
         ({"ranks": {"mid": -1}}, "rank -1 for mid_block"),
@@ -200,11 +201,11 @@ def test_wrong_targets_and_ranks_are_refused(base, options, message):
     "options",
     [
         {},
-        {"which": "conv", "alpha": 1.0},
+        {"which": "all", "alpha": 1.0},
         {"which": "transformer", "rslora": True},
-        {"which": "conv", "dora": True},
+        {"which": "all", "dora": True},
     ],
-    ids=["attention", "conv", "transformer", "dora"],
+    ids=["attention", "all", "transformer", "dora"],
 )
 def test_the_bypass_equals_the_merged_kernel(base, options):
     config, params = base
@@ -216,7 +217,7 @@ def test_the_bypass_equals_the_merged_kernel(base, options):
 
 def test_merging_is_exact_and_weighted(base):
     _, params = base
-    adapter = random_adapter(params, which="conv", alpha=1.0)
+    adapter = random_adapter(params, which="all", alpha=1.0)
     merged = lora.merge(params, adapter, 0.5)
     for path, layer in trees.layers(adapter, "down"):
         kernel, down, up = (
@@ -241,7 +242,7 @@ def test_merging_keeps_the_dtype_and_refuses_layers_of_another_model(base):
 def test_dora_against_numpy(base):
     """Liu et al. 2024, equation 5: each column of W + delta is scaled to its magnitude."""
     _, params = base
-    adapter = random_adapter(params, which="conv", dora=True, alpha=3.0)
+    adapter = random_adapter(params, which="all", dora=True, alpha=3.0)
     merged = lora.merge(params, adapter)
     for path, layer in trees.layers(adapter, "down"):
         kernel, down, up = (
@@ -265,7 +266,7 @@ def test_dora_against_numpy(base):
 def test_adding_equals_the_sum_of_merges(base):
     config, params = base
     one = random_adapter(params, 1, alpha=1.0)
-    two = random_adapter(params, 2, rank=3, which="conv")
+    two = random_adapter(params, 2, rank=3, which="all")
     both = lora.add([(one, 0.7), (two, -0.4)])
     expected = lora.merge(lora.merge(params, one, 0.7), two, -0.4)
     merged = dict(leaves(lora.merge(params, both)))
@@ -293,7 +294,7 @@ def test_a_stack_equals_its_adapters_one_by_one(base):
     config, params = base
     adapters = [
         random_adapter(params, 1, alpha=1.0),
-        random_adapter(params, 2, rank=3, which="conv"),
+        random_adapter(params, 2, rank=3, which="all"),
         random_adapter(params, 3, rank=1, which=["attn2"]),
     ]
     together = apply(config, params, lora.stack(adapters))
@@ -319,9 +320,9 @@ def test_many_adapters_by_vmap(base):
 
 def test_extracting_recovers_a_low_rank_change(base):
     _, params = base
-    adapter = random_adapter(params, which="conv", rank=2)
+    adapter = random_adapter(params, which="all", rank=2)
     tuned = lora.merge(params, adapter)
-    extracted = lora.extract(tuned, params, rank=2, which="conv")
+    extracted = lora.extract(tuned, params, rank=2, which="all")
     assert all(layer["down"].shape[-1] <= 2 for _, layer in trees.layers(extracted, "down"))
     again = dict(leaves(lora.merge(params, extracted)))
     for path, leaf in leaves(tuned):
@@ -341,7 +342,7 @@ def test_extracting_at_a_lower_rank_gives_the_nearest_adapter(base):
 
 
 def test_split_and_join_are_inverse(base):
-    adapter = random_adapter(base[1], which="conv", dora=True)
+    adapter = random_adapter(base[1], which="all", dora=True)
     trained, scales = lora.split(adapter)
     assert {path[-1] for path, _ in leaves(trained)} == {"down", "up", "magnitude"}
     assert {path[-1] for path, _ in leaves(scales)} == {"scale"}
@@ -422,7 +423,7 @@ def gradients(read, adapter, inputs, wanted, *, remat=None):
 @pytest.mark.parametrize("policy", get_args(RematPolicy))
 def test_remat_changes_no_gradient(base, policy):
     config, params = base
-    adapter = random_adapter(params, which="conv")
+    adapter = random_adapter(params, which="all")
     read = oracle.Read(unet.UNet(config), params)
     wanted = normal(9, BATCH, 8, 8, 4)
     kept, again = (gradients(read, adapter, inputs_of(SD1), wanted, remat=remat) for remat in (None, policy))
@@ -519,14 +520,14 @@ def test_outputs_and_gradients_match_peft(tmp_path, family, kind):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("style", ["kohya", "peft"])
-@pytest.mark.parametrize("which", ["attention", "transformer", "conv"])
+@pytest.mark.parametrize("which", ["attention", "transformer", "all"])
 def test_diffusers_loads_our_files(tmp_path, style, which):
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     model = oracle.randomised(UNet2DConditionModel(**SD1))
     read = oracle.saved(model, tmp_path / "unet")
     # kohya's LoCon has no modules for layers such as time_emb_proj. Those of transformers and resnets are exported.
-    which = ["attentions", "resnets.*/conv", "samplers_0"] if which == "conv" else which
+    which = ["attentions", "resnets.*/conv", "samplers_0"] if which == "all" else which
     adapter = random_adapter(read.params, which=which, alpha=1.0)
     save_lora(tmp_path / "lora.safetensors", {"unet": adapter}, {"unet": read.params}, style=style)
     tensors, alphas = StableDiffusionPipeline.lora_state_dict(tmp_path / "lora.safetensors")

@@ -9,6 +9,7 @@ import pytest
 
 from sdjax import lora
 from sdjax.errors import ConfigError
+from sdjax.settings import choices
 from sdjax.train import config
 from sdjax.train.config import Data, DataOverride, Stage
 from sdjax.train.config_file import from_table
@@ -38,7 +39,7 @@ def test_a_stage_may_override_every_data_field_and_no_other():
 
 
 def test_the_names_of_lora_targets_are_those_of_lora():
-    assert set(config.LoraTargets.__args__) == set(lora.TARGETS)
+    assert set(choices(config.LoraTargets)) == set(lora.TARGETS)
 
 
 def test_every_field_is_documented():
@@ -102,6 +103,7 @@ def test_every_field_is_documented():
         (with_stage(train=[]), "at least one"),
         (with_stage(train={}), "stages.0.train = {}: expected a list"),
         (with_stage(lora_targets="atention"), "expected one of attention, attention"),
+        (with_stage(lora_targets="conv"), "stages.0.lora_targets = 'conv': expected 'all', which has the layers"),
         (with_stage(lora_targets=["to_(q"]), "not a regular expression"),
         (with_stage(lora_ranks={"*": 4}), "not a regular expression"),
         (with_stage(betas=[0.9]), "stages.0.betas = .*expected a list of 2"),

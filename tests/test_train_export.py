@@ -1,7 +1,9 @@
 """The files that a stage exports: what they hold, and that they draw what the run drew."""
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import micro
@@ -12,8 +14,11 @@ from safetensors import safe_open
 
 import sdjax
 from sdjax import lora, trees
+from sdjax.formats.embedding_file import save_embedding
 from sdjax.formats.lora_file import load_lora
+from sdjax.train import export
 from sdjax.train.loop import train
+from sdjax.train.results import Results
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -89,3 +94,46 @@ def test_pictures_of_several_shapes(micro_models, tmp_path):
     means = np.concatenate([np.asarray(trained.encode_image(picture)).reshape(-1, 4) for picture in pixels])
     np.testing.assert_allclose(means.mean(axis=0), 0, atol=1e-3)
     np.testing.assert_allclose(means.std(axis=0), 1, rtol=1e-3)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_the_card_loads_words_in_diffusers(tmp_path, monkeypatch, kind):
+    """The code of the card, run as it stands: afterwards diffusers' text models hold the vectors of the word."""
+    import pictures
+    import safetensors
+    import safetensors.torch
+
+    pipeline = pictures.build(kind)
+    models = [name for name in ("text_encoder", "text_encoder_2") if getattr(pipeline, name, None) is not None]
+    rows = {
+        name: np.random.default_rng(i).normal(size=(2, getattr(pipeline, name).config.hidden_size)).astype(np.float32)
+        for i, name in enumerate(models)
+    }
+    save_embedding(tmp_path / "plana.safetensors", "<plana>", rows)
+    monkeypatch.chdir(tmp_path)
+    code = re.findall("`([^`]+)`", "\n".join(export.use_in_diffusers("<plana>", "plana.safetensors", models)))
+    assert len(code) == (1 if kind == "sd1" else 3)
+    names = {"pipeline": pipeline, "safetensors": safetensors, "FOLDER": str(tmp_path)}
+    for line in code:
+        exec(line, names)
+    for name, tokenizer in zip(models, ("tokenizer", "tokenizer_2"), strict=False):
+        ids = getattr(pipeline, tokenizer).convert_tokens_to_ids(["<plana>", "<plana>_1"])
+        table = getattr(pipeline, name).get_input_embeddings().weight.detach().numpy()
+        np.testing.assert_array_equal(table[ids], rows[name])
+
+
+def test_the_card_of_a_dora_says_who_reads_it(tmp_path, micro_base, settings):
+    """A1111, ComfyUI and kohya's scripts are sent to the merged model, not to the file."""
+    adapter = {"unet": lora.init(jax.random.key(0), micro_base.params["unet"], rank=2, dora=True)}
+    plan = SimpleNamespace(stage=SimpleNamespace(name="style"), words={})
+    config = settings()
+    for tree, dora in (
+        (adapter, True),
+        (lora.map_layers(lambda a: {k: a[k] for k in ("down", "up", "scale")}, adapter), False),
+    ):
+        text = "\n".join(export._use(config, plan, Results(adapters=tree), "x"))
+        assert ("sdjax convert" in text and "merge it into the model" in text) == dora
+        assert ("models/Lora/style.safetensors" in text) == (not dora)
+        assert "load_lora_weights" in text

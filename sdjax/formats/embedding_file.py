@@ -25,7 +25,8 @@ Rows = dict[str, np.ndarray]
 
 _NAMELESS = {"*", "", "emb_params", "emp_params", "string_to_param"}
 """Keys that do not tell the word."""
-_NAMES = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+TEXT_MODELS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+"""Name of the tensor in a file for SDXL -> text model."""
 _BOTH = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))  # names of SDXL's two text models in files
 _FAMILIES = {768: SD1, 1024: SD2, 1280: "SDXL's second text model"}
 _BUNDLE = "bundle_emb."
@@ -94,7 +95,7 @@ def clean_word(name: str) -> str:
 
 def _tensors(word: str, rows: Mapping[str, np.ndarray], single: str) -> dict[str, np.ndarray]:
     """The tensors of a word by their names in a file. single: the name for a model with one text model."""
-    names = {model: name for name, model in _NAMES.items()}
+    names = {model: name for name, model in TEXT_MODELS.items()}
     if not rows or rows.keys() - names.keys():
         raise DataError(f"the word {word!r} has vectors for {listing(rows) or 'no text model'}")
     names = names if len(rows) > 1 else dict.fromkeys(rows, single)
@@ -151,7 +152,7 @@ def _split(tensors: Mapping[str, np.ndarray], name: str) -> dict[str, dict[str, 
         if tensors.keys() & set(both):
             if tensors.keys() != set(both):
                 raise DataError(f"holds {listing(sorted(tensors))} where {' and '.join(both)} are expected")
-            return {name: {ours: tensors[key] for ours, key in zip(_NAMES, both, strict=True)}}
+            return {name: {ours: tensors[key] for ours, key in zip(TEXT_MODELS, both, strict=True)}}
     if not tensors:
         raise DataError("holds no tensors")
     foreign = lambda key: key.startswith(("unet:", "text_encoder:")) or ".lora_" in key
@@ -184,9 +185,9 @@ def _assign(tensors: Mapping[str, np.ndarray], widths: Mapping[str, int] | None,
         vectors = np.atleast_2d(to_float32(tensor, f"the word {word!r}"))
         width = vectors.shape[1]
         if widths is None:
-            rows[_NAMES.get(key, "text_encoder")] = vectors
+            rows[TEXT_MODELS.get(key, "text_encoder")] = vectors
             continue
-        model = _NAMES.get(key) or next((name for name, size in widths.items() if size == width), None)
+        model = TEXT_MODELS.get(key) or next((name for name, size in widths.items() if size == width), None)
         if model is None or widths.get(model) != width:
             kind = "SDXL" if key else _FAMILIES.get(width, "another model")
             expected = ", ".join(map(str, widths.values()))

@@ -37,6 +37,12 @@ _IN_VAE = {
     "to_out.0": "proj_out",
 }
 
+_DEFAULTS = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
+
 
 def ldm_prefixes(unet: Mapping[str, Any]) -> dict[str, str]:
     """diffusers' prefix -> LDM's, for the modules of a U-Net: `down_blocks.1.attentions.0` -> `input_blocks.4.1`.
@@ -107,7 +113,11 @@ def vae_name(module: str, levels: int) -> str:
 
 
 def unet_structure(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree without weights that has the blocks of a U-Net with this config of diffusers, for `ldm_prefixes`."""
+    """A tree without weights that has the blocks of a U-Net with this config of diffusers, for `ldm_prefixes`.
+
+    What the config leaves out has diffusers' default, which is the structure of Stable Diffusion 1.
+    """
+    config = {**_DEFAULTS, **config}
     levels = len(config["block_out_channels"])
     layers = config.get("layers_per_block", 2)
     layers = list(layers) if isinstance(layers, (list, tuple)) else [layers] * levels

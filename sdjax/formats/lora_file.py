@@ -20,10 +20,12 @@ from sdjax.formats.lora_kohya import (
     write_kohya,
 )
 from sdjax.formats.lora_layer import from_torch, to_torch
+from sdjax.formats.lora_lycoris import LycorisAdapter, from_lycoris
 from sdjax.formats.lora_peft import read_peft, write_peft
 from sdjax.formats.parameter_names import listing
 from sdjax.formats.safetensors_file import save_safetensors
 from sdjax.formats.weights_file import read_tensors
+from sdjax.lora import adaptable
 from sdjax.trees import layers, nest
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ _FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.bin")
 
 
 def load_lora(path: str | os.PathLike, expected: Mapping[str, Any]) -> dict[str, Any]:
-    """The LoRA tree in a file of kohya's or of PEFT's style: part ("unet", ...) -> adapter in float32.
+    """The LoRA tree in a file of kohya's, LyCORIS's or PEFT's style: part ("unet", ...) -> adapter in float32.
 
     path: a file, or a folder that holds `pytorch_lora_weights.safetensors` or `.bin`. expected: the parameter trees, or
     their shapes, of the parts that the LoRA may adapt; every key must belong to one of their layers.
@@ -58,8 +60,12 @@ def load_lora(path: str | os.PathLike, expected: Mapping[str, Any]) -> dict[str,
     try:
         _check_family(tensors, expected)
         adapters = read_kohya(tensors, expected) if is_kohya(tensors) else read_peft(tensors, metadata, expected)
-        kernels = {place: layer["kernel"].shape for place, layer in layers(expected, "kernel")}
-        flat = {place: from_torch(adapter, kernels[place], "/".join(place)) for place, adapter in adapters.items()}
+        found = adaptable(expected)
+        flat = {}
+        for place, adapter in adapters.items():
+            kernel = found[place].get("kernel", found[place].get("scale")).shape
+            convert = from_lycoris if isinstance(adapter, LycorisAdapter) else from_torch
+            flat[place] = convert(adapter, kernel, "/".join(place))
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     return nest(flat)
@@ -78,23 +84,31 @@ def save_lora(
     """Writes a LoRA tree to a .safetensors file.
 
     expected: the parameter trees, or their shapes, of the whole model. They tell whether it is SDXL (`text_encoder_2`)
-    and how kohya's style numbers its blocks. style: "kohya", which every program reads, or "peft" for diffusers, which
-    keeps DoRA in this style only. embeddings: word -> text model -> vectors of new words, bundled in a file of kohya's
-    style for A1111 and ComfyUI; diffusers refuses the file, and `embedding_file.load_embedding` reads them. metadata:
-    replaces or adds to the entries that the style records.
+    and how kohya's style numbers its blocks. style: "kohya", which every program reads, or "peft" for diffusers, of
+    which ComfyUI reads no attention layer of the U-Net. embeddings: word -> text model -> vectors of new words, bundled
+    in a file of kohya's style for A1111 and ComfyUI; diffusers refuses the file, and `embedding_file.load_embedding`
+    reads them. metadata: replaces or adds to the entries that the style records.
+    DoRA in kohya's style is read rightly by LyCORIS and sdjax alone, which a warning says: A1111 and ComfyUI normalise
+    in other ways, and kohya's scripts and diffusers drop the magnitudes. diffusers reads it in "peft".
     Raises ConfigError for a wrong style or embeddings with "peft", DataError for an empty LoRA, for layers that the
     model does not have, NaN and Inf (also those that `dtype` causes).
     """
     if style not in STYLES:
         raise ConfigError(f"LoRA style {style!r}: choices are {', '.join(STYLES)}")
     kernels = {place for place, _ in layers(expected, "kernel")}
-    adapters = {place: to_torch(layer, "/".join(place)) for place, layer in layers(lora, "down")}
+    adapters = {place: to_torch(layer, "/".join(place)) for place, layer in layers(lora, "scale")}
     if stray := ["/".join(place) for place in adapters if place not in kernels]:
         raise DataError(f"{path}: the LoRA adapts layers that the model does not have: {listing(stray)}")
     if not adapters:
         raise DataError(f"{path}: the LoRA adapts no layer, nothing to save")
     with np.errstate(over="ignore"):
         tensors = write_peft(adapters, dtype) if style == "peft" else write_kohya(adapters, expected, dtype)
+    if style == "kohya" and any(adapter.magnitude is not None for adapter in adapters.values()):
+        log.warning(
+            "%s: DoRA. A1111, ComfyUI, kohya's scripts and diffusers read it wrongly in this naming; LyCORIS and sdjax "
+            "read it rightly. For the others merge it: sdjax convert MODEL NEW.safetensors --to single_file --lora %s",
+            *(path, path),
+        )
     if embeddings and style == "peft":
         raise ConfigError("a LoRA in PEFT's style cannot hold embeddings: save them as separate files")
     tensors |= {name: rows.astype(dtype) for name, rows in bundle(embeddings or {}).items()}
@@ -112,7 +126,14 @@ def _check_family(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]
     """Raises DataError naming the family of the LoRA if the model is of another. A list of keys would tell less."""
     width = context_width(expected)
     for key, tensor in tensors.items():
-        halves = ("lora_down.weight", "lora_A.weight", "lora.down.weight", "to_k_lora.down.weight")
+        halves = (
+            "lora_down.weight",
+            "lora_A.weight",
+            "lora.down.weight",
+            "to_k_lora.down.weight",
+            "hada_w1_b",
+            ".diff",
+        )
         if "attn2" in key and "to_k" in key and key.endswith(halves) and tensor.ndim >= 2:
             if width is not None and tensor.shape[1] != width:
                 raise DataError(f"made for {_family(tensor.shape[1])}; the model is {_family(width)}")

@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 
 from sdjax.errors import DataError
+from sdjax.formats import lora_lycoris
 from sdjax.formats.families import ARCHITECTURES, CONTEXT_WIDTHS, SD1, SD2, SDXL
 from sdjax.formats.ldm_names import ldm_name, ldm_prefixes
-from sdjax.formats.lora_layer import TorchAdapter, alpha_of, group_tensors, rank_of
+from sdjax.formats.lora_layer import TorchAdapter, alpha_of, check_complete, group_tensors, rank_of
+from sdjax.formats.lora_lycoris import LycorisAdapter
 from sdjax.formats.parameter_names import module_name, text_module_name
 from sdjax.formats.safetensors_file import encode
+from sdjax.lora import adaptable
 from sdjax.trees import Path, layers
 
 _READ_PREFIXES = {
@@ -27,19 +30,8 @@ _READ_PREFIXES = {
     "text_encoder_2": ("lora_te2_",),
 }
 _TENSORS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha", "dora_scale": "magnitude"}
-# How the tensors of other networks begin.
-_OTHER_KINDS = {
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "lora_mid": "LoCon in Tucker form",
-    "oft_": "OFT",
-    "glora": "GLoRA",
-    "a1.weight": "GLoRA",
-    "on_input": "IA3",
-    "diff": "full difference",
-    "w_norm": "norm difference",
-    "b_norm": "norm difference",
-}
+# How the tensors of networks begin that are not supported.
+_OTHER_KINDS = {"oft_": "OFT", "boft_": "BOFT", "on_input": "IA3"}
 _BASE_MODELS = {SD1: "sd_v1", SD2: "sd_v2", SDXL: "sdxl_base_v1-0"}
 
 
@@ -48,27 +40,45 @@ def is_kohya(names: Iterable[str]) -> bool:
     return any(name.startswith(prefixes) for name in names for prefixes in _READ_PREFIXES.values())
 
 
-def read_kohya(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> dict[Path, TorchAdapter]:
+def read_kohya(
+    tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]
+) -> dict[Path, TorchAdapter | LycorisAdapter]:
     """(part, *path of a layer) -> adapter. An alpha that is missing or 0 means the rank. `bundle_emb.*` is left out.
 
-    Raises DataError for keys that belong to no layer, for a layer without `down` or `up`, and for networks other than
-    LoRA and DoRA, which the error names.
+    Raises DataError for keys that belong to no layer, for a layer without `down` or `up`, and for networks of other
+    kinds (OFT, IA3), which the error names.
     """
     paths = _paths(expected)
+    names = {**_TENSORS, **{name: name for name in lora_lycoris.TENSORS}}
 
     def parse(key: str) -> tuple[Path, str] | None:
         module, _, name = key.partition(".")
         if kind := next((kind for start, kind in _OTHER_KINDS.items() if name.startswith(start)), None):
-            raise DataError(f"a {kind} network ({key}); only LoRA, LoCon and DoRA are supported")
-        return (paths[module], _TENSORS[name]) if module in paths and name in _TENSORS else None
+            known = "LoRA, LoCon, DoRA, LoHa, LoKr, GLoRA and full differences"
+            raise DataError(f"a {kind} network ({key}); only {known} are supported")
+        return (paths[module], names[name]) if module in paths and name in names else None
 
-    adapters = {}
+    adapters: dict[Path, TorchAdapter | LycorisAdapter] = {}
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("bundle_emb.")}
     for path, parts in group_tensors(tensors, parse).items():
+        if "magnitude" in parts:
+            parts["magnitude"] = _magnitude(parts["magnitude"])
+        if parts.keys() & set(lora_lycoris.TENSORS):
+            adapters[path] = LycorisAdapter(path, parts)
+            continue
+        check_complete(parts, {"down", "up"}, path)
         rank, alpha = rank_of(parts["down"]), alpha_of(parts, path)
         scale = alpha / rank if alpha and rank else 1.0
         adapters[path] = TorchAdapter(parts["down"], parts["up"], scale, parts.get("magnitude"))
     return adapters
+
+
+def _magnitude(dora_scale: np.ndarray) -> np.ndarray:
+    """DoRA's magnitude, [out] or [in, 1], in LyCORIS's shape: [out, 1, ...], or [1, in, ...] without `wd_on_output`."""
+    wide = [size for size in dora_scale.shape if size != 1]
+    if len(wide) > 1:
+        return dora_scale  # of no meaning; refused with the layer's shape
+    return dora_scale.reshape(-1, 1) if dora_scale.shape[:1] == (1,) and wide else dora_scale.reshape(-1)
 
 
 def write_kohya(
@@ -97,7 +107,8 @@ def write_kohya(
         tensors[f"{name}.lora_up.weight"] = up.astype(dtype)
         tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
         if adapter.magnitude is not None:
-            shape = (-1,) + (1,) * (adapter.down.ndim - 1)  # LyCORIS's shape: [out, 1, ...]
+            inputs = adapter.magnitude.ndim == 2
+            shape = (1,) * inputs + (-1,) + (1,) * (adapter.down.ndim - 1 - inputs)  # see `_magnitude`
             tensors[f"{name}.dora_scale"] = adapter.magnitude.reshape(shape).astype(dtype)
     return tensors
 
@@ -155,7 +166,7 @@ def _paths(expected: Mapping[str, Any]) -> dict[str, Path]:
     """Every name that kohya's scripts, old or new, give to a layer of this model -> (part, *path of the layer)."""
     paths: dict[str, Path] = {}
     prefixes = ldm_prefixes(expected.get("unet", {}))
-    for path, _ in layers(expected, "kernel"):
+    for path in adaptable(expected):
         name = module_name(path[1:])
         other = ldm_name(name, prefixes) if path[0] == "unet" else text_module_name(path[1:])
         for start in _READ_PREFIXES.get(path[0], ()):

@@ -10,6 +10,7 @@ import numpy as np
 from sdjax.errors import DataError
 from sdjax.formats.parameter_names import from_torch_layout, listing, to_torch_layout
 from sdjax.formats.weights_file import to_float32
+from sdjax.lora import kind
 from sdjax.trees import Path
 
 
@@ -19,16 +20,16 @@ class TorchAdapter(NamedTuple):
     down: np.ndarray  # [R, in], in a convolution [R, in, h, w]
     up: np.ndarray  # [out, R], in a convolution [out, R, 1, 1]
     scale: float
-    magnitude: np.ndarray | None = None  # of DoRA: one number for each output
+    magnitude: np.ndarray | None = None  # of DoRA: [out], or [in, 1] for one number for each input
 
 
 def group_tensors(
     tensors: Mapping[str, np.ndarray], parse: Callable[[str], tuple[Path, str] | None]
 ) -> dict[Path, dict[str, np.ndarray]]:
-    """Path of a layer -> the tensors of its adapter: `down`, `up` and, where the file has them, `alpha`, `magnitude`.
+    """Path of a layer -> the tensors of its adapter by name, such as `down`, `up`, `alpha` and `magnitude`.
 
     parse: key in the file -> path of the layer and name of the tensor; None for a key of no layer.
-    Raises DataError for keys of no layer, for two keys with the same meaning, and for a layer without `down` or `up`.
+    Raises DataError for keys of no layer, and for two keys with the same meaning.
     """
     adapters: dict[Path, dict[str, np.ndarray]] = defaultdict(dict)
     unknown = []
@@ -43,10 +44,13 @@ def group_tensors(
         adapters[path][name] = tensor
     if unknown:
         raise DataError(f"{len(unknown)} keys of no layer of this model: {listing(unknown)}")
-    for path, parts in adapters.items():
-        if not {"down", "up"} <= parts.keys():
-            raise DataError(f"{'/'.join(path)} has {listing(sorted(parts))} but needs both down and up")
     return adapters
+
+
+def check_complete(parts: Mapping[str, np.ndarray], needed: set[str], path: Path) -> None:
+    """Raises DataError if the tensors of a layer's adapter lack some of those needed."""
+    if not needed <= parts.keys():
+        raise DataError(f"{'/'.join(path)} has {listing(sorted(parts))} but needs {' and '.join(sorted(needed))}")
 
 
 def rank_of(down: np.ndarray) -> int:
@@ -87,19 +91,27 @@ def from_torch(adapter: TorchAdapter, kernel: tuple[int, ...], name: str) -> dic
         "scale": np.array(adapter.scale, np.float32),
     }
     if adapter.magnitude is not None:
-        # Shapes in files: [out], [out, 1, ...] or [1, out, 1, 1]. LyCORIS once wrote [1, in], the norm along the other
-        # axis, which has another meaning.
-        wide = [size for size in adapter.magnitude.shape if size != 1]
-        one_for_each_input = adapter.magnitude.ndim == 2 and adapter.magnitude.shape[0] == 1 and kernel[-1] != 1
-        if adapter.magnitude.size != kernel[-1] or len(wide) > 1 or one_for_each_input:
-            shape = list(adapter.magnitude.shape)
-            raise DataError(f"{name}: a DoRA magnitude {shape} where each of {kernel[-1]} outputs has one number")
-        layer["magnitude"] = to_float32(adapter.magnitude, name).reshape(-1)
+        layer["magnitude"] = magnitude_of(adapter.magnitude, kernel, name)
     return layer
 
 
+def magnitude_of(magnitude: np.ndarray, kernel: tuple[int, ...], name: str) -> np.ndarray:
+    """DoRA's magnitude for a kernel of this shape in float32, [out] or [in, 1]; DataError if it has another size."""
+    if magnitude.shape not in ((kernel[-1],), (kernel[-2], 1)):
+        expected = f"{kernel[-1]} for the outputs, or {kernel[-2]} for the inputs"
+        raise DataError(f"{name}: a DoRA magnitude {list(magnitude.shape)}; expected {expected}")
+    return to_float32(magnitude, name)
+
+
 def to_torch(layer: Mapping[str, Any], name: str) -> TorchAdapter:
-    """The inverse of `from_torch`, in float32. DataError naming `name` for the stacked adapters of a batch."""
+    """The inverse of `from_torch`, in float32.
+
+    DataError naming `name` for the stacked adapters of a batch, and for adapters other than LoRA and DoRA.
+    """
+    if others := layer.keys() - {"down", "up", "scale", "magnitude"}:
+        what = kind({key: value for key, value in layer.items() if key != "magnitude"})
+        fault = f"a {what} ({', '.join(sorted(others))})"
+        raise DataError(f"{name}: {fault}; only LoRA and DoRA can be written: --rank makes a LoRA of it")
     down, up, scale = (np.asarray(layer[part], np.float32) for part in ("down", "up", "scale"))
     if scale.ndim:
         raise DataError(f"{name}: holds an adapter for each example of a batch; choose one to save")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sdjax.errors import DataError
-from sdjax.formats.lora_layer import TorchAdapter, alpha_of, group_tensors, rank_of
+from sdjax.formats.lora_layer import TorchAdapter, alpha_of, check_complete, group_tensors, rank_of
 from sdjax.formats.parameter_names import module_name, text_module_name
 from sdjax.runtime import strict_json
 from sdjax.trees import Path, layers
@@ -45,8 +45,12 @@ def read_peft(
     settings = _read_settings(metadata)
     adapters = {}
     for path, parts in group_tensors(tensors, parse).items():
+        check_complete(parts, {"down", "up"}, path)
         scale = _scale(settings, path, rank_of(parts["down"]), alpha_of(parts, path))
-        adapters[path] = TorchAdapter(parts["down"], parts["up"], scale, parts.get("magnitude"))
+        magnitude = parts.get("magnitude")
+        if magnitude is not None and magnitude.size == max(magnitude.shape, default=1):
+            magnitude = magnitude.reshape(-1)  # [out], in a convolution [1, out, 1, 1]
+        adapters[path] = TorchAdapter(parts["down"], parts["up"], scale, magnitude)
     return adapters
 
 
@@ -61,6 +65,8 @@ def write_peft(adapters: Mapping[Path, TorchAdapter], dtype: Any) -> dict[str, n
         tensors[f"{part}.{module}.lora_A.weight"] = adapter.down.astype(dtype)
         tensors[f"{part}.{module}.lora_B.weight"] = (adapter.up * np.float32(adapter.scale)).astype(dtype)
         if adapter.magnitude is not None:
+            if adapter.magnitude.ndim == 2:
+                raise DataError(f"{part}.{module}: PEFT has no DoRA with a magnitude for each input; merge it")
             magnitude = adapter.magnitude if adapter.down.ndim == 2 else adapter.magnitude[None, :, None, None]
             tensors[f"{part}.{module}.lora_magnitude_vector.weight"] = magnitude.astype(dtype)
     return tensors

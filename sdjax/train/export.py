@@ -7,15 +7,17 @@ the run began.
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.formats.embedding_file import file_name, save_embedding
+from sdjax.formats.embedding_file import TEXT_MODELS, file_name, save_embedding
 from sdjax.formats.lora_file import KOHYA_FILE, PEFT_FILE, save_lora
 from sdjax.model import Model
 from sdjax.runtime.whole_file import replacing
+from sdjax.text.encoding import TEXT_ENCODERS
 from sdjax.train import snapshots
 from sdjax.train.config import RunConfig
 from sdjax.train.file_metadata import lora_metadata, own_words, word_metadata
@@ -191,15 +193,35 @@ def _use(config: RunConfig, plan: StagePlan, results: Results, prompt: str) -> l
     if results.weights:
         lines.append('- diffusers: `DiffusionPipeline.from_pretrained("model")`')
     if results.adapters:
+        lines += [f"- diffusers: `pipeline.load_lora_weights(FOLDER, weight_name={json.dumps(PEFT_FILE)})`"]
+    if any("magnitude" in layer for _, layer in layers(results.adapters, "scale")):
+        merging = f"sdjax convert {config.model} {name}.safetensors --to single_file --lora {KOHYA_FILE}"
+        lines += [f"- A1111, ComfyUI, kohya's scripts: they read DoRA wrongly; merge it into the model: `{merging}`"]
+    elif results.adapters:
         lines += [
-            f"- diffusers: `pipeline.load_lora_weights(FOLDER, weight_name={json.dumps(PEFT_FILE)})`",
             f"- A1111: copy `{KOHYA_FILE}` to `models/Lora/{name}.safetensors`, prompt `<lora:{name}:1>`",
             f"- ComfyUI: copy `{KOHYA_FILE}` to `models/loras/`, then the node Load LoRA",
         ]
     for word, file in files.items():
-        lines += [
-            f"- diffusers: `pipeline.load_textual_inversion(FOLDER, weight_name={json.dumps(file)}, "
-            f"token={json.dumps(word)})`",
-            f"- A1111 and ComfyUI: copy `{file}` to `embeddings/`; there the word is `{Path(file).stem}`",
-        ]
+        lines += use_in_diffusers(word, file, tuple(results.rows))
+        lines += [f"- A1111 and ComfyUI: copy `{file}` to `embeddings/`; there the word is `{Path(file).stem}`"]
     return lines
+
+
+def use_in_diffusers(word: str, file: str, text_models: Sequence[str]) -> list[str]:
+    """Returns how diffusers loads a word, as an item of a list in Markdown. With two text models it takes a call each.
+
+    text_models: those that the word has vectors for.
+    """
+    token = json.dumps(word)
+    if len(text_models) == 1:
+        arguments = f"FOLDER, weight_name={json.dumps(file)}, token={token}"
+        return [f"- diffusers: `pipeline.load_textual_inversion({arguments})`"]
+    return [
+        f"- diffusers: `words = safetensors.torch.load_file({json.dumps(file)})`, then for each text model",
+        *(
+            f"  `pipeline.load_textual_inversion(words[{json.dumps(key)}], token={token}, "
+            f"text_encoder=pipeline.{model}, tokenizer=pipeline.{TEXT_ENCODERS[model]})`"
+            for key, model in TEXT_MODELS.items()
+        ),
+    ]

@@ -48,7 +48,7 @@ STYLE = {
     "steps": 300,
     "learning_rate": 4e-4,
     "lora_rank": 8,
-    "lora_targets": "conv",
+    "lora_targets": "all",
     "schedule": "cosine",
     "warmup_steps": 5,
     "data": {"caption_dropout": 0.1, "batch_size": 8},
