@@ -40,6 +40,12 @@ def _convert(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _inspect(argv: Sequence[str]) -> int:
+    from sdjax.inspection import main
+
+    return main(argv)
+
+
 def _plan(argv: Sequence[str]) -> int:
     from sdjax.plan import main
 
@@ -62,6 +68,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "generate": _generate,
     "convert": _convert,
+    "inspect": _inspect,
     "plan": _plan,
     "pick": _pick,
     "push": _push,

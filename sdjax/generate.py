@@ -65,7 +65,7 @@ def _run(argv: Sequence[str]) -> None:
         raise ConfigError(f"--grid-x and --grid-y both vary {axes[0].name}: choose another setting for one of them")
     prompts = _prompts(args, on_axis=any(axis.name == "prompt" for axis in axes))
     _check_values(args, len(prompts), settings)
-    embeddings = [_file("--embedding", text) for text in args.embedding]
+    embeddings = [command.file_and_rest("--embedding", text) for text in args.embedding]
 
     from sdjax.draw import jobs
     from sdjax.formats.lora_file import load_lora
@@ -282,20 +282,9 @@ def _lines(flag: str, path: Path) -> list[str]:
         raise DataError(f"{flag} {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def _file(flag: str, text: str) -> tuple[Path, str | None]:
-    """The two parts of FILE:REST. Without a colon, or if the whole text is the name of a file, REST is None."""
-    path, rest = Path(text), None
-    head, colon, tail = text.rpartition(":")
-    if colon and not path.exists():
-        path, rest = Path(head), tail
-    if not path.exists():
-        raise DataError(f"{flag} {path}: no such file")
-    return path, rest
-
-
 def _lora(text: str) -> Lora:
     """Reads FILE or FILE:WEIGHT."""
-    path, rest = _file("--lora", text)
+    path, rest = command.file_and_rest("--lora", text)
     weight = 1.0 if rest is None else parse(float, rest, f"the weight of --lora {path}")
     return Lora(path, weight, weight)
 

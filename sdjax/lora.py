@@ -129,8 +129,8 @@ def merge(params: Mapping[str, Any], lora: Mapping[str, Any], weight: float = 1.
     for path, adapter in layers(lora, "scale"):
         if path not in found:
             raise ConfigError(f"the adapter has a layer the model lacks: {'/'.join(path)}")
-        for leaf, value in merge_layer(found[path], adapter, weight, "/".join(path)).items():
-            merged[*path, leaf] = value
+        for leaf, change in changes(found[path], adapter, "/".join(path)).items():
+            merged[*path, leaf] = merge_leaf(found[path][leaf], change, weight)
     return replaced(params, merged)
 
 
@@ -139,22 +139,25 @@ def adaptable(params: Mapping[str, Any]) -> dict[Path, Tree]:
     return dict([*layers(params, "kernel"), *layers(params, "scale")])
 
 
-def merge_layer(layer: Mapping[str, Any], adapter: Mapping[str, Any], weight: float, name: str) -> Tree:
-    """Returns the leaves of one layer that its adapter changes, merged; see `merge`. name: of the layer, for errors."""
-    merged = {}
+def changes(layer: Mapping[str, Any], adapter: Mapping[str, Any], name: str) -> dict[str, Tree]:
+    """Returns the changes that the adapter of a layer makes, by the leaf that it changes, for `merge_leaf`.
+
+    name: of the layer. Raises ConfigError for the change of a bias that the layer does not have.
+    """
+    changed = {}
     if adapter.keys() - {"bias", "scale"}:
         leaf = "kernel" if "kernel" in layer else "scale"
-        change = {name: value for name, value in adapter.items() if name != "bias"}
-        merged[leaf] = _merge_kernel(layer[leaf], change, weight)
+        changed[leaf] = {part: value for part, value in adapter.items() if part != "bias"}
     if "bias" in adapter:
         if "bias" not in layer:
             raise ConfigError(f"the adapter changes the bias of {name}, which has none")
-        merged["bias"] = _merge_kernel(layer["bias"], {"diff": adapter["bias"], "scale": jnp.float32(1.0)}, weight)
-    return merged
+        changed["bias"] = {"diff": adapter["bias"], "scale": jnp.float32(1.0)}
+    return changed
 
 
 @jax.jit  # one small program for each shape, where its operations one by one are four
-def _merge_kernel(kernel: Array, adapter: Tree, weight: float) -> Array:
+def merge_leaf(kernel: Array, adapter: Tree, weight: float) -> Array:
+    """Returns a kernel, or another leaf, with its change merged; see `merge`."""
     wide = kernel.astype(jnp.float32)
     change = delta(adapter, wide)
     if "magnitude" in adapter:
@@ -252,26 +255,6 @@ def init(
         }
         if dora:
             adapters[path]["magnitude"] = dora_norm(kernel, adapters[path])
-    return nest(adapters)
-
-
-def extract(
-    tuned: Mapping[str, Any], base: Mapping[str, Any], *, rank: int, which: str | Sequence[str] = "attention"
-) -> Tree:
-    """Returns the adapter tree of this rank that is nearest to `tuned - base`, layer by layer.
-
-    The nearest is the truncated singular value decomposition (Eckart and Young 1936). which: see `targets`.
-    """
-    kernels = targets(base, which)
-    adapters = {}
-    for path, layer in layers(tuned, "kernel"):
-        if path in kernels:
-            kernel = kernels[path]
-            change = layer["kernel"].astype(jnp.float32) - kernel.astype(jnp.float32)
-            u, s, v = jnp.linalg.svd(change.reshape(-1, kernel.shape[-1]), full_matrices=False)
-            root = jnp.sqrt(s[:rank])
-            down = (u[:, :rank] * root).reshape(*kernel.shape[:-1], -1)
-            adapters[path] = {"down": down, "up": root[:, None] * v[:rank], "scale": jnp.float32(1.0)}
     return nest(adapters)
 
 

@@ -30,7 +30,7 @@ from sdjax.errors import ConfigError, DataError, SdjaxError
 from sdjax.formats.diffusers_folder import ModelFolder, read_folder, save_folder
 from sdjax.formats.embedding_file import load_embedding
 from sdjax.formats.lora_file import load_lora
-from sdjax.formats.parameter_names import load_params
+from sdjax.formats.parameter_names import load_params, view_params
 from sdjax.formats.single_file import read_single_file, save_single_file
 from sdjax.formats.vae_file import with_vae
 from sdjax.formats.weights_file import SUFFIXES
@@ -180,6 +180,13 @@ class Outline:
         for adapters, weight in self.loras:
             params = lora.merge(params, adapters[part], weight) if part in adapters else params
         return params
+
+    def view_weights(self, part: str) -> dict[str, Any]:
+        """The parameters of one part, in their dtypes, which are read from the disk when they are written.
+
+        `Model.save` writes them one at a time, so a model that is only converted takes no memory of its size.
+        """
+        return view_params(self.folder.tensors(part), self.shapes[part], what=f"{self.name}: {part}")
 
     @property
     def is_sdxl(self) -> bool:
@@ -563,7 +570,10 @@ class Model:
         channels = 2 * outline.vae.config.latent_channels + 1
         first = self.params["unet"]["conv_in"]
         more = [(0, channels - outline.unet.config.in_channels) if axis == 2 else (0, 0) for axis in range(4)]
-        params = {**self.params["unet"], "conv_in": {**first, "kernel": jnp.pad(first["kernel"], more)}}
+        params = {
+            **self.params["unet"],
+            "conv_in": {**first, "kernel": jnp.pad(jnp.asarray(np.asarray(first["kernel"])), more)},
+        }
         config = {**outline.folder.configs["unet"], "in_channels": channels}
         folder = dataclasses.replace(
             outline.folder,
@@ -580,12 +590,15 @@ class Model:
 
     # ------------------------------------------------------------------------------------------------ saving
 
-    def save(self, folder: str | os.PathLike, *, dtype: str | None = None) -> None:
+    def save(
+        self, folder: str | os.PathLike, *, dtype: str | None = None, metadata: Mapping[str, str] | None = None
+    ) -> None:
         """Writes the model in the layout of diffusers, with new words in its tokenizers and embedding tables.
 
         folder: a path that ends in .safetensors gives a single file with CompVis' parameter names instead, the form
         that A1111 and ComfyUI read. A single file holds no tokenizer, so a model with new words raises ConfigError.
-        dtype: the number type of the written weights; by default that of the model.
+        dtype: the number type of the written weights; by default that of the model. metadata: entries for the header of
+        the single file, or of the U-Net's file in the folder.
         """
         outline, source = self.outline, self.outline.folder
         if Path(folder).suffix.lower() in (".safetensors", ".sft"):
@@ -599,6 +612,7 @@ class Model:
                 params=self.params,
                 scheduler=source.scheduler,
                 dtype=dtype and jnp.dtype(dtype),
+                metadata=metadata,
             )
             return
         configs, params, tokenizers = dict(source.configs), dict(self.params), dict(source.tokenizers)
@@ -620,6 +634,7 @@ class Model:
                 scheduler=source.scheduler,
                 model_index=source.model_index,
                 dtype=dtype and jnp.dtype(dtype),
+                metadata=metadata,
             )
 
 

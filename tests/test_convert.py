@@ -9,8 +9,8 @@ import pytest
 
 from sdjax import __main__, convert, lora, trees
 from sdjax.formats.embedding_file import load_embedding, save_embedding
-from sdjax.formats.lora_file import load_lora, save_lora
-from sdjax.formats.safetensors_file import read_safetensors
+from sdjax.formats.lora_file import load_lora, read_lora, save_lora
+from sdjax.formats.safetensors_file import read_safetensors, save_safetensors
 from sdjax.model import Model
 
 SHALLOW = {
@@ -104,6 +104,151 @@ def test_a_lora_is_taken_out_of_a_tuned_model(model, tmp_path, capsys):
     assert "different kinds" in capsys.readouterr().err
 
 
+def random_lora(model, seed, **options):
+    """A LoRA of U-Net and text model, none of whose arrays is 0."""
+    parts = {
+        part: lora.init(jax.random.key(seed), model.params[part], rank=2, **options)
+        for part in ("unet", "text_encoder")
+    }
+    generator = np.random.default_rng(seed)
+    noise = lambda leaf: leaf + 0.1 * generator.normal(size=leaf.shape).astype(np.float32) * (leaf.ndim > 0)
+    return jax.tree.map(lambda leaf: noise(np.asarray(leaf)), parts)
+
+
+def loha_file(path):
+    """A LoHa of one layer of the U-Net."""
+    generator = np.random.default_rng(5)
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {
+        f"{name}.hada_w{i}_{side}": generator.normal(size=(16, 2) if side == "a" else (2, 16))
+        for i in "12"
+        for side in "ab"
+    }
+    save_safetensors(path, {key: tensor.astype(np.float32) for key, tensor in tensors.items()})
+    return path
+
+
+def test_loras_of_several_kinds_are_merged_into_a_model(model, tmp_path):
+    """A LoRA with a bundled word, a DoRA and a LoHa, each with its weight, to a folder and to a file."""
+    words = {"<a>": {"text_encoder": np.ones((2, 16), np.float32)}}
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    save_lora(one, random_lora(model, 1), model.params, embeddings=words)
+    save_lora(two, {"unet": random_lora(model, 2, dora=True)["unet"]}, model.params)
+    three = loha_file(tmp_path / "three.safetensors")
+    merging = ("--lora", f"{one}:0.5", "--lora", f"{two}:-1", "--lora", three)
+    source = tmp_path / "titled.safetensors"
+    model.save(source, metadata={"modelspec.title": "Mine", "modelspec.hash_sha256": "of the old file"})
+    tokenizer = ("--tokenizer", model.outline.folder.path)
+    assert run(source, tmp_path / "folder", "--to", "diffusers", *merging, *tokenizer) == 0
+    assert run(source, tmp_path / "new" / "file.safetensors", "--to", "single_file", *merging, *tokenizer) == 0
+    expected = model.with_lora(one, 0.5).with_lora(two, -1.0).with_lora(three)
+    file = Model.load(tmp_path / "new" / "file.safetensors", tokenizer=model.outline.folder.path)
+    same(file.params, expected.params, atol=1e-6)
+    folder = Model.load(tmp_path / "folder")
+    for part in ("unet", "vae"):
+        same(folder.params[part], expected.params[part], atol=1e-6)
+    # The word is in the folder's tokenizer and table, and in a file beside the single file, which has no tokenizer.
+    table = folder.params["text_encoder"]["embeddings"]["token_embedding"]["embedding"]
+    np.testing.assert_array_equal(table[-2:], np.ones((2, 16)))
+    same(load_embedding(tmp_path / "new" / "a.safetensors"), words)
+    metadata = read_safetensors(tmp_path / "new" / "file.safetensors").metadata
+    assert metadata["modelspec.title"] == "Mine" and "modelspec.hash_sha256" not in metadata
+    assert (
+        metadata["modelspec.merged_from"]
+        == "titled.safetensors, one.safetensors:0.5, two.safetensors:-1, three.safetensors:1"
+    )
+    # The metadata survives the way through a folder too.
+    assert run(tmp_path / "folder", tmp_path / "again.safetensors", "--to", "single_file", "--overwrite") == 0
+    assert read_safetensors(tmp_path / "again.safetensors").metadata["modelspec.title"] == "Mine"
+
+
+def test_loras_are_added_and_resized(model, tmp_path, capsys):
+    flags = ("--model", model.outline.folder.path)
+    trees = [random_lora(model, seed) for seed in (1, 2)]
+    words = {"<a>": {"text_encoder": np.ones((2, 16), np.float32)}}
+    files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    metadata = {"ss_output_name": "one", "ss_tag_frequency": "{}", "modelspec.author": "me"}
+    save_lora(files[0], trees[0], model.params, embeddings=words, metadata=metadata)
+    save_lora(files[1], trees[1], model.params, style="peft")
+    added = tmp_path / "added.safetensors"
+    assert run(f"{files[0]}:0.5", added, "--to", "kohya", *flags, "--lora", f"{files[1]}:2") == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [str(added)] and not err
+    read = read_lora(added, model.params)
+    sums = {
+        path: 0.5 * lora.delta(layer) + 2 * lora.delta(dict(trees_layers(trees[1]))[path])
+        for path, layer in trees_layers(trees[0])
+    }
+    for path, layer in trees_layers(read.adapters):
+        np.testing.assert_allclose(lora.delta(layer), sums[path], atol=1e-5)
+    assert read.words == ["<a>"] and read.metadata.items() >= metadata.items()
+    assert read.metadata["ss_network_dim"] == "4"
+    assert read.metadata["modelspec.merged_from"] == "one.safetensors, two.safetensors:2"
+    # Resized to half the rank and in PEFT's style: the nearest, with the error told, and the word in a file beside.
+    small = tmp_path / "small" / "s.safetensors"
+    assert run(added, small, "--to", "peft", *flags, "--rank", "2") == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [str(small), str(tmp_path / "small" / "a.safetensors")]
+    same(load_embedding(tmp_path / "small" / "a.safetensors"), words)
+    lost = whole = 0.0
+    for path, layer in trees_layers(load_lora(small, model.params)):
+        change = np.asarray(sums[path], np.float64).reshape(-1, sums[path].shape[-1])
+        s = np.linalg.svd(change, compute_uv=False)
+        missing = np.linalg.norm(change - np.asarray(lora.delta(layer)).reshape(change.shape))
+        np.testing.assert_allclose(missing, np.linalg.norm(s[2:]), rtol=1e-3, atol=1e-5)
+        lost, whole = lost + np.square(s[2:]).sum(), whole + np.square(s).sum()
+    assert f"relative error {np.sqrt(lost / whole):.2g} of the change" in err
+    assert read_safetensors(small).metadata["ss_output_name"] == "one"
+    # And the word goes back into one file.
+    assert run(small, added, "--to", "kohya", *flags, "--embedding", tmp_path / "small" / "a.safetensors") == 2
+    assert "exists already" in capsys.readouterr().err
+    back = tmp_path / "back.safetensors"
+    assert run(small, back, "--to", "kohya", *flags, "--embedding", tmp_path / "small" / "a.safetensors") == 0
+    assert read_lora(back, model.params).words == ["<a>"]
+    assert read_safetensors(back).metadata["ss_tag_frequency"] == "{}"
+
+
+def trees_layers(adapters):
+    return trees.layers(adapters, "down")
+
+
+def test_other_kinds_become_a_plain_lora(model, tmp_path, capsys):
+    """At full rank nothing is lost but rounding; without a rank they are refused."""
+    flags = ("--to", "kohya", "--model", model.outline.folder.path)
+    file = loha_file(tmp_path / "loha.safetensors")
+    assert run(file, tmp_path / "plain.safetensors", "--to", "peft", *flags[2:]) == 3
+    assert "PEFT's naming holds LoRA and DoRA alone" in capsys.readouterr().err
+    assert run(file, tmp_path / "same.safetensors", *flags) == 0  # kohya's naming holds it
+    same(load_lora(tmp_path / "same.safetensors", model.params), load_lora(file, model.params), rtol=1e-6)
+    assert run(file, tmp_path / "plain.safetensors", *flags, "--lora", f"{file}:1") == 2
+    assert "LoHa is no plain LoRA: give --rank, --ratio or --energy" in capsys.readouterr().err
+    assert run(file, tmp_path / "plain.safetensors", *flags, "--energy", "1") == 0
+    same(model.with_lora(tmp_path / "plain.safetensors").params, model.with_lora(file).params, atol=1e-5)
+    dora = tmp_path / "dora.safetensors"
+    save_lora(dora, {"unet": random_lora(model, 2, dora=True)["unet"]}, model.params)
+    assert run(dora, tmp_path / "plain.safetensors", *flags, "--rank", 64, "--overwrite") == 0
+    same(model.with_lora(tmp_path / "plain.safetensors").params, model.with_lora(dora).params, atol=1e-5)
+
+
+def test_a_lora_for_another_model_or_half_a_file_changes_nothing(model, tmp_path, capsys):
+    wrong, half = tmp_path / "wrong.safetensors", tmp_path / "half.safetensors"
+    block = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    save_safetensors(wrong, {f"{block}.lora_down.weight": np.ones((2, 768), np.float32)})
+    save_lora(half, random_lora(model, 1), model.params)
+    half.write_bytes(half.read_bytes()[:-100])
+    target = tmp_path / "out.safetensors"
+    target.write_text("mine")
+    for file, fault in (
+        (wrong, "made for Stable Diffusion 1"),
+        (half, "truncated"),
+        (tmp_path / "none", "no such file"),
+    ):
+        flags = ("--to", "single_file", "--lora", file, "--overwrite")
+        assert run(model.outline.folder.path, target, *flags) == 3
+        assert fault in capsys.readouterr().err
+    assert target.read_text() == "mine"
+
+
 def test_embeddings(model, tmp_path, capsys):
     words = {
         word: {"text_encoder": np.full((2, 16), i, np.float32)} for i, word in enumerate(("<a>", "b", "c/d", "c*d"))
@@ -144,7 +289,19 @@ def test_embeddings(model, tmp_path, capsys):
         (("a", "b.safetensors", "--to", "diffusers"), "writes a folder"),
         (("a", "b.safetensors", "--to", "kohya"), "needs either --model"),
         (("a", "b.safetensors", "--to", "kohya", "--model", "m", "--base", "m"), "needs either --model"),
-        (("a", "b.safetensors", "--to", "peft", "--model", "m", "--rank", "4"), "go with --base"),
+        (
+            ("a", "b.safetensors", "--to", "peft", "--model", "m", "--targets", "attention"),
+            "--targets goes with --base",
+        ),
+        (("a", "b.safetensors", "--to", "peft", "--base", "m", "--lora", "x"), "--lora goes with --model"),
+        (("a", "b.safetensors", "--to", "peft", "--base", "m", "--ratio", "0.5"), "--ratio 0.5: must be 1 or more"),
+        (
+            ("a", "b.safetensors", "--to", "peft", "--base", "m", "--energy", "2"),
+            "--energy 2.0: must be 1e-06 or more, and",
+        ),
+        (("a", "b.safetensors", "--to", "peft", "--base", "m", "--targets", "conv"), "--targets conv: choices are"),
+        (("a", "b", "--to", "embedding", "--lora", "x"), "--lora has no meaning"),
+        (("a", "b.safetensors", "--to", "single_file", "--embedding", "x"), "--embedding has no meaning"),
         (("a", "b.safetensors", "--to", "peft", "--base", "m", "--rank", "0"), "--rank 0"),
         (("a", "b.safetensors", "--to", "peft", "--base", "m", "--targets", "x"), "--targets x: choices are"),
         (("a", "b", "--to", "diffusers", "--token", "x"), "--token has no meaning for --to diffusers"),

@@ -345,7 +345,7 @@ def test_faults_in_kohya_files(tmp_path):
         save_file({k: v for k, v in (tensors | (changes or {})).items() if k not in without}, path)
         raises(match, path, expected(SD1))
 
-    check("conv_in has alpha, down but needs both down and up", without=[f"{module}.lora_up.weight"])
+    check("conv_in has alpha, down but needs down and up", without=[f"{module}.lora_up.weight"])
     stray = {f"lora_unet_no_such_{i}.lora_down.weight": np.ones((1, 1), np.float32) for i in range(12)}
     check(r"12 keys of no layer of this model: .*, \.\.\. \(12 in all\)", stray)
     check("1 keys of no layer.*lora_unet_conv_in.magic", {f"{module}.magic": np.ones(1, np.float32)})
@@ -492,7 +492,7 @@ def test_faults_in_peft_files(tmp_path):
     tensors, _ = peft_file(LINEAR, new_style)
     first = next(iter(tensors))
     save_file({key: value for key, value in tensors.items() if key != first}, path)
-    raises("needs both down and up", path, expected(SD1))
+    raises("needs down and up", path, expected(SD1))
     save_file(tensors | {"unet.nowhere.lora_A.weight": tensors[first]}, path)
     raises("1 keys of no layer of this model: unet.nowhere.lora_A.weight", path, expected(SD1))
     save_file(tensors | {first.replace("lora_A", "lora_A.default"): tensors[first]}, path)

@@ -318,29 +318,6 @@ def test_many_adapters_by_vmap(base):
         assert oracle.error(out[i], apply(config, params, adapter, inputs=inputs)) < 1e-5
 
 
-def test_extracting_recovers_a_low_rank_change(base):
-    _, params = base
-    adapter = random_adapter(params, which="all", rank=2)
-    tuned = lora.merge(params, adapter)
-    extracted = lora.extract(tuned, params, rank=2, which="all")
-    assert all(layer["down"].shape[-1] <= 2 for _, layer in trees.layers(extracted, "down"))
-    again = dict(leaves(lora.merge(params, extracted)))
-    for path, leaf in leaves(tuned):
-        np.testing.assert_allclose(again[path], leaf, atol=2e-5)
-    paths = lambda lora: {path for path, _ in trees.layers(lora, "down")}
-    assert paths(extracted) == paths(adapter)
-
-
-def test_extracting_at_a_lower_rank_gives_the_nearest_adapter(base):
-    """By Eckart and Young, the remaining difference has the norm of the singular values that are left out."""
-    _, params = base
-    tuned = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.asarray(normal(leaf.size, *leaf.shape)), params)
-    for path, layer in trees.layers(lora.extract(tuned, params, rank=3), "down"):
-        change = np.asarray(params_at(tuned, path)["kernel"] - params_at(params, path)["kernel"])
-        left = np.linalg.norm(change - np.asarray(lora.delta(layer)))
-        np.testing.assert_allclose(left, np.linalg.norm(np.linalg.svd(change)[1][3:]), rtol=1e-4, atol=1e-5)
-
-
 def test_split_and_join_are_inverse(base):
     adapter = random_adapter(base[1], which="all", dora=True)
     trained, scales = lora.split(adapter)

@@ -133,7 +133,7 @@ def test_the_card_of_a_dora_says_who_reads_it(tmp_path, micro_base, settings):
         (adapter, True),
         (lora.map_layers(lambda a: {k: a[k] for k in ("down", "up", "scale")}, adapter), False),
     ):
-        text = "\n".join(export._use(config, plan, Results(adapters=tree), "x"))
+        text = "\n".join(export._use(config, plan, Results(tree, {}, {}), "x"))
         assert ("sdjax convert" in text and "merge it into the model" in text) == dora
         assert ("models/Lora/style.safetensors" in text) == (not dora)
         assert "load_lora_weights" in text

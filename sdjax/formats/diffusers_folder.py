@@ -48,6 +48,11 @@ class ModelFolder:
     # part -> tensors, of the parts whose file has other names than diffusers', or holds more than the part
     state: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of the file that holds the U-Net, such as title and author in the form of ModelSpec."""
+        return read_tensors(self.weights["unet"][0]).metadata
+
     def tensors(self, part: str) -> dict[str, np.ndarray]:
         """The state dict of a part: PyTorch's names -> arrays. An array is read from the disk when it is used."""
         if part in self.state:
@@ -132,12 +137,14 @@ def save_folder(
     scheduler: Mapping[str, Any],
     model_index: Mapping[str, Any] | None = None,
     dtype: Any = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a folder that diffusers loads. `path` is either complete or as it was before.
 
     configs, params: part ("unet", "vae", "text_encoder", ...) -> config and parameter tree. tokenizers: name -> folder
     to copy. scheduler: the config of the scheduler, with `_class_name`. model_index: of the folder that the model came
     from, for the class and the settings of the pipeline. dtype: of the weights written; None keeps each array's dtype.
+    metadata: entries for the header of the U-Net's file; a folder has no other place for them.
     A model folder that is at `path` is replaced. Raises DataError if anything else is there, except an empty folder.
     """
     path = Path(path)
@@ -145,14 +152,22 @@ def save_folder(
         raise DataError(f"{path}: exists and is not a model folder; it is left alone")
     with replacing_folder(path) as folder:
         for name, tree in params.items():
-            _save_part(folder / name, configs[name], name, tree, dtype)
+            records = dict(metadata or {}) if name == "unet" else {}
+            _save_part(folder / name, configs[name], name, tree, dtype, records | {"format": "pt"})
         for name, tokenizer in tokenizers.items():
             shutil.copytree(tokenizer, folder / name)
         _write_json(folder / "scheduler" / "scheduler_config.json", _portable(scheduler))
         _write_json(folder / "model_index.json", make_index(configs, tokenizers, scheduler, model_index or {}))
 
 
-def _save_part(folder: Path, config: Mapping[str, Any], name: str, params: Mapping[str, Any], dtype: Any) -> None:
+def _save_part(
+    folder: Path,
+    config: Mapping[str, Any],
+    name: str,
+    params: Mapping[str, Any],
+    dtype: Any,
+    metadata: Mapping[str, str],
+) -> None:
     default = {"_class_name": _CLASSES[name][0]} if name in ("unet", "vae") else {}
     config = default | _portable(config)
     for key in ("dtype", "torch_dtype"):
@@ -161,7 +176,7 @@ def _save_part(folder: Path, config: Mapping[str, Any], name: str, params: Mappi
     _write_json(folder / "config.json", config)
     text = name.startswith("text_encoder")
     tensors = to_state_dict(params, prefix="text_model." if text else "")
-    save_safetensors(folder / f"{_stem(name, '.safetensors')}.safetensors", tensors, {"format": "pt"}, dtype=dtype)
+    save_safetensors(folder / f"{_stem(name, '.safetensors')}.safetensors", tensors, metadata, dtype=dtype)
 
 
 def make_index(

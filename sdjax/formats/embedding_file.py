@@ -28,7 +28,8 @@ _NAMELESS = {"*", "", "emb_params", "emp_params", "string_to_param"}
 TEXT_MODELS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """Name of the tensor in a file for SDXL -> text model."""
 _BOTH = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))  # names of SDXL's two text models in files
-_FAMILIES = {768: SD1, 1024: SD2, 1280: "SDXL's second text model"}
+FAMILIES = {768: SD1, 1024: SD2, 1280: "SDXL's second text model"}
+"""Width of a single tensor -> the model that it was made for."""
 _BUNDLE = "bundle_emb."
 
 
@@ -189,7 +190,7 @@ def _assign(tensors: Mapping[str, np.ndarray], widths: Mapping[str, int] | None,
             continue
         model = TEXT_MODELS.get(key) or next((name for name, size in widths.items() if size == width), None)
         if model is None or widths.get(model) != width:
-            kind = "SDXL" if key else _FAMILIES.get(width, "another model")
+            kind = "SDXL" if key else FAMILIES.get(width, "another model")
             expected = ", ".join(map(str, widths.values()))
             raise DataError(f"the word {word!r} was made for {kind} (width {width}); the model's width is {expected}")
         rows[model] = vectors

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from sdjax.formats.lora_kohya import (
     write_kohya,
 )
 from sdjax.formats.lora_layer import from_torch, to_torch
-from sdjax.formats.lora_lycoris import LycorisAdapter, from_lycoris
+from sdjax.formats.lora_lycoris import LycorisAdapter, from_lycoris, to_lycoris
 from sdjax.formats.lora_peft import read_peft, write_peft
 from sdjax.formats.parameter_names import listing
 from sdjax.formats.safetensors_file import save_safetensors
@@ -34,27 +34,38 @@ STYLES = ("kohya", "peft")
 PEFT_FILE = "pytorch_lora_weights.safetensors"
 """The name that diffusers gives the LoRA in a folder."""
 KOHYA_FILE = "lora.safetensors"
+_PLAIN = {"down", "up", "scale", "magnitude"}
 _FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.bin")
 
 
+class LoraFile(NamedTuple):
+    """adapters: part -> LoRA tree in float32. words: the names of words bundled in the file. metadata: by name."""
+
+    adapters: dict[str, Any]
+    words: list[str]
+    metadata: dict[str, str]
+
+
 def load_lora(path: str | os.PathLike, expected: Mapping[str, Any]) -> dict[str, Any]:
-    """The LoRA tree in a file of kohya's, LyCORIS's or PEFT's style: part ("unet", ...) -> adapter in float32.
+    """The LoRA tree in a file; see `read_lora`. Logs a warning if the file also holds words."""
+    file = read_lora(path, expected)
+    if file.words:
+        log.warning("%s also holds words: %s; --embedding or with_embedding reads them", path, ", ".join(file.words))
+    return file.adapters
+
+
+def read_lora(path: str | os.PathLike, expected: Mapping[str, Any]) -> LoraFile:
+    """Reads a file of kohya's, LyCORIS's or PEFT's style.
 
     path: a file, or a folder that holds `pytorch_lora_weights.safetensors` or `.bin`. expected: the parameter trees, or
     their shapes, of the parts that the LoRA may adapt; every key must belong to one of their layers.
     Raises DataError for the LoRA of another model, another kind of network, unknown keys, wrong shapes, NaN and Inf.
     """
     path = Path(path)
-    if path.is_dir():
-        files = [path / name for name in _FOLDER_FILES if (path / name).exists()]
-        if not files:
-            raise DataError(f"{path}: holds neither {' nor '.join(_FOLDER_FILES)}")
-        path = files[0]
+    path = folder_file(path) if path.is_dir() else path
     tensors, metadata = read_tensors(path)
     if not tensors:
         raise DataError(f"{path}: holds no tensors")
-    if bundled := sorted({key.split(".")[1] for key in tensors if key.startswith("bundle_emb.")}):
-        log.warning("%s also holds words: %s; --embedding or with_embedding reads them", path, ", ".join(bundled))
     if any(key.startswith(("unet:", "text_encoder:")) for key in tensors):
         raise DataError(f"{path}: a LoRA of cloneofsimo's format, which is not supported")
     try:
@@ -68,7 +79,16 @@ def load_lora(path: str | os.PathLike, expected: Mapping[str, Any]) -> dict[str,
             flat[place] = convert(adapter, kernel, "/".join(place))
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    return nest(flat)
+    words = sorted({key.split(".")[1] for key in tensors if key.startswith("bundle_emb.")})
+    return LoraFile(nest(flat), words, dict(metadata))
+
+
+def folder_file(folder: Path) -> Path:
+    """The LoRA file in a folder. Raises DataError if there is none by diffusers' names."""
+    files = [folder / name for name in _FOLDER_FILES if (folder / name).exists()]
+    if not files:
+        raise DataError(f"{folder}: holds neither {' nor '.join(_FOLDER_FILES)}")
+    return files[0]
 
 
 def save_lora(
@@ -91,19 +111,21 @@ def save_lora(
     DoRA in kohya's style is read rightly by LyCORIS and sdjax alone, which a warning says: A1111 and ComfyUI normalise
     in other ways, and kohya's scripts and diffusers drop the magnitudes. diffusers reads it in "peft".
     Raises ConfigError for a wrong style or embeddings with "peft", DataError for an empty LoRA, for layers that the
-    model does not have, NaN and Inf (also those that `dtype` causes).
+    model does not have, NaN and Inf (also those that `dtype` causes), and for LoHa and its like with "peft".
     """
     if style not in STYLES:
         raise ConfigError(f"LoRA style {style!r}: choices are {', '.join(STYLES)}")
-    kernels = {place for place, _ in layers(expected, "kernel")}
-    adapters = {place: to_torch(layer, "/".join(place)) for place, layer in layers(lora, "scale")}
-    if stray := ["/".join(place) for place in adapters if place not in kernels]:
+    adapters = {
+        place: to_torch(layer, "/".join(place)) if layer.keys() <= _PLAIN else to_lycoris(layer, place)
+        for place, layer in layers(lora, "scale")
+    }
+    if stray := ["/".join(place) for place in adapters.keys() - adaptable(expected).keys()]:
         raise DataError(f"{path}: the LoRA adapts layers that the model does not have: {listing(stray)}")
     if not adapters:
         raise DataError(f"{path}: the LoRA adapts no layer, nothing to save")
     with np.errstate(over="ignore"):
         tensors = write_peft(adapters, dtype) if style == "peft" else write_kohya(adapters, expected, dtype)
-    if style == "kohya" and any(adapter.magnitude is not None for adapter in adapters.values()):
+    if style == "kohya" and any(name.endswith(".dora_scale") for name in tensors):
         log.warning(
             "%s: DoRA. A1111, ComfyUI, kohya's scripts and diffusers read it wrongly in this naming; LyCORIS and sdjax "
             "read it rightly. For the others merge it: sdjax convert MODEL NEW.safetensors --to single_file --lora %s",

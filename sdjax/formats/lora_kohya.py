@@ -18,7 +18,7 @@ from sdjax.formats import lora_lycoris
 from sdjax.formats.families import ARCHITECTURES, CONTEXT_WIDTHS, SD1, SD2, SDXL
 from sdjax.formats.ldm_names import ldm_name, ldm_prefixes
 from sdjax.formats.lora_layer import TorchAdapter, alpha_of, check_complete, group_tensors, rank_of
-from sdjax.formats.lora_lycoris import LycorisAdapter
+from sdjax.formats.lora_lycoris import LycorisAdapter, dora_scale
 from sdjax.formats.parameter_names import module_name, text_module_name
 from sdjax.formats.safetensors_file import encode
 from sdjax.lora import adaptable
@@ -32,12 +32,30 @@ _READ_PREFIXES = {
 _TENSORS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha", "dora_scale": "magnitude"}
 # How the tensors of networks begin that are not supported.
 _OTHER_KINDS = {"oft_": "OFT", "boft_": "BOFT", "on_input": "IA3"}
+# How the tensors of LyCORIS's other networks begin, and its name of the network.
+_ALGORITHMS = {"hada_": "loha", "lokr_": "lokr", "a1.": "glora", "diff": "full", "w_norm": "full", "b_norm": "full"}
 _BASE_MODELS = {SD1: "sd_v1", SD2: "sd_v2", SDXL: "sdxl_base_v1-0"}
 
 
 def is_kohya(names: Iterable[str]) -> bool:
     """Whether tensors of these names are a LoRA in kohya's naming."""
     return any(name.startswith(prefixes) for name in names for prefixes in _READ_PREFIXES.values())
+
+
+def split_key(key: str) -> tuple[str, str, str] | None:
+    """The part, the layer and the tensor that a key names, such as ("unet", "conv_in", "down"); None for other keys."""
+    module, _, name = key.partition(".")
+    for part, prefixes in _READ_PREFIXES.items():
+        for prefix in prefixes:
+            if module.startswith(prefix):
+                return part, module.removeprefix(prefix), _TENSORS.get(name, name)
+    return None
+
+
+def recorded_family(metadata: Mapping[str, str]) -> str | None:
+    """The family of the base model that a LoRA's metadata names; None if they name none that is known."""
+    version = metadata.get("ss_base_model_version", "")
+    return next((family for family, name in _BASE_MODELS.items() if version.startswith(name[:5])), None)
 
 
 def read_kohya(
@@ -73,16 +91,16 @@ def read_kohya(
     return adapters
 
 
-def _magnitude(dora_scale: np.ndarray) -> np.ndarray:
-    """DoRA's magnitude, [out] or [in, 1], in LyCORIS's shape: [out, 1, ...], or [1, in, ...] without `wd_on_output`."""
-    wide = [size for size in dora_scale.shape if size != 1]
+def _magnitude(tensor: np.ndarray) -> np.ndarray:
+    """The magnitude, [out] or [in, 1], of a `dora_scale`: [out, 1, ...], or [1, in, ...] without `wd_on_output`."""
+    wide = [size for size in tensor.shape if size != 1]
     if len(wide) > 1:
-        return dora_scale  # of no meaning; refused with the layer's shape
-    return dora_scale.reshape(-1, 1) if dora_scale.shape[:1] == (1,) and wide else dora_scale.reshape(-1)
+        return tensor  # of no meaning; refused with the layer's shape
+    return tensor.reshape(-1, 1) if tensor.shape[:1] == (1,) and wide else tensor.reshape(-1)
 
 
 def write_kohya(
-    adapters: Mapping[Path, TorchAdapter], expected: Mapping[str, Any], dtype: Any
+    adapters: Mapping[Path, TorchAdapter | LycorisAdapter], expected: Mapping[str, Any], dtype: Any
 ) -> dict[str, np.ndarray]:
     """The tensors of a LoRA by kohya's names. For SDXL the U-Net's names are LDM's, and text models are te1 and te2.
 
@@ -90,7 +108,8 @@ def write_kohya(
     ignores the alpha of an attention layer in a file with several alphas, and it takes an alpha of 0 (an adapter
     switched off) for the rank.
     """
-    alphas = Counter(_alpha(adapter) for adapter in adapters.values() if adapter.scale)
+    plain = [adapter for adapter in adapters.values() if isinstance(adapter, TorchAdapter)]
+    alphas = Counter(_alpha(adapter) for adapter in plain if adapter.scale)
     alpha = alphas.most_common(1)[0][0] if alphas else 1.0
     sdxl = "text_encoder_2" in expected
     prefixes = ldm_prefixes(expected["unet"]) if sdxl else {}
@@ -102,14 +121,16 @@ def write_kohya(
         else:
             name = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}[path[0]] if sdxl else "lora_te_"
             name += text_module_name(path[1:]).replace(".", "_")
+        if isinstance(adapter, LycorisAdapter):
+            wide = lambda key: np.float32 if key == "alpha" else dtype
+            tensors |= {f"{name}.{key}": tensor.astype(wide(key)) for key, tensor in adapter.tensors.items()}
+            continue
         up = adapter.up * np.float32(_alpha(adapter) / alpha)
         tensors[f"{name}.lora_down.weight"] = adapter.down.astype(dtype)
         tensors[f"{name}.lora_up.weight"] = up.astype(dtype)
         tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
         if adapter.magnitude is not None:
-            inputs = adapter.magnitude.ndim == 2
-            shape = (1,) * inputs + (-1,) + (1,) * (adapter.down.ndim - 1 - inputs)  # see `_magnitude`
-            tensors[f"{name}.dora_scale"] = adapter.magnitude.reshape(shape).astype(dtype)
+            tensors[f"{name}.dora_scale"] = dora_scale(adapter.magnitude, adapter.down.ndim).astype(dtype)
     return tensors
 
 
@@ -119,14 +140,17 @@ def kohya_metadata(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any
     tensors: those of `write_kohya`.
     """
     downs = [tensor for name, tensor in tensors.items() if name.endswith(".lora_down.weight")]
-    alpha = next(f"{float(tensor):g}" for name, tensor in tensors.items() if name.endswith(".alpha"))
+    alpha = next((f"{float(tensor):g}" for name, tensor in tensors.items() if name.endswith(".alpha")), "1")
     ranks = {down.shape[0] for down in downs}
     dora = any(name.endswith(".dora_scale") for name in tensors)
-    arguments = {"algo": "lora", "dora_wd": "True"} if dora else {}
+    names = {name.partition(".")[2] for name in tensors if not name.startswith("bundle_emb.")}
+    others = [algorithm for start, algorithm in _ALGORITHMS.items() if any(name.startswith(start) for name in names)]
+    arguments = {"algo": others[0] if others else "lora"} if dora or others else {}
+    arguments |= {"dora_wd": "True"} if dora else {}
     if len(ranks) == 1 and any(down.ndim == 4 and down.shape[2:] != (1, 1) for down in downs):
         arguments |= {"conv_dim": str(max(ranks)), "conv_alpha": alpha}
     metadata = {
-        "ss_network_module": "lycoris.kohya" if dora else "networks.lora",
+        "ss_network_module": "lycoris.kohya" if dora or others else "networks.lora",
         "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": alpha,
         "ss_network_args": json.dumps(arguments),

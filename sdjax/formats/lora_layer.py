@@ -10,7 +10,6 @@ import numpy as np
 from sdjax.errors import DataError
 from sdjax.formats.parameter_names import from_torch_layout, listing, to_torch_layout
 from sdjax.formats.weights_file import to_float32
-from sdjax.lora import kind
 from sdjax.trees import Path
 
 
@@ -104,14 +103,7 @@ def magnitude_of(magnitude: np.ndarray, kernel: tuple[int, ...], name: str) -> n
 
 
 def to_torch(layer: Mapping[str, Any], name: str) -> TorchAdapter:
-    """The inverse of `from_torch`, in float32.
-
-    DataError naming `name` for the stacked adapters of a batch, and for adapters other than LoRA and DoRA.
-    """
-    if others := layer.keys() - {"down", "up", "scale", "magnitude"}:
-        what = kind({key: value for key, value in layer.items() if key != "magnitude"})
-        fault = f"a {what} ({', '.join(sorted(others))})"
-        raise DataError(f"{name}: {fault}; only LoRA and DoRA can be written: --rank makes a LoRA of it")
+    """The inverse of `from_torch`, in float32. DataError naming `name` for the stacked adapters of a batch."""
     down, up, scale = (np.asarray(layer[part], np.float32) for part in ("down", "up", "scale"))
     if scale.ndim:
         raise DataError(f"{name}: holds an adapter for each example of a batch; choose one to save")

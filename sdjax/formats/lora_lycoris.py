@@ -10,13 +10,13 @@ Their files have kohya's names of layers. Here their tensors, in PyTorch's layou
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sdjax.errors import DataError
 from sdjax.formats.lora_layer import TorchAdapter, alpha_of, check_complete, from_torch, magnitude_of, rank_of
-from sdjax.formats.parameter_names import from_torch_layout, listing
+from sdjax.formats.parameter_names import from_torch_layout, listing, to_torch_layout
 from sdjax.formats.weights_file import to_float32
 from sdjax.trees import Path
 
@@ -55,6 +55,53 @@ def from_lycoris(adapter: LycorisAdapter, kernel: tuple[int, ...], name: str) ->
     if "magnitude" in tensors:
         parts["magnitude"] = magnitude_of(tensors["magnitude"], kernel, name)
     return {"scale": np.array(1, np.float32), **parts}
+
+
+def to_lycoris(layer: Mapping[str, Any], path: Path) -> LycorisAdapter:
+    """The inverse of `from_lycoris`, with the names of a file. A LoRA has `mid` and Tucker's factors multiplied out."""
+    kernel_axes = np.ndim(next(layer[name] for name in ("down", "w2", "diff", "bias") if name in layer))
+    parts = {name: np.asarray(array, np.float32) for name, array in layer.items()}
+    scale, tensors = float(parts["scale"]), {}
+    if "w1" in parts:
+        # LyCORIS has no scale where both factors are whole.
+        tensors = {"lokr_w1": scale * parts["w1"].T, "lokr_w2": to_torch_layout(parts["w2"]), "alpha": np.float32(1)}
+    elif "diff" in parts:
+        diff = scale * parts["diff"]
+        tensors = {"w_norm": diff} if kernel_axes == 1 else {"diff": to_torch_layout(diff)}
+    elif "down" in parts:
+        down, up = to_torch_layout(parts["down"]), parts["up"].T
+        alpha = np.float32(scale * len(down))
+        ones = (1,) * (kernel_axes - 2)
+        flat = lambda down: down.reshape(len(down), -1)
+        if "down_2" in parts:
+            second = to_torch_layout(parts["down_2"])
+            tensors = {
+                "hada_w1_a": up,
+                "hada_w1_b": flat(down),
+                "hada_w2_a": parts["up_2"].T,
+                "hada_w2_b": flat(second),
+            }
+        elif "gate_down" in parts:
+            a1, a2 = parts["gate_up"].T, parts["gate_down"].T
+            tensors = {"a1": a1.reshape(*a1.shape, *ones), "a2": a2.reshape(*a2.shape, *ones)}
+            tensors = {
+                f"{key}.weight": array
+                for key, array in (tensors | {"b1": up.reshape(*up.shape, *ones), "b2": down}).items()
+            }
+        else:
+            tensors = {"lora_down.weight": down, "lora_up.weight": up.reshape(*up.shape, *ones)}
+        tensors["alpha"] = alpha
+    if "bias" in parts:
+        tensors["b_norm" if kernel_axes == 1 and "diff" in parts else "diff_b"] = parts["bias"]
+    if "magnitude" in parts:
+        tensors["dora_scale"] = dora_scale(parts["magnitude"], kernel_axes)
+    return LycorisAdapter(path, {key: np.asarray(tensor) for key, tensor in tensors.items()})
+
+
+def dora_scale(magnitude: np.ndarray, axes: int) -> np.ndarray:
+    """A magnitude [out] or [in, 1] in LyCORIS's shape for a kernel of this many axes: [out, 1, ...] or [1, in, ...]."""
+    inputs = magnitude.ndim == 2
+    return magnitude.reshape((1,) * inputs + (-1,) + (1,) * (axes - 1 - inputs))
 
 
 def _lora(adapter: LycorisAdapter, kernel: tuple[int, ...], name: str) -> dict[str, np.ndarray]:
@@ -132,6 +179,14 @@ _FORMS = {
     **dict.fromkeys(("diff", "w_norm"), _full),
 }
 """The start of a tensor's name -> what makes the adapter of a layer that has such a tensor."""
+FORM_NAMES = {
+    "down": "LoRA",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    **dict.fromkeys(("a1.", "b1."), "GLoRA"),
+    **dict.fromkeys(("diff", "w_norm"), "full difference"),
+}
+"""The start of a tensor's name -> the kind of adapter."""
 
 
 def _mixed(core: np.ndarray, inputs: np.ndarray, name: str) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 
 from sdjax.errors import DataError
 from sdjax.formats.lora_layer import TorchAdapter, alpha_of, check_complete, group_tensors, rank_of
+from sdjax.formats.lora_lycoris import LycorisAdapter
 from sdjax.formats.parameter_names import module_name, text_module_name
 from sdjax.runtime import strict_json
 from sdjax.trees import Path, layers
@@ -39,14 +40,14 @@ def read_peft(
     paths = {(path[0], module_name(path[1:])): path for path, _ in layers(expected, "kernel")}
 
     def parse(key: str) -> tuple[Path, str] | None:
-        place = _parse(key)
+        place = split_key(key)
         return (paths[place[:2]], place[2]) if place and place[:2] in paths else None
 
-    settings = _read_settings(metadata)
+    settings = read_settings(metadata)
     adapters = {}
     for path, parts in group_tensors(tensors, parse).items():
         check_complete(parts, {"down", "up"}, path)
-        scale = _scale(settings, path, rank_of(parts["down"]), alpha_of(parts, path))
+        scale = scale_of(settings, path, rank_of(parts["down"]), alpha_of(parts, path))
         magnitude = parts.get("magnitude")
         if magnitude is not None and magnitude.size == max(magnitude.shape, default=1):
             magnitude = magnitude.reshape(-1)  # [out], in a convolution [1, out, 1, 1]
@@ -54,13 +55,16 @@ def read_peft(
     return adapters
 
 
-def write_peft(adapters: Mapping[Path, TorchAdapter], dtype: Any) -> dict[str, np.ndarray]:
+def write_peft(adapters: Mapping[Path, TorchAdapter | LycorisAdapter], dtype: Any) -> dict[str, np.ndarray]:
     """The tensors of a LoRA by PEFT's names.
 
     The file holds no alpha: the scale is multiplied into B, which every version of diffusers reads alike.
     """
     tensors = {}
     for (part, *path), adapter in adapters.items():
+        if not isinstance(adapter, TorchAdapter):
+            where = "/".join((part, *path))
+            raise DataError(f"{where}: PEFT's naming holds LoRA and DoRA alone; --rank makes a LoRA of other kinds")
         module = module_name(tuple(path)) if part == "unet" else text_module_name(tuple(path))
         tensors[f"{part}.{module}.lora_A.weight"] = adapter.down.astype(dtype)
         tensors[f"{part}.{module}.lora_B.weight"] = (adapter.up * np.float32(adapter.scale)).astype(dtype)
@@ -72,7 +76,7 @@ def write_peft(adapters: Mapping[Path, TorchAdapter], dtype: Any) -> dict[str, n
     return tensors
 
 
-def _parse(key: str) -> tuple[str, str, str] | None:
+def split_key(key: str) -> tuple[str, str, str] | None:
     """The part, the module and the tensor ("down", "up", "alpha", "magnitude") of a key; None if it has none."""
     match, old = next(((match, old) for pattern, old in _SPELLINGS if (match := pattern.fullmatch(key))), (None, False))
     if match is None:
@@ -100,7 +104,7 @@ def _modern_name(part: str, module: str) -> str:
     return f"{attention}.{projection}" + (".0" if projection == "to_out" else "")
 
 
-def _read_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
+def read_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
     """PEFT's configuration, with keys such as `unet.lora_alpha`."""
     try:
         settings = strict_json.parse(metadata.get(_METADATA, "{}"))
@@ -111,7 +115,7 @@ def _read_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
     return settings
 
 
-def _scale(settings: Mapping[str, Any], path: Path, rank: int, alpha: float | None) -> float:
+def scale_of(settings: Mapping[str, Any], path: Path, rank: int, alpha: float | None) -> float:
     """The scale of an adapter whose tensors hold this alpha, or none."""
     part, module = path[0], module_name(path[1:])
     setting = _pattern_value(settings.get(f"{part}.alpha_pattern"), module)

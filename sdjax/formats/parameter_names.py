@@ -7,12 +7,14 @@ or an embedding.
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
 from sdjax.errors import DataError
+from sdjax.formats.deferred import Deferred
 from sdjax.formats.safetensors_file import is_floating
 from sdjax.trees import Path, leaves, nest
 
@@ -55,6 +57,39 @@ def load_params(
     for integers, NaN and Inf.
     """
     dtype = np.dtype(dtype)
+    params: dict[Path, jax.Array] = {}
+    for path, (key, view) in _matched(tensors, expected, what).items():
+        host = _host_copy(view, dtype)
+        if not np.isfinite(host).all():
+            raise DataError(f"{what}: {key} holds NaN or Inf (as {dtype})")
+        place = sharding
+        for part in path if isinstance(sharding, Mapping) else ():
+            place = place[part]
+        params[path] = _on_device(host, place)
+    return nest(params)
+
+
+def view_params(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any], *, what: str) -> dict[str, Any]:
+    """The parameter tree of a state dict, whose leaves are read from the disk when they are written.
+
+    The arguments and errors are those of `load_params`; NaN and Inf raise when a leaf is read. A leaf keeps its dtype.
+    """
+
+    def read(key: str, view: np.ndarray) -> np.ndarray:
+        if not np.isfinite(view).all():
+            raise DataError(f"{what}: {key} holds NaN or Inf")
+        return view
+
+    matched = _matched(tensors, expected, what)
+    return nest(
+        {path: Deferred(view.shape, view.dtype, partial(read, key, view)) for path, (key, view) in matched.items()}
+    )
+
+
+def _matched(
+    tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any], what: str
+) -> dict[Path, tuple[str, np.ndarray]]:
+    """Path of each leaf -> the key of its tensor, and a view of it in sdjax's layout; see `load_params`."""
     keys = _canonical_names(tensors, what)
     wanted = {tensor_name(path): (path, leaf.shape) for path, leaf in leaves(expected)}
     missing = [name for name in wanted if name not in keys]
@@ -79,17 +114,7 @@ def load_params(
     integers = [f"{keys[name]} {view.dtype}" for name, view in views.items() if not is_floating(view.dtype)]
     if integers:
         raise DataError(f"{what} holds integer weights (quantised?), which are not supported: {listing(integers)}")
-
-    params: dict[Path, jax.Array] = {}
-    for name, (path, _) in wanted.items():
-        host = _host_copy(views[name], dtype)
-        if not np.isfinite(host).all():
-            raise DataError(f"{what}: {keys[name]} holds NaN or Inf (as {dtype})")
-        place = sharding
-        for part in path if isinstance(sharding, Mapping) else ():
-            place = place[part]
-        params[path] = _on_device(host, place)
-    return nest(params)
+    return {path: (keys[name], views[name]) for name, (path, _) in wanted.items()}
 
 
 def to_state_dict(params: Mapping[str, Any], *, prefix: str = "") -> dict[str, np.ndarray]:
@@ -101,7 +126,7 @@ def to_state_dict(params: Mapping[str, Any], *, prefix: str = "") -> dict[str, n
     tensors = {}
     for path, leaf in leaves(params):
         name = tensor_name(path)
-        array = np.asarray(leaf)
+        array = leaf if isinstance(leaf, Deferred) else np.asarray(leaf)
         if path[-1] == "kernel":
             array = to_torch_layout(array)
         tensors[name if path[0] == "text_projection" else prefix + name] = array

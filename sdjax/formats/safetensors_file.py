@@ -135,10 +135,11 @@ def encode(
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
+        array = np.asarray(tensors[name])  # computes a `Deferred`
         with np.errstate(over="ignore"):
-            contiguous = np.ascontiguousarray(tensors[name], dtype=targets[name])
-        narrowed = targets[name] == np.float16 and tensors[name].dtype != np.float16
-        if narrowed and not (np.isfinite(contiguous) | ~np.isfinite(tensors[name])).all():
+            contiguous = np.ascontiguousarray(array, dtype=targets[name])
+        narrowed = targets[name] == np.float16 and array.dtype != np.float16
+        if narrowed and not (np.isfinite(contiguous) | ~np.isfinite(array)).all():
             raise DataError(f"tensor {name!r} holds numbers above 65504, which do not fit in float16: choose bfloat16")
         yield contiguous.reshape(-1).view(np.uint8).data
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,8 @@ def read_single_file(
         raise ConfigError(f"prediction_type = {prediction_type!r}: choices are epsilon, v_prediction")
     tensors, metadata = read_tensors(path)
     try:
-        family = _family(tensors)
-        parts = _split(tensors, family)
+        family = family_of(tensors)
+        parts = split_parts(tensors, family)
         if recorded := _recorded_configs(metadata):
             configs, scheduler = recorded
         else:
@@ -128,11 +128,12 @@ def save_single_file(
     params: Mapping[str, Mapping[str, Any]],
     scheduler: Mapping[str, Any],
     dtype: Any = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a single file that A1111, ComfyUI and diffusers' `from_single_file` load.
 
     configs, params: part -> config and parameter tree. scheduler: the config of the scheduler. dtype: of the weights
-    written; None keeps each array's dtype.
+    written; None keeps each array's dtype. metadata: entries beside those that every single file has.
     Raises ConfigError unless the name ends in .safetensors or .sft, DataError for a U-Net that LDM has no names for.
     """
     path = Path(path)
@@ -166,7 +167,7 @@ def save_single_file(
     if scheduler.get("rescale_betas_zero_snr"):
         tensors["ztsnr"] = np.zeros(0, np.float32)
     architecture = "stable-diffusion-v2-768-v" if family == SD2 and v else ARCHITECTURES[family]
-    metadata = {
+    records = dict(metadata or {}) | {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture,
@@ -174,15 +175,20 @@ def save_single_file(
         _CONFIGS: json.dumps({"configs": dict(configs), "scheduler": dict(scheduler)}, sort_keys=True),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_safetensors(path, tensors, metadata, dtype=dtype)
+    save_safetensors(path, tensors, records, dtype=dtype)
 
 
 # The kind of a file.
 
 
-def _family(tensors: Mapping[str, np.ndarray]) -> str:
+def is_whole_model(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are a single file with a U-Net in it."""
+    return any(name.startswith(_UNET) for name in names)
+
+
+def family_of(tensors: Mapping[str, np.ndarray]) -> str:
     """The family of the model. Raises DataError for a file of another kind, which the error names."""
-    whole = any(key.startswith(_UNET) for key in tensors)
+    whole = is_whole_model(tensors)
     for pattern, kind in (_FOREIGN if whole else _FOREIGN | _PARTIAL).items():
         if any(re.match(pattern, key) for key in tensors):
             raise DataError(f"{kind}; {READABLE}")
@@ -233,7 +239,7 @@ def _levels(configs: Mapping[str, Mapping[str, Any]]) -> int:
     return len(channels)
 
 
-def _split(tensors: Mapping[str, np.ndarray], family: str) -> dict[str, dict[str, np.ndarray]]:
+def split_parts(tensors: Mapping[str, np.ndarray], family: str) -> dict[str, dict[str, np.ndarray]]:
     """Part -> tensors without prefix. Names in a text model are those of transformers, the others LDM's."""
 
     vae = vae_tensors(tensors)

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -21,6 +22,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; `{self.prog} --help` lists the flags")
+
+
+def file_and_rest(flag: str, text: str) -> tuple[Path, str | None]:
+    """The two parts of FILE:REST. Without a colon, or if the whole text is the name of a file, REST is None.
+
+    Raises DataError for a file that does not exist.
+    """
+    path, rest = Path(text), None
+    head, colon, tail = text.rpartition(":")
+    if colon and not path.exists():
+        path, rest = Path(head), tail
+    if not path.exists():
+        raise DataError(f"{flag} {path}: no such file")
+    return path, rest
 
 
 def run(

@@ -135,11 +135,11 @@ def with_rows(params: Mapping[str, Any], rows: Float[Array, "K D"], first: int, 
     They replace rows from there on, which no word uses. Raises DataError, which names `what`, if the table has fewer
     than `first` rows.
     """
-    table = params["embeddings"]["token_embedding"]["embedding"]
+    table = np.asarray(params["embeddings"]["token_embedding"]["embedding"])
     if first > len(table):
         raise DataError(f"{what}: a tokenizer of {first} words for a table of {len(table)} rows")
-    parts = [table[:first], jnp.asarray(rows, table.dtype), table[first + len(rows) :]]
-    table = {"embedding": jnp.concatenate(parts)}
+    parts = [table[:first], np.asarray(rows, table.dtype), table[first + len(rows) :]]
+    table = {"embedding": np.concatenate(parts)}
     return {**params, "embeddings": {**params["embeddings"], "token_embedding": table}}
 
 
