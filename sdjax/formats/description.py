@@ -146,7 +146,10 @@ def _lora(
         if not kohya and rank:
             scale = lora_peft.scale_of(settings, (part, module), rank, alpha)
             alpha = scale * rank
-        norm = _norm(parts, scale, f"{part}.{module}")
+        try:
+            norm = _norm(parts, scale, f"{part}.{module}")
+        except (KeyError, ValueError) as error:
+            raise DataError(f"{part}.{module}: tensors are missing or do not fit: {error}") from None
         rows.append({"part": part, "layer": module, "kind": kind, "rank": rank, "alpha": alpha, "norm": norm})
     bundled = any(key.startswith("bundle_emb.") for key in tensors)
     targets: dict[str, Counter] = defaultdict(Counter)
@@ -193,16 +196,15 @@ def _norm(parts: Mapping[str, np.ndarray], scale: float, name: str) -> float | N
     if "hada_w1_a" in parts:
         one, two = (_product(wide[f"hada_w{i}_a"], wide[f"hada_w{i}_b"]) for i in "12")
         return abs(scale) * float(np.linalg.norm(one * two))
-    if "diff" in parts or "w_norm" in parts:
-        return float(np.linalg.norm(wide.get("diff", wide.get("w_norm"))))  # type: ignore[arg-type]
-    factors = [
-        wide.get(f"lokr_w{i}") if f"lokr_w{i}" in wide else _product(wide[f"lokr_w{i}_a"], wide[f"lokr_w{i}_b"])
-        for i in "12"
-    ]
+    for name in {"diff", "w_norm"} & parts.keys():
+        return float(np.linalg.norm(wide[name]))
+    whole = lambda i: f"lokr_w{i}" in wide
+    factors = [wide[f"lokr_w{i}"] if whole(i) else _product(wide[f"lokr_w{i}_a"], wide[f"lokr_w{i}_b"]) for i in "12"]
     return abs(scale) * math.prod(float(np.linalg.norm(factor)) for factor in factors)
 
 
 _DENSE = ("hada_w1_a", "diff", "w_norm", "lokr_w1", "lokr_w1_a")
+"""Tensors of the forms, beside LoRA, whose norm follows from the file alone."""
 
 
 def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
