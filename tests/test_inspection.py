@@ -116,7 +116,7 @@ def test_embeddings(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("tensors", "fault"),
     [
-        ({"control_model.input_blocks.0.0.weight": (2, 2, 1, 1)}, "not an embedding file"),
+        ({"control_model.input_blocks.0.0.weight": (2, 2, 1, 1)}, "a ControlNet; sdjax reads"),
         ({"model.diffusion_model.double_blocks.0.weight": (2, 2)}, "Flux"),
         ({"lora_unet_conv_in.alpha": (2,)}, "alpha has shape"),
     ],

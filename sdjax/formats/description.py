@@ -53,9 +53,9 @@ def describe(source: str | os.PathLike) -> dict[str, Any]:
             return _model(family, "single file", split_parts(tensors, family), metadata)
         if groups := _lora_layers(tensors):
             return _lora(path, groups, tensors, metadata)
+        words = _words(path, tensors)
     except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    words = _words(path)
+        raise DataError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
     widths = {width for word in words.values() for width in word["widths"].values()}
     families = ["SDXL"] if len(widths) > 1 else [FAMILIES.get(width, "") for width in widths]
     return {
@@ -165,7 +165,7 @@ def _lora(
         "ranks": dict(Counter(row["rank"] for row in rows if row["rank"])),
         "alphas": dict(Counter(row["alpha"] or row["rank"] for row in rows if row["rank"])),
         "targets": {part: dict(counts) for part, counts in targets.items()},
-        "words": _words(path) if bundled else {},
+        "words": _words(path, tensors) if bundled else {},
         "metadata": dict(metadata),
         "layers": rows,
     }
@@ -174,7 +174,9 @@ def _lora(
 def _kind(parts: Mapping[str, np.ndarray]) -> str:
     kinds = [name for start, name in FORM_NAMES.items() if any(key.startswith(start) for key in parts)]
     kind = kinds[0] if kinds else "unknown"
-    return f"{kind} with DoRA" if "magnitude" in parts and kind != "LoRA" else "DoRA" if "magnitude" in parts else kind
+    if "magnitude" not in parts:
+        return kind
+    return "DoRA" if kind == "LoRA" else f"{kind} with DoRA"
 
 
 def _rank(parts: Mapping[str, np.ndarray]) -> int | None:
@@ -224,15 +226,24 @@ def _family(groups: Mapping[tuple[str, str], Mapping[str, np.ndarray]], metadata
 # ------------------------------------------------------------------------------------------------ words
 
 
-def _words(path: Path) -> dict[str, Any]:
-    """Word -> the widths and norms of its vectors, by text model."""
+def _words(path: Path, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Word -> the widths and norms of its vectors, by text model.
+
+    tensors: those of the file, by which the error for a file of another kind names it.
+    """
+    try:
+        words = load_embedding(path)
+    except DataError:
+        if tensors:
+            family_of(tensors)
+        raise
     return {
         word: {
             "vectors": len(next(iter(rows.values()))),
             "widths": {model: vectors.shape[1] for model, vectors in rows.items()},
             "norms": {model: np.linalg.norm(vectors, axis=1).tolist() for model, vectors in rows.items()},
         }
-        for word, rows in load_embedding(path).items()
+        for word, rows in words.items()
     }
 
 
