@@ -11,6 +11,7 @@ Each rule is a fact about a program, read in its source and written here in our 
 The models have the published shapes and no weights.
 """
 
+import functools
 import itertools
 import re
 
@@ -35,6 +36,7 @@ TEXT_MODELS = {
 FAMILIES = pytest.mark.parametrize("family", UNETS)
 
 
+@functools.cache
 def shapes(family):
     """Part -> tree of the shapes of the published model."""
     texts = {part: clip.TextConfig.from_dict(TEXTS[name]) for part, name in TEXT_MODELS[family].items()}
