@@ -250,6 +250,7 @@ def test_faults_are_named(tmp_path, changes, fault):
     {"lokr_w1": (2, 3), "lokr_w2_a": (4, 2), "lokr_w2_b": (3, 4)},
     {"lokr_w1": (6,), "lokr_w2": (4, 4)},
     {"diff": (8, 13)},
+    {"hada_w1_a": (), "hada_w1_b": (2, 12), "hada_w2_a": (8, 2), "hada_w2_b": (2, 12)},
     {"w_norm": (8,)},
     {"a1.weight": (12, 2), "a2.weight": (2, 12), "b1.weight": (8, 2), "b2.weight": (2, 11)},
     {"lora_down.weight": (2, 12), "lora_up.weight": (8, 2), "lora_mid.weight": (3, 3, 1, 1)},

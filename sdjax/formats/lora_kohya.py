@@ -32,8 +32,8 @@ _READ_PREFIXES = {
 _TENSORS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha", "dora_scale": "magnitude"}
 # How the tensors of networks begin that are not supported.
 _OTHER_KINDS = {"oft_": "OFT", "boft_": "BOFT", "on_input": "IA3"}
-# How the tensors of LyCORIS's other networks begin, and its name of the network.
-_ALGORITHMS = {"hada_": "loha", "lokr_": "lokr", "a1.": "glora", "diff": "full", "w_norm": "full", "b_norm": "full"}
+# A tensor of each of LyCORIS's other networks, and its name of the network.
+_ALGORITHMS = {"hada_w1_a": "loha", "lokr_w1": "lokr", "a1.weight": "glora", "diff": "full", "w_norm": "full"}
 _BASE_MODELS = {SD1: "sd_v1", SD2: "sd_v2", SDXL: "sdxl_base_v1-0"}
 
 
@@ -144,7 +144,7 @@ def kohya_metadata(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any
     ranks = {down.shape[0] for down in downs}
     dora = any(name.endswith(".dora_scale") for name in tensors)
     names = {name.partition(".")[2] for name in tensors if not name.startswith("bundle_emb.")}
-    others = [algorithm for start, algorithm in _ALGORITHMS.items() if any(name.startswith(start) for name in names)]
+    others = [algorithm for name, algorithm in _ALGORITHMS.items() if name in names]
     arguments = {"algo": others[0] if others else "lora"} if dora or others else {}
     arguments |= {"dora_wd": "True"} if dora else {}
     if len(ranks) == 1 and any(down.ndim == 4 and down.shape[2:] != (1, 1) for down in downs):

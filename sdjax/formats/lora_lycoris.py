@@ -42,6 +42,7 @@ def from_lycoris(adapter: LycorisAdapter, kernel: tuple[int, ...], name: str) ->
     Raises DataError naming `name` for tensors that are missing or do not fit the kernel, integers, NaN and Inf.
     """
     tensors = adapter.tensors
+    _check(all(tensor.ndim for key, tensor in tensors.items() if key != "alpha"), name, tensors, kernel)
     if len(kernel) == 1 and not tensors.keys() <= {"w_norm", "b_norm", "diff", "diff_b"}:
         raise DataError(f"{name}: a norm, which is adapted by w_norm and b_norm alone")
     forms = {form for key in tensors for start, form in _FORMS.items() if key.startswith(start) and key != "diff_b"}
@@ -71,8 +72,8 @@ def to_lycoris(layer: Mapping[str, Any], path: Path) -> LycorisAdapter:
     elif "down" in parts:
         down, up = to_torch_layout(parts["down"]), parts["up"].T
         alpha = np.float32(scale * len(down))
-        ones = (1,) * (kernel_axes - 2)
-        flat = lambda down: down.reshape(len(down), -1)
+        wide = lambda factor: factor.reshape(*factor.shape, *(1,) * (kernel_axes - 2))  # of a convolution of 1 x 1
+        flat = lambda factor: factor.reshape(len(factor), -1)
         if "down_2" in parts:
             second = to_torch_layout(parts["down_2"])
             tensors = {
@@ -83,13 +84,9 @@ def to_lycoris(layer: Mapping[str, Any], path: Path) -> LycorisAdapter:
             }
         elif "gate_down" in parts:
             a1, a2 = parts["gate_up"].T, parts["gate_down"].T
-            tensors = {"a1": a1.reshape(*a1.shape, *ones), "a2": a2.reshape(*a2.shape, *ones)}
-            tensors = {
-                f"{key}.weight": array
-                for key, array in (tensors | {"b1": up.reshape(*up.shape, *ones), "b2": down}).items()
-            }
+            tensors = {"a1.weight": wide(a1), "a2.weight": wide(a2), "b1.weight": wide(up), "b2.weight": down}
         else:
-            tensors = {"lora_down.weight": down, "lora_up.weight": up.reshape(*up.shape, *ones)}
+            tensors = {"lora_down.weight": down, "lora_up.weight": wide(up)}
         tensors["alpha"] = alpha
     if "bias" in parts:
         tensors["b_norm" if kernel_axes == 1 and "diff" in parts else "diff_b"] = parts["bias"]
