@@ -72,7 +72,7 @@ def save(folder: str | Path, step: int, state: PyTree, metadata: Mapping[str, An
             _remove_leftovers(folder)
             temporary.mkdir()
         processes.wait(f"the folder of checkpoint {step}")
-        with _plainly_named(temporary) as plain, _quiet():
+        with _plainly_named(temporary, together=True) as plain, _quiet():
             ocp.save(str(plain / "state"), arrays)
         if processes.is_first():
             if not (temporary / "state").is_dir():
@@ -198,13 +198,24 @@ def _read_arrays(place: Path) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def _plainly_named(folder: Path) -> Iterator[Path]:
+def _plainly_named(folder: Path, *, together: bool = False) -> Iterator[Path]:
     """Gives the folder a name of letters, digits, dots, hyphens and slashes during the block.
 
     orbax takes brackets, backslashes and some other characters of a path for patterns and separators.
+    together: all processes enter and leave the block, and each gets the same name, as orbax demands when it saves.
     """
     if re.fullmatch(r"[\w./-]*", str(folder), re.ASCII):
         yield folder
+        return
+    if together and processes.are_several():
+        link = Path(tempfile.gettempdir(), f"sdjax-{hashlib.sha256(os.fsencode(folder)).hexdigest()}")
+        with contextlib.suppress(FileExistsError):  # made by another process of this machine
+            link.symlink_to(folder, target_is_directory=True)
+        if not link.is_symlink() or link.readlink() != folder:
+            raise FileExistsError(f"{link} is not a link to {folder}")
+        yield link
+        processes.wait(f"{link} is not used")
+        link.unlink(missing_ok=True)
         return
     with tempfile.TemporaryDirectory() as temporary:
         link = Path(temporary) / "checkpoint"
