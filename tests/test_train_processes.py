@@ -112,6 +112,28 @@ def test_a_process_that_is_killed_ends_the_other(run, tmp_path):
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")
 
 
+SAVING = """
+import sys, jax, numpy as np
+from sdjax.train import checkpoint
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+state = {"kernel": np.arange(6, dtype=np.float32)}
+for step in (1, 2):
+    checkpoint.save(sys.argv[3], step, state, {})
+assert checkpoint.restore(sys.argv[3], lambda _: state).state["kernel"].tolist() == [0, 1, 2, 3, 4, 5]
+"""
+
+
+def test_processes_save_below_a_folder_of_any_name(tmp_path):
+    """orbax takes a space or a bracket for something else, and all processes must give it the same name."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", SAVING, place]
+    both = [subprocess.Popen([*command, str(index), str(tmp_path / "a [b]")]) for index in range(2)]
+    assert codes(both) == [0, 0]
+    assert checkpoint.steps(tmp_path / "a [b]") == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
