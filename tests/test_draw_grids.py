@@ -57,6 +57,13 @@ def test_captions_stand_below_enlarged_pictures_and_are_cut_to_their_width():
     assert not caption[:, lime[2] :].any() and not ink[blue[3] :].any()
 
 
+@pytest.mark.parametrize(("count", "columns"), [(1, 4), (3, 2), (6, 4)])
+def test_the_pictures_of_a_sheet_with_captions_are_found_again(count, columns):
+    values = np.random.default_rng(0).integers(0, 256, (count, 150, 200, 3), np.uint8)
+    whole = grids.captioned([Image.fromarray(each) for each in values], ["text"] * count, columns=columns)
+    assert (np.stack(grids.uncaptioned(whole, count, columns=columns)) == values).all()
+
+
 @pytest.mark.parametrize(
     ("text", "name", "values"),
     [

@@ -7,10 +7,12 @@ import jax
 import micro
 import numpy as np
 import pytest
+from PIL import Image
 
 from sdjax import trees
 from sdjax.errors import TrainingStopped
 from sdjax.train import checkpoint, stages
+from sdjax.train.curves import loss_curves
 from sdjax.train.loop import train
 from sdjax.train.metrics import Metrics
 from sdjax.train.results import NOTHING
@@ -62,3 +64,20 @@ def test_a_held_out_loss_that_is_not_finite_is_null(settings, tmp_path):
     with metrics.of_stage(run.stages[0], 0, shown=False):
         metrics.held_out(0, float("nan"))
     assert micro.metric_lines(tmp_path, "held_out_loss") == [{"stage": "style", "step": 0, "held_out_loss": None}]
+
+
+def test_a_run_leaves_the_curves_of_its_losses(finished, tmp_path):
+    output, _ = finished
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    expected = loss_curves(lines)
+    assert expected is not None and (np.asarray(Image.open(output / "loss.png")) == np.asarray(expected)).all()
+
+
+def test_there_are_no_curves_before_the_first_step(settings, tmp_path):
+    run = stages.plan_run(settings())
+    metrics = Metrics(tmp_path / "metrics.jsonl", run, stage=0, step=0)
+    with metrics.of_stage(run.stages[0], 0, shown=False):
+        assert metrics.draw_losses() is None
+        metrics.held_out(0, 1.0)
+        assert metrics.draw_losses() is None
+    assert not (tmp_path / "loss.png").exists()

@@ -1,7 +1,10 @@
 """The pictures that a run draws while it trains."""
 
+import numpy as np
 import pytest
 from PIL import Image
+
+from sdjax.draw import grids
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -9,6 +12,16 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def test_every_validation_leaves_pictures(finished):
     output, _ = finished
     names = {path.name for path in (output / "samples").iterdir()}
-    assert names == {"style-0.png", "style-3.png", "style-6.png", "style-before-after.png"}
+    steps = {f"style-{step}.png" for step in (0, 3, 6)}
+    assert names == steps | {"style-before-after.png", "style-over-time.png"}
     for name in names:
         Image.open(output / "samples" / name).load()
+
+
+def test_the_sheet_over_time_holds_the_pictures_of_each_validation_in_its_column(finished):
+    samples = finished[0] / "samples"
+    whole = np.asarray(Image.open(samples / "style-over-time.png"))
+    for number, step in enumerate((0, 3, 6)):
+        (picture,) = grids.uncaptioned(Image.open(samples / f"style-{step}.png"), 1, columns=4)
+        side, left = picture.width, whole.shape[1] - (3 - number) * (picture.width + 4)
+        assert (whole[22 : 22 + side, left : left + side] == np.asarray(picture)).all()

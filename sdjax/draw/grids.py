@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sdjax.draw.settings import declarations, from_text
 from sdjax.errors import ConfigError
 
-_FONT, _LINE, _GAP = 14, 22, 4  # pixels
+_FONT, _LINE, _GAP, _BORDER = 14, 22, 4, 6  # pixels
 
 
 class Axis(NamedTuple):
@@ -86,18 +86,33 @@ def labelled(pictures: Sequence[Image.Image], columns: Sequence[str], rows: Sequ
 
 def captioned(pictures: Sequence[Image.Image], captions: Sequence[str], *, columns: int) -> Image.Image:
     """Puts pictures of one size in rows, each above its caption. Small pictures are enlarged, for longer captions."""
-    factor, gap = -(-192 // pictures[0].width), 6
+    factor = -(-192 // pictures[0].width)
     width, height = (side * factor for side in pictures[0].size)
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
-    whole = Image.new("RGB", (gap + columns * (width + gap), gap + rows * (height + _LINE + gap)), "white")
+    size = (_BORDER + columns * (width + _BORDER), _BORDER + rows * (height + _LINE + _BORDER))
+    whole = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(whole), ImageFont.load_default(_FONT)
     for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        y, x = divmod(i, columns)
-        left, top = gap + x * (width + gap), gap + y * (height + _LINE + gap)
+        left, top = _corner(i, columns, width, height)
         whole.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
         pen.text((left, top + height + 2), _shortened(caption, font, width), fill="black", font=font)
     return whole
+
+
+def uncaptioned(sheet: Image.Image, count: int, *, columns: int) -> list[Image.Image]:
+    """Returns the pictures of a sheet that `captioned` made of so many, as large as they are there."""
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    width = (sheet.width - _BORDER) // columns - _BORDER
+    height = (sheet.height - _BORDER) // rows - _LINE - _BORDER
+    corners = [_corner(i, columns, width, height) for i in range(count)]
+    return [sheet.crop((left, top, left + width, top + height)) for left, top in corners]
+
+
+def _corner(i: int, columns: int, width: int, height: int) -> tuple[int, int]:
+    y, x = divmod(i, columns)
+    return _BORDER + x * (width + _BORDER), _BORDER + y * (height + _LINE + _BORDER)
 
 
 def _shortened(text: str, font: Any, width: int) -> str:

@@ -28,6 +28,7 @@ from sdjax.train.export import export
 from sdjax.train.file_metadata import today
 from sdjax.train.metrics import Metrics
 from sdjax.train.parallel import stack, stack_frozen, together, unstack
+from sdjax.train.progress import COMPILING
 from sdjax.train.results import Results, after
 from sdjax.train.sharing import push
 from sdjax.train.stages import Run, StagePlan, parallelize_stage, plan_runs, prepare
@@ -124,20 +125,24 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
         batches = entered.enter_context(contextlib.closing(prefetch(batch, range(begin, plan.stage.steps))))
         for training in trainings:
             entered.enter_context(training.metrics.of_stage(training.plan, begin, shown=training is first))
+        progress = first.metrics.progress
         for step in range(begin, plan.stage.steps + 1):  # the number of steps done
             if code := agreed(stop.exit_code):
                 _save(step, current())
                 return code
             if step in validated:
                 grid, writes = None, step in written
-                for training, reached in current():
-                    if training in working and processes.is_first():
-                        grid = training.validate(step, reached)
-                    if writes and processes.is_first():
-                        training.write(step, reached, grid)
+                with progress.waiting("validating"):
+                    for training, reached in current():
+                        if training in working and processes.is_first():
+                            grid = training.validate(step, reached)
+                            training.metrics.draw_losses()
+                        if writes and processes.is_first():
+                            training.write(step, reached, grid)
             if step == plan.stage.steps:
                 break
-            state, measured = parallel.step(state, frozen, next(batches), key)
+            with progress.waiting(COMPILING) if step == begin else contextlib.nullcontext():
+                state, measured = parallel.step(state, frozen, next(batches), key)
             _read(trainings)  # of the step before, while this one runs
             for i, training in enumerate(trainings):
                 values = {name: value[i] for name, value in measured.items()} if copies else measured
@@ -146,9 +151,15 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
                 _save(step + 1, current())
         grid = None
         for training, reached in current():
+            shown: dict[str, Path | None] = {}
             if training in working and processes.is_first():
                 grid = training.validate.before_and_after()
+                over_time, losses = training.validate.over_time(), training.metrics.draw_losses()
+                shown = {"before and after": grid, "pictures over time": over_time, "losses": losses}
             training.finish(reached, grid)
+            for what, path in shown.items():
+                if path is not None:
+                    log.info("  %s: %s", what, path)
         return int(processes.largest(stop.exit_code))
 
 

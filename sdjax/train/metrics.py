@@ -1,4 +1,4 @@
-"""The reports of a run: a line of metrics.jsonl for each step, the same for its trackers, and the progress bar.
+"""The reports of a run: a line of metrics.jsonl for each step, the same for its trackers, the curves, and the bar.
 
 The numbers of a step are read from the device while the next step runs, so that the device never waits.
 """
@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,8 @@ from jaxtyping import Array
 from sdjax.errors import DataError, TrainingStopped
 from sdjax.runtime import processes
 from sdjax.runtime.whole_file import replacing
+from sdjax.train.curves import loss_curves
+from sdjax.train.progress import Progress
 from sdjax.train.stages import Run, StagePlan
 from sdjax.train.trackers import Course, Place, Trackers
 
@@ -57,18 +58,10 @@ class Metrics:
     @contextlib.contextmanager
     def of_stage(self, plan: StagePlan, step: int, *, shown: bool = True) -> Iterator[None]:
         """Within the block, lines belong to this stage. Its progress bar starts at `step`; shown: show the bar."""
-        from tqdm.auto import tqdm
-
         self._plan = plan
-        with tqdm(
-            total=plan.stage.steps,
-            initial=step,
-            desc=plan.stage.name,
-            unit="step",
-            mininterval=0.2 if sys.stderr.isatty() else 15,
-            dynamic_ncols=True,
-            disable=not (shown and processes.is_first()),
-        ) as self._bar:
+        shown = shown and processes.is_first()
+        self.progress = Progress(plan.stage.name, steps=plan.stage.steps, done=step, shown=shown)
+        with contextlib.closing(self.progress):
             yield
 
     def measured(self, step: int, values: Mapping[str, Array]) -> None:
@@ -103,8 +96,8 @@ class Metrics:
         }
         self._since = now
         self.write(line)
-        self._bar.set_postfix(loss=f"{loss:.4g}", lr=f"{max(rates.values()):.3g}", refresh=False)
-        self._bar.update(1)
+        self.progress.show(loss=loss, lr=max(rates.values()))
+        self.progress.step()
         self._check_finite(step, bool(values["finite"]), loss, norm)
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -123,6 +116,19 @@ class Metrics:
         stage = self._plan.stage.name
         self._trackers.picture(Place(self._before[stage] + step, validation=True), f"{stage}/{name}", path)
 
+    def draw_losses(self) -> Path | None:
+        """Draws the losses so far beside metrics.jsonl. Returns the path of the picture, or None before a step."""
+        if not self._path.exists():
+            return None
+        lines = [json.loads(line) for line in self._path.read_text("utf-8").splitlines()]
+        picture = loss_curves(lines)
+        if picture is None:
+            return None
+        path = self._path.with_name("loss.png")
+        with replacing(path) as file:
+            picture.save(file, "PNG")
+        return path
+
     def close(self) -> None:
         """Closes the trackers."""
         self._trackers.close()
@@ -130,6 +136,7 @@ class Metrics:
     def held_out(self, step: int, loss: float) -> None:
         """Writes and logs the held-out loss."""
         self.write({"stage": self._plan.stage.name, "step": step, "held_out_loss": _finite(loss)})
+        self.progress.show(held_out=loss)
         log.info("%s, %s, step %d: held-out loss %.5f", self._name, self._plan.stage.name, step, loss)
 
     def _place(self, line: Mapping[str, Any]) -> Place:

@@ -30,6 +30,9 @@ from sdjax.train.step import Draws, Frozen, Recipe, State, distance, evaluated, 
 
 log = logging.getLogger(__name__)
 
+_COLUMNS = 4
+"""Pictures in a row of the sheet of a validation."""
+
 HeldOutLoss = Callable[[Mapping[str, PyTree], PyTree], float]
 HeldOutErrors = Callable[[PyTree, PyTree, Mapping[str, Array], Array | np.integer], Float[Array, " B"]]
 
@@ -87,8 +90,8 @@ class Validator:
             return None
         self._drawn = {k: v for k, v in self._drawn.items() if k == 0}  # the first and the newest are kept
         self._drawn[step] = self._draw(self._current(state))
-        path = self._samples / f"{self._plan.stage.name}-{step}.png"
-        _save(path, grids.captioned(self._drawn[step], self._captions, columns=4))
+        path = self._sheet(step)
+        _save(path, grids.captioned(self._drawn[step], self._captions, columns=_COLUMNS))
         self._metrics.picture(step, "samples", path)
         return path
 
@@ -137,6 +140,30 @@ class Validator:
         """Whether the stage begins with the model that `_base` returns, and the prompts have no new word."""
         plan = self._plan
         return not (plan.number or plan.new_words or plan.adapters)
+
+    def over_time(self) -> Path | None:
+        """Saves a sheet with the pictures of up to eight validations side by side, also of those before a resume.
+
+        Returns its path, or None if there were fewer than three, which the sheet of before and after shows.
+        """
+        last, every = self._plan.stage.steps, self._settings.every
+        if not self._captions or not every:
+            return None
+        size = _size(self._sheet(last))  # other prompts make other sheets
+        steps = [n for n in [*range(0, last, every), last] if _size(self._sheet(n)) == size]
+        if len(steps) < 3:
+            return None
+        shown = [steps[round(i * (len(steps) - 1) / 7)] for i in range(8)] if len(steps) > 8 else steps
+        columns = [_pictures(self._sheet(step), len(self._captions)) for step in shown]
+        pictures = [each for row in zip(*columns, strict=True) for each in row]
+        for each in pictures:
+            each.thumbnail((192, 192))
+        path = self._samples / f"{self._plan.stage.name}-over-time.png"
+        _save(path, grids.labelled(pictures, [f"step {step}" for step in shown], self._captions))
+        return path
+
+    def _sheet(self, step: int) -> Path:
+        return self._samples / f"{self._plan.stage.name}-{step}.png"
 
     def _without_words(self) -> list[str]:
         """Returns the prompts with init words in place of new words."""
@@ -298,6 +325,19 @@ def make_held_out_loss(
         return total / (count * levels)
 
     return loss
+
+
+def _size(sheet: Path) -> tuple[int, int] | None:
+    """Returns the size of an image file, or None if there is none."""
+    if not sheet.exists():
+        return None
+    with Image.open(sheet) as image:
+        return image.size
+
+
+def _pictures(sheet: Path, count: int) -> list[Image.Image]:
+    with Image.open(sheet) as image:
+        return grids.uncaptioned(image, count, columns=_COLUMNS)
 
 
 def _save(path: Path, image: Image.Image) -> None:
