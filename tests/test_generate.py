@@ -157,7 +157,7 @@ def test_an_image_is_redrawn_at_its_size_down_to_multiples_of_8(tmp_path):
         (["--num-images", "0"], 2, "--num-images = 0: expected at least 1"),
         (["--seed", "-1"], 2, "--seed = -1: expected at least 0"),
         (["--clip-skip", "0"], 2, "--clip-skip = 0: expected at least 1"),
-        (["--sampler", "eular"], 2, "--sampler = 'eular': expected one of ddim, pndm"),
+        (["--sampler", "eular"], 2, "--sampler = 'eular': expected one of ddim, ddpm, pndm"),
         (["--sampler", "ddim", "--karras"], 2, "sampler 'ddim' has no spacing 'karras'"),
         (["--sampler", "lcm", "--steps", "51"], 2, "steps 51 must be at most 50"),
         (["--clip-skip", "9"], 2, "clip_skip = 9: must lie in 1 (last layer)"),
