@@ -171,15 +171,15 @@ def read_value(hint: Any, value: Any, key: str) -> Any:
 def parse(hint: Any, text: str, key: str) -> Any:
     """Reads the value of a setting from a text, such as that of a flag. Raises ConfigError like `read_value`.
 
-    Numbers are converted, and a list of whole numbers is divided at its commas.
+    Numbers are converted, and a list of numbers is divided at its commas.
     """
     plain = plain_type(hint)
     value: Any = text
     with contextlib.suppress(ValueError):  # read_value refuses a text that is no number, and names the rule
         if plain in (int, float):
             value = plain(text)
-        elif get_origin(plain) is tuple and plain_type(get_args(plain)[0]) is int:
-            value = [int(part) for part in text.split(",")]
+        elif get_origin(plain) is tuple and (number := plain_type(get_args(plain)[0])) in (int, float):
+            value = [number(part) for part in text.split(",")]
     return read_value(hint, value, key)
 
 

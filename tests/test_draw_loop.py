@@ -120,6 +120,7 @@ def test_fields_are_those_a1111_writes(outline):
         ({"spacing": "karras", "karras": True}, {"Schedule type": "Karras"}),
         ({"spacing": "sgm_uniform"}, {"Schedule type": "SGM Uniform"}),
         ({"guidance_rescale": 0.7}, {"CFG Rescale": 0.7}),
+        ({"freeu": [1.5, 1.6, 0.9, 0.2]}, {"FreeU": (1.5, 1.6, 0.9, 0.2)}),
         ({"strength": 0.5}, {"Denoising strength": 0.5}),
         ({"clip_skip": 2}, {"Clip skip": 2}),
         ({"sampler": "euler_a"}, {"Sampler": "Euler a"}),

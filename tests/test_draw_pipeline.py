@@ -97,6 +97,8 @@ def test_there_is_one_program_for_each_shape(tiny):
     ]
     for change in changes:
         assert compilations(lambda change=change: draw("cyclone", **({"steps": 3} | change))) == 0, change
+    assert compilations(lambda: draw("cyclone", steps=2, freeu=(1.3, 1.4, 0.9, 0.2))) > 0  # an input of its own
+    assert compilations(lambda: draw("taco", steps=3, freeu=(1.1, 1.2, 0.6, 0.4))) == 0
     # Without guidance there is no negative prompt, so the batch is half as large: another shape.
     few = {"guidance": 1.0, "steps": 2}
     assert compilations(lambda: draw("cyclone", **few)) > 0
@@ -142,7 +144,7 @@ def test_transparent_and_grey_images_are_read(tiny):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"sampler": "magic"}, "sampler = 'magic': expected one of ddim, pndm"),
+        ({"sampler": "magic"}, "sampler = 'magic': expected one of ddim, ddpm, pndm"),
         ({"steps": 0}, "steps = 0: expected at least 1 and at most 1000"),
         ({"negative_prompt": [5]}, r"negative_prompt = \[5\]: expected a text, or a list of texts"),
         ({"num_images": "2"}, "num_images = '2': expected a whole number"),

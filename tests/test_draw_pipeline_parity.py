@@ -114,6 +114,24 @@ def test_guidance_off_and_low(models, final_latents, monkeypatch, kind, guidance
 
 
 @parity
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_freeu(models, final_latents, monkeypatch, kind):
+    theirs, ours = models(kind)
+    pipeline = with_scheduler(theirs, "ddim", monkeypatch)
+    plain = their_picture(pipeline, PROMPTS, NEGATIVES, latents=start())
+    pipeline.enable_freeu(b1=1.3, b2=1.4, s1=0.9, s2=0.2)
+    try:
+        expected = their_picture(pipeline, PROMPTS, NEGATIVES, latents=start())
+    finally:
+        pipeline.disable_freeu()
+    assert oracle.error(plain[0], expected[0]) > 0.01
+    drawn = ours.text2image(
+        PROMPTS, NEGATIVES, latents=start(), steps=STEPS, sampler="ddim", freeu=(1.3, 1.4, 0.9, 0.2), progress=False
+    )
+    assert_same(drawn, expected, final_latents)
+
+
+@parity
 @pytest.mark.parametrize("kind", ["sd1", "sd2v", "sdxl"])
 def test_guidance_rescale(models, final_latents, monkeypatch, kind):
     theirs, ours = models(kind)

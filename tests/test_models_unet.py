@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_configs import FLOAT32, HALF, examples, normal
 
+from sdjax.models.unet import low_frequencies
+
 pytestmark = pytest.mark.parity
 
 
@@ -177,3 +179,14 @@ def test_unets_as_published_in_every_dtype(tmp_path, family):
         error = oracle.error(out.astype(jnp.float32), expected)
         print(f"{family} {dtype}: {error:.1e}")
         assert error <= bound
+
+
+@pytest.mark.parametrize("size", [(6, 5), (8, 8), (1, 3)])
+def test_low_frequencies_are_four_coefficients_of_the_fourier_transform(size):
+    x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
+    shifted = np.fft.fftshift(np.fft.fft2(x, axes=(1, 2)), axes=(1, 2))
+    kept = np.zeros_like(shifted)
+    region = np.s_[:, *(slice(max(side // 2 - 1, 0), side // 2 + 1) for side in size)]
+    kept[region] = shifted[region]
+    expected = np.fft.ifft2(np.fft.ifftshift(kept, axes=(1, 2)), axes=(1, 2)).real
+    np.testing.assert_allclose(low_frequencies(jnp.asarray(x)), expected, atol=1e-6)

@@ -179,4 +179,6 @@ def _condition(
     if width := outline.unet.config.time_cond_proj_dim:
         scale = jnp.full((len(texts),), (request.guidance - 1) * 1000, jnp.float32)
         added["timestep_cond"] = timestep_embedding(scale, width, flip_sin_to_cos=False, freq_shift=1)
+    if (factors := settings["freeu"]) is not None:
+        added["freeu"] = jnp.tile(jnp.asarray(factors, jnp.float32), (len(texts), 1))
     return Condition(context, added or None)

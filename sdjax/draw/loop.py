@@ -174,7 +174,7 @@ def png_fields(request: Request, i: int, name: str, *, inpainted: bool) -> dict[
     settings, (height, width) = request.settings, request.size
     fields = labelled({**settings, "spacing": request.spacing}, ["steps", "sampler", "spacing", "guidance"])
     fields |= {"Seed": request.seeds[i], "Size": f"{width}x{height}", "Model": Path(name).stem}
-    fields |= labelled(settings, changed(settings, ["guidance_rescale"]))
+    fields |= labelled(settings, changed(settings, ["guidance_rescale", "freeu"]))
     fields |= labelled({"strength": request.strength}, ["strength"] if request.strength != 1 else [])
     fields |= labelled(settings, changed(settings, ["clip_skip", "emphasis", *SIZE_CONDITIONS]))
     if settings["variation_strength"]:

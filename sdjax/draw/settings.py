@@ -144,6 +144,16 @@ class Sampling(TypedDict, total=False):
             0.0, "guidance rescale against overexposure; phi of Lin et al. 2023, section 3.4", "CFG Rescale", axis=True
         ),
     ]
+    freeu: Annotated[
+        tuple[float, float, float, float] | None,
+        Declared(
+            None,
+            "factors of FreeU of Si et al. 2023: of the backbone and of the skips, at the smallest and the next level",
+            "FreeU",
+            unset="off",
+            metavar="B1,B2,S1,S2",
+        ),
+    ]
     height: Annotated[Side | None, Declared(None, "height", unset="the model's, or the image's", metavar="PIXELS")]
     width: Annotated[Side | None, Declared(None, "width", unset="the model's, or the image's", metavar="PIXELS")]
     original_size: Annotated[

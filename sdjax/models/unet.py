@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -218,11 +219,41 @@ class SpatialTransformer(nn.Module):
         return x + project("proj_out")(h.reshape(x.shape))
 
 
+def low_frequencies(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """Returns the part of feature maps with the frequencies 0 and -1 of both axes, float32.
+
+    It is the real part of the inverse Fourier transform of these four coefficients, which FreeU scales.
+    """
+
+    def waves(size):
+        angle = 2 * np.pi * np.subtract.outer(np.arange(size), np.arange(size)) / size
+        second = np.cos(angle) * (size > 1)  # of size 1, the frequency -1 is 0 again
+        return (1 + second) / size, np.sin(angle) / size
+
+    def along(rows, columns):
+        rows, columns = jnp.asarray(rows, jnp.float32), jnp.asarray(columns, jnp.float32)
+        return jnp.einsum("hi,wj,bijc->bhwc", rows, columns, x.astype(jnp.float32), precision="highest")
+
+    (cosines, sines), (cosines_across, sines_across) = waves(x.shape[1]), waves(x.shape[2])
+    return along(cosines, cosines_across) - along(sines, sines_across)
+
+
+def free(x: Array, skip: Array, backbone: Float[Array, " B"], scale: Float[Array, " B"]) -> tuple[Array, Array]:
+    """FreeU: Si et al. 2023, "FreeU: Free Lunch in Diffusion U-Net", with the constant backbone factor of its code.
+
+    Multiplies the first half of the channels of x by `backbone`, and the low frequencies of skip by `scale`.
+    """
+    spread = lambda factor: factor[:, None, None, None]
+    half = jnp.arange(x.shape[-1]) < x.shape[-1] // 2
+    lower = spread(scale - 1) * low_frequencies(skip)
+    return jnp.where(half, spread(backbone).astype(x.dtype) * x, x), (skip + lower).astype(skip.dtype)
+
+
 class Stack(nn.Module):
     """One level of the U-Net: residual blocks, each followed by a transformer if `attends`.
 
     On the way up, each residual block also takes one feature map of the way down, from the end of `skips`.
-    size: height and width of the result of a level that enlarges.
+    size: height and width of the result of a level that enlarges. freeu: the factors of `free`.
     Returns the last feature map, and all that the level on the way up takes.
     """
 
@@ -238,13 +269,16 @@ class Stack(nn.Module):
     upsample: bool = False
 
     @nn.compact
-    def __call__(self, x, time, context, skips: tuple = (), size: tuple[int, int] | None = None):
+    def __call__(self, x, time, context, skips: tuple = (), size: tuple[int, int] | None = None, freeu=None):
         config = self.config
         resnet = remat(ResnetBlock, self.compute, "blocks", "levels")
         outputs = []
         for i in range(self.layers):
             if skips:
-                x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
+                skip = skips[-1 - i]
+                if freeu is not None:
+                    x, skip = free(x, skip, *freeu)
+                x = jnp.concatenate([x, skip], axis=-1)
             x = resnet(
                 self.features,
                 config.norm_num_groups or 32,
@@ -329,7 +363,8 @@ class UNet(nn.Module):
 
         latents: of unit variance, noised. timesteps: those of the noise schedule, or numbers between them. context: of
         the prompts. added: for SDXL `text_embeds` [B, D] and `time_ids` [B, 6] (original size, crop and target size in
-        pixels); `timestep_cond` [B, D] for models that are distilled with the guidance as an input (LCM).
+        pixels); `timestep_cond` [B, D] for models that are distilled with the guidance as an input (LCM); `freeu`
+        [B, 4], the factors b1, b2, s1 and s2 of FreeU, for its two smallest levels.
         """
         config, compute = self.config, self.compute
         added = added or {}
@@ -380,6 +415,7 @@ class UNet(nn.Module):
             layers = config.layers_per_block[j] + 1
             taken, skips = skips[-layers:], skips[:-layers]
             size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None  # twice the size, or one less if odd
+            freeu = (added["freeu"][:, i], added["freeu"][:, 2 + i]) if "freeu" in added and i < 2 else None
             x, _ = level(
                 config,
                 channels[j],
@@ -391,7 +427,7 @@ class UNet(nn.Module):
                 compute,
                 upsample=i < last,
                 name=f"up_blocks_{i}",
-            )(x, time, context, taken, size)
+            )(x, time, context, taken, size, freeu)
 
         if config.norm_num_groups is not None:
             x = GroupNorm(
