@@ -175,3 +175,16 @@ def test_a_large_set_has_a_fingerprint_for_each_shard(tmp_path, monkeypatch):
     tars(place, {**PICTURES, "005": (picture(5), "another caption")})
     second = fingerprint(scan(place))
     assert [name for name in first if first[name] != second[name]] == ["1.tar"]
+
+
+def test_more_shards_than_a_process_may_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    place = tars(tmp_path / "shards", {f"{i:03}": (picture(i % 12), "x") for i in range(120)}, size=1)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, most[1]))
+    try:
+        for _ in range(2):
+            records = scan(place, keep=tmp_path / "cache")
+            assert len({record.file.open("rb").read() for record in records}) == 12
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, most)

@@ -56,6 +56,16 @@ def test_short_prompts_are_what_transformers_gives(tmp_path, prompt, pad):
     np.testing.assert_array_equal(ids[:, 0], expected)
 
 
+PIECES = st.text("aZ,.'<|é雪İΣ\u0301\u00a0\x1c\t\n!07", max_size=6) | st.sampled_from(["<|endoftext|>", "heart", ""])
+
+
+@given(st.lists(PIECES, max_size=24).map(" ".join))
+@settings(max_examples=200, deadline=None)
+def test_chunks_are_counted_as_they_are_cut(tokenizer, prompt):
+    """Word by word, which is how a million captions are counted."""
+    assert tokenizer.chunks(prompt) == tokenizer.encode([prompt]).shape[1]
+
+
 def test_padding_follows_the_tokenizers_own_token(tmp_path, tokenizer):
     other = Tokenizer.from_folder(with_pad(tmp_path / "tokenizer", "!"), window=WINDOW)
     exclamation = tokenizer.vocabulary.convert_tokens_to_ids("!")  # as a beginning of words; alone it is another

@@ -92,7 +92,7 @@ class Records(Sequence[Record]):
         )
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(Record.__eq__, self, other))
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
 
 
 Many = TypeVar("Many", bound=Sequence[Record])

@@ -22,6 +22,7 @@ from sdjax.data.parquet import ParquetReader
 from sdjax.data.strings import Strings
 from sdjax.data.tar import TarReader
 from sdjax.errors import DataError
+from sdjax.runtime import processes
 
 FORMAT = 1
 """Version of the entries of shards. Raise it whenever the readers list another thing."""
@@ -83,9 +84,11 @@ def index(
 
     if keep is None or not all(_is_settled(state) for state in states):
         parts = [_joined(_rows(shard, columns)) for shard in shards]
+        if keep is not None:
+            processes.wait("cache")  # as `entries` does: another process may have looked a moment later
     else:
         parts = [
-            {name: array.open() for name, array in found.arrays.items()}
+            {name: np.array(array.open()) for name, array in found.arrays.items()}  # closes the file
             for _, found in entries(keep, shards, entry, most=1)
         ]
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
