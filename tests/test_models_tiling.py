@@ -45,6 +45,20 @@ def test_tiles_are_nearly_the_whole_and_show_no_seam(tiny):
     assert seam(blended) < seam(side_by_side) / 8
 
 
+def test_in_the_margin_of_a_tile_its_neighbour_decides():
+    """What a tile spoils along its edges is seen only where the picture ends."""
+
+    def spoil(tile):
+        spoiled = np.ones_like(tile)
+        spoiled[:, 3:-3, 3:-3] = tile[:, 3:-3, 3:-3]
+        return spoiled
+
+    values = np.zeros((1, 40, 52, 3), np.float32)
+    result = tiled(spoil, values, Tiling(20, 10, margin=3), factor=1, encode=False, channels=3)
+    assert result[:, 3:-3, 3:-3].max() < 1e-4
+    assert result[:, 0].min() == result[:, :, -1].min() == 1
+
+
 @pytest.mark.parametrize("sizes", [(8, 0), (64, 33), (64, -1)])
 def test_sizes_that_do_not_fit_are_refused(sizes):
     with pytest.raises(ConfigError, match="overlap 0 to half of tile"):
