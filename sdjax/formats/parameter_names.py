@@ -19,7 +19,7 @@ from sdjax.formats.safetensors_file import is_floating
 from sdjax.trees import Path, leaves, nest
 
 _INDEXED = re.compile(
-    r"(down_blocks|up_blocks|attentions|resnets|transformer_blocks|downsamplers|upsamplers|layers|net|to_out)_(\d+)"
+    r"(down_blocks|up_blocks|attentions|resnets|transformer_blocks|downsamplers|upsamplers|layers|net|to_out|body)_(\d+)"
 )
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 # Names in the VAE's attention before diffusers 0.14.

@@ -7,7 +7,7 @@ import io
 import mmap
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,18 +42,18 @@ def read_torch(path: str | os.PathLike) -> Any:
     raise DataError(f"{path}: not a PyTorch file (neither a zip nor a pickle)")
 
 
-def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint by name, from its entry `state_dict` if it has one. Other entries are left out."""
+def read_state_dict(path: str | os.PathLike, entries: Sequence[str] = ("state_dict",)) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint by name, from the first of these entries that it has. Other entries are left out."""
     content = read_torch(path)
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    if isinstance(content, Mapping):
+        content = next((content[name] for name in entries if isinstance(content.get(name), Mapping)), content)
     if not isinstance(content, Mapping):
         raise DataError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
     tensors = {
         name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, np.ndarray)
     }
     if not tensors:
-        raise DataError(f"{path}: holds no tensors at its top level or under 'state_dict'")
+        raise DataError(f"{path}: holds no tensors at its top level or under {', '.join(map(repr, entries))}")
     return tensors
 
 

@@ -1,6 +1,7 @@
 """Reads one file of tensors of any kind."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,15 @@ def is_safetensors(path: str | os.PathLike) -> bool:
     return Path(path).suffix.lower() in _SAFETENSORS
 
 
-def read_tensors(path: str | os.PathLike) -> SafetensorsFile:
+def read_tensors(path: str | os.PathLike, entries: Sequence[str] = ("state_dict",)) -> SafetensorsFile:
     """The tensors of a safetensors file or a PyTorch pickle, with the metadata of a safetensors file.
 
-    The tensors are views into the mapped file, read from the disk when they are used.
+    The tensors are views into the mapped file, read from the disk when they are used. entries: see `read_state_dict`.
     """
     if is_safetensors(path):
         return read_safetensors(path)
     if Path(path).suffix.lower() in _PICKLES:
-        return SafetensorsFile(read_state_dict(path), {})
+        return SafetensorsFile(read_state_dict(path, entries), {})
     raise DataError(f"{path}: not a kind of weight file; known: {', '.join(SUFFIXES)}")
 
 
