@@ -6,15 +6,26 @@ from sdjax.errors import ConfigError, DataError, SdjaxError, TrainingStopped
 
 if TYPE_CHECKING:
     from sdjax.draw.pipeline import StableDiffusion, load
+    from sdjax.draw.upscaling import upscale
     from sdjax.formats.png_parameters import save_png
 
-__all__ = ["ConfigError", "DataError", "SdjaxError", "StableDiffusion", "TrainingStopped", "load", "save_png"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "SdjaxError",
+    "StableDiffusion",
+    "TrainingStopped",
+    "load",
+    "save_png",
+    "upscale",
+]
 
 # These are imported when they are first used, so `import sdjax` and the `--help` of a command do not wait for JAX.
 _MODULE_OF = {
     "StableDiffusion": "sdjax.draw.pipeline",
     "load": "sdjax.draw.pipeline",
     "save_png": "sdjax.formats.png_parameters",
+    "upscale": "sdjax.draw.upscaling",
 }
 
 

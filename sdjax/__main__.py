@@ -64,6 +64,12 @@ def _push(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _upscale(argv: Sequence[str]) -> int:
+    from sdjax.enlarge import main
+
+    return main(argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "generate": _generate,
@@ -72,6 +78,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": _plan,
     "pick": _pick,
     "push": _push,
+    "upscale": _upscale,
 }
 """Each imports its module when it is called, so no command waits for the imports of another."""
 

@@ -20,6 +20,7 @@ from PIL import Image
 from sdjax.draw import grids
 from sdjax.draw.settings import (
     Adapters,
+    Enlarging,
     Masking,
     Reading,
     Sampling,
@@ -195,6 +196,7 @@ def _parser() -> command.Parser:
     _add_settings(parser.add_argument_group("sampler, guidance and size"), Sampling)
     _add_settings(parser.add_argument_group("second pass"), SecondPass)
     _add_settings(parser.add_argument_group("image and mask"), Source, Masking)
+    _add_settings(parser.add_argument_group("enlarging the finished picture"), Enlarging)
     add = parser.add_argument_group("grids and lists of pictures").add_argument
     add("--grid-x", metavar="NAME=V,V", help="draw each picture with each value of a setting, in a labelled grid")
     add("--grid-y", metavar="NAME=V,V", help="and with each value of another setting")

@@ -111,7 +111,7 @@ def test_prompts_count_on_in_the_second_pass(tiny):
     ("settings", "message"),
     [
         ({"hires_scale": 0.5}, "hires_scale = 0.5: expected at least 1 and at most 8"),
-        ({"hires_scale": 2.0, "hires_upscaler": "magic"}, "hires_upscaler = 'magic': expected one of latent, lanczos"),
+        ({"hires_scale": 2.0, "hires_upscaler": ""}, "hires_upscaler = '': expected not empty"),
         ({"hires_scale": 2.0, "hires_strength": 0.0}, "hires_strength = 0.0: expected above 0"),
         ({"hires_scale": 2.0, "hires_steps": 5000}, "hires_steps = 5000: expected at least 1 and at most 1000"),
         ({"hires_scale": 2.0, "hires_steps": 1}, "strength 0.5 of 1 steps leaves none to run"),

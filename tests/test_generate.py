@@ -372,6 +372,25 @@ def test_masks_grids_and_jobs_of_a_file(tmp_path, capsys):
     np.testing.assert_array_equal(wider[:, :70], np.asarray(picture))
 
 
+def test_finished_pictures_are_enlarged(tmp_path, tiny):
+    flags = ("--prompt", "red heart", "--prompt", "pizza", "--upscale", "tiny", *ONE, *STEPS)
+    assert run(*flags, "--out", tmp_path / "four") == 0
+    names = ["00000-0-red-heart.png", "00001-1-pizza.png"]
+    for i, name in enumerate(names):
+        drawn = tiny.text2image(["red heart", "pizza"][i], seed=i, steps=2, guidance=3.0, progress=False)[0]
+        np.testing.assert_array_equal(pixels(tmp_path / "four" / name), np.asarray(sdjax.upscale(drawn, "tiny")))
+        assert ", Postprocess upscale by: 4, Postprocess upscaler: tiny" in recorded(tmp_path / "four" / name)
+    assert pixels(tmp_path / "four" / "grid.png").shape == (256, 512, 3)
+    lines = [{"prompt": "pizza", "seed": 1, "scale": 2.5}, {"prompt": "pizza", "hires_scale": 1.25}]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = ("--jobs", tmp_path / "jobs.jsonl", "--upscale", "tiny", "--hires-upscaler", "tiny", *ONE, *STEPS)
+    assert run(*flags, "--out", tmp_path / "jobs") == 0
+    first, second = (tmp_path / "jobs" / name for name in ("00000-1-pizza.png", "00001-0-pizza.png"))
+    assert pixels(first).shape == (160, 160, 3) and pixels(second).shape == (320, 320, 3)
+    assert "Postprocess upscale by: 2.5, Postprocess upscaler: tiny" in recorded(first)
+    assert "Hires upscaler: tiny, Version: sdjax, Postprocess upscale by: 4" in recorded(second)
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "expected"),
     [
@@ -383,7 +402,10 @@ def test_masks_grids_and_jobs_of_a_file(tmp_path, capsys):
         (["--grid-y", "steps=1,many"], 2, "steps = 'many': expected a whole number"),
         (["--hires-scale", "9"], 2, "--hires-scale = 9.0: expected at least 1 and at most 8"),
         (["--hires-scale", "2", "--hires-steps", "1"], 2, "strength 0.5 of 1 steps leaves none to run"),
-        (["--hires-scale", "2", "--hires-upscaler", "magic"], 2, "--hires-upscaler = 'magic': expected one of latent"),
+        (["--hires-scale", "2", "--hires-upscaler", "magic"], 3, "upscaler 'magic': no such file; expected a file"),
+        (["--upscale", "IN"], 3, "in.png: not a kind of weight file"),
+        (["--upscale", "tiny", "--scale", "0"], 2, "--scale = 0.0: expected above 0 and at most 16"),
+        (["--scale", "2"], 2, "scale is of an upscaler: give upscale too"),
         (["--hires-scale", "2", "--image", "IN"], 2, "--hires-scale cannot be used with an --image"),
         (["--variation-strength", "2"], 2, "--variation-strength = 2.0: expected at least 0 and at most 1"),
     ],

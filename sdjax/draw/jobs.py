@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from sdjax.data import images
-from sdjax.draw import loop
+from sdjax.draw import loop, upscaling
 from sdjax.draw.inpainting import Frame, outpainted
 from sdjax.draw.request import Request, img2img_request, inpaint_request, text2image_request
 from sdjax.draw.settings import JobSettings, Masking, SecondPass, Shared, Subject, complete_job
@@ -136,6 +136,7 @@ def check_alone(jobs: Sequence[Job]) -> None:
 
 def _check_inputs(job: Job) -> None:
     settings = job.settings
+    upscaling.check(settings)
     if settings["image"] is None and job.inpaints:
         raise ConfigError("--mask and --outpaint need an --image")
     if settings["image"] is None and settings["strength"] is not None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sdjax import diffusion
 from sdjax.data.images import Size, picture, pixels
-from sdjax.draw import conditioning, inpainting, sampling
+from sdjax.draw import conditioning, inpainting, sampling, upscaling
 from sdjax.draw.conditioning import Condition
 from sdjax.draw.inpainting import Frame
 from sdjax.draw.request import Request
@@ -57,12 +57,15 @@ def text2image(model: Model, request: Request) -> list[Image.Image]:
     latents = sample_latents(model, request, table, sampling.initial(table, request.noise(model.outline)))
     if larger is None or second is None:
         return pictures(model, request, latents)
-    noise = larger.noise(model.outline)
-    if request.settings["hires_upscaler"] == "latent":
+    noise, size = larger.noise(model.outline), Size(*larger.size)
+    upscaler = request.settings["hires_upscaler"]
+    if upscaler == "latent":
         start = jax.image.resize(jnp.asarray(latents), noise.shape, "bilinear")
     else:
         decoded = [picture(values) for values in np.asarray(model.decode_latents(latents))]
-        start = model.encode_image(np.stack([pixels(image, Size(*larger.size)) for image in decoded]))
+        if upscaler != "lanczos":
+            decoded = [upscaling.load(upscaler).enlarge(image, size) for image in decoded]
+        start = model.encode_image(np.stack([pixels(image, size) for image in decoded]))
     state = sampling.initial_from_image(second, start, noise)
     return pictures(model, request, sample_latents(model, larger, second, state))
 
@@ -165,6 +168,8 @@ def pictures(
         if (refiner := model.outline.refiner) is not None:
             fields |= {"Refiner": Path(refiner.outline.name).stem, "Refiner switch at": refiner.switch}
         image.info["parameters"] = parameters_text(request.prompts[i], request.negatives[i], fields)
+        if (upscaler := request.settings["upscale"]) is not None:
+            image = upscaling.upscale(image, upscaler, request.settings["scale"])
         drawn.append(image)
     return drawn
 
@@ -181,7 +186,8 @@ def png_fields(request: Request, i: int, name: str, *, inpainted: bool) -> dict[
         fields |= {"Variation seed": request.variation_seeds[i]} | labelled(settings, ["variation_strength"])
     if settings["hires_scale"] != 1:
         steps = ["hires_steps"] if settings["hires_steps"] else []
-        fields |= labelled(settings, ["hires_strength", "hires_scale", *steps, "hires_upscaler"])
+        names = {**settings, "hires_upscaler": Path(settings["hires_upscaler"]).stem}
+        fields |= labelled(names, ["hires_strength", "hires_scale", *steps, "hires_upscaler"])
     if inpainted:
         fields |= labelled(settings, [name for name in ("mask_blur", "mask_grow") if settings[name]])
         fields |= labelled(settings, changed(settings, ["fill", "only_masked"]))

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
-from sdjax.draw import sampling
+from sdjax.draw import sampling, upscaling
 from sdjax.draw.inpainting import Frame, make_frames
 from sdjax.draw.settings import (
     LARGEST_SIDE,
@@ -269,7 +269,9 @@ def _request(
     variation_seeds = _seeds("variation_seed", settings.pop("variation_seed", 0), total, counting=True)
     call = {name: settings.pop(name) for name in ("latents", "progress") if name in settings}
     strength = read_value(Strength, strength, "strength")
-    return Request(repeat(prompts), repeat(negatives), seeds, variation_seeds, complete(settings), strength, **call)
+    completed = complete(settings)
+    upscaling.check(completed)
+    return Request(repeat(prompts), repeat(negatives), seeds, variation_seeds, completed, strength, **call)
 
 
 def _texts(given: Any, name: str) -> list[str]:

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict, cast, get_type_hints
 
-from sdjax.settings import Fraction, Guidance, Range, Seed, choices, metadata, parse, read_record
+from sdjax.settings import Fraction, Guidance, Range, Seed, Text, choices, metadata, parse, read_record
 
 SAMPLER_LABELS = {
     "ddim": "DDIM",
@@ -61,6 +61,7 @@ Strength = Annotated[float, Range(0, 1, above=True)]
 Pixels = Annotated[int, Range(0, 1024)]
 Pixel = Annotated[int, Range(0, LARGEST_SIDE)]
 SIZE_CONDITIONS = ("original_size", "crops_coords_top_left", "target_size")
+UpscaleFactor = Annotated[float, Range(0, 16, above=True)]
 
 
 class Declared(NamedTuple):
@@ -182,7 +183,20 @@ class Sampling(TypedDict, total=False):
     ]
 
 
-class Shared(Reading, Sampling, total=False):
+class Enlarging(TypedDict, total=False):
+    """Settings of how the finished picture is enlarged; see `draw.upscaling.upscale`, which writes its own PNG text."""
+
+    upscale: Annotated[
+        Text | None,
+        Declared(None, "upscaler that enlarges the finished picture; tiny (embedded) or a file", metavar="MODEL"),
+    ]
+    scale: Annotated[
+        UpscaleFactor | None,
+        Declared(None, "how many times as long its sides become", unset="the upscaler's", metavar="N"),
+    ]
+
+
+class Shared(Reading, Sampling, Enlarging, total=False):
     """The settings that every way of drawing takes, and that all pictures of a batch share."""
 
 
@@ -203,12 +217,14 @@ class SecondPass(TypedDict, total=False):
         Strength, Declared(0.5, "how far the second pass redraws the first", "Denoising strength", axis=True)
     ]
     hires_upscaler: Annotated[
-        Literal["latent", "lanczos"],
+        Text,
         Declared(
             "latent",
-            "what enlarges the picture; latent: bilinear on the latents; lanczos: on the decoded picture",
+            "what enlarges the picture; latent: bilinear on the latents; lanczos, tiny (embedded) or the file of an "
+            "upscaler: on the decoded picture",
             "Hires upscaler",
             axis=True,
+            metavar="NAME",
             names={"latent": "Latent", "lanczos": "Lanczos"},
         ),
     ]

@@ -14,8 +14,16 @@ from sdjax.runtime.whole_file import replacing
 def parameters_text(prompt: str, negative_prompt: str, fields: Mapping[str, Any]) -> str:
     """The text of one picture in A1111's form. fields: label -> value, in the order of the text."""
     lines = [prompt, *([f"Negative prompt: {negative_prompt}"] if negative_prompt else [])]
-    lines.append(", ".join(f"{label}: {_quoted(value)}" for label, value in {**fields, "Version": "sdjax"}.items()))
-    return "\n".join(lines)
+    return "\n".join([*lines, _joined({**fields, "Version": "sdjax"})])
+
+
+def with_fields(text: str, fields: Mapping[str, Any]) -> str:
+    """The text of a picture with more fields at its end."""
+    return f"{text}, {_joined(fields)}"
+
+
+def _joined(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{label}: {_quoted(value)}" for label, value in fields.items())
 
 
 def _quoted(value: Any) -> str:
