@@ -21,7 +21,9 @@ def test_every_validation_leaves_pictures(finished):
 def test_the_sheet_over_time_holds_the_pictures_of_each_validation_in_its_column(finished):
     samples = finished[0] / "samples"
     whole = np.asarray(Image.open(samples / "style-over-time.png"))
-    for number, step in enumerate((0, 3, 6)):
-        (picture,) = grids.uncaptioned(Image.open(samples / f"style-{step}.png"), 1, columns=4)
-        side, left = picture.width, whole.shape[1] - (3 - number) * (picture.width + 4)
-        assert (whole[22 : 22 + side, left : left + side] == np.asarray(picture)).all()
+    for column, step in enumerate((0, 3, 6)):
+        pictures = grids.uncaptioned(Image.open(samples / f"style-{step}.png"), 2, columns=4)
+        for row, picture in enumerate(pictures):
+            side = picture.width
+            left, top = whole.shape[1] - (3 - column) * (side + 4), 22 + row * (side + 4)
+            assert (whole[top : top + side, left : left + side] == np.asarray(picture)).all()

@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Iterator
 
-COMPILING = "compiling (about 40 s the first time, longer for large models)"
+COMPILING = "compiling (about 40 s the first time)"
+"""What the first step of a stage waits for. The time is that of the embedded model on two CPU cores."""
 
 
 class Progress:
