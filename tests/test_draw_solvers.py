@@ -17,8 +17,8 @@ from sdjax.draw import sampling, settings
 from sdjax.draw.levels import CURVES, TIMESTEP_SPACINGS
 from sdjax.draw.samplers import SAMPLERS
 
-FEWEST = {"dpm2_a": 3}
-"""Of two steps, diffusers has the level below the next, sqrt(ve_next^2 - up^2), wrong by 1.5 % in float32."""
+FEWEST = {"dpm2_a": 4}
+"""Of fewer steps, diffusers has the level below the next, sqrt(ve_next^2 - up^2), wrong by up to 1.5 % in float32."""
 ZERO_SNR = ("ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm", "tcd")
 
 # Beside the formulas of their docstrings, in float64.
