@@ -156,7 +156,7 @@ def train(pairs: Sequence[Pairs], out: Path, *, steps: int, batch: int, seed: in
     params = network.init(jax.random.key(seed), jnp.zeros((1, CROP, CROP, 3)))["params"]
     last = f"body_{2 * CONFIG.layers + 2}"
     params = {**params, last: jax.tree.map(jnp.zeros_like, params[last])}
-    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, steps, 1e-5))
+    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, 1e-3, steps // 50, steps, 1e-5))
     state = params, params, optimizer.init(params)
 
     @functools.partial(jax.jit, donate_argnums=0)
