@@ -483,7 +483,7 @@ class Model:
         """
         count = jax.device_count() if count is None else count
         check_count(count)
-        mesh = mesh_of(jax.devices()[:count], count, 1)
+        mesh = mesh_of(jax.devices()[:count])
         params, placeholders, adapters = copies(mesh, (self.params, self.placeholders, self.adapters))
         return dataclasses.replace(
             self,

@@ -9,7 +9,8 @@ import pytest
 from jax.experimental.pallas import tpu as pallas_tpu
 
 from sdjax.models.kernels import attention_cpu, attention_gpu, attention_tpu
-from sdjax.models.kernels.attention import attention
+from sdjax.models.kernels.attention import attention, by_example, definition
+from sdjax.runtime.devices import copies, mesh_of, within
 
 BATCH, QUERIES, KEYS, HEADS, SIZE = 2, 64, 40, 6, 8
 HEAD = QUERIES * KEYS
@@ -101,6 +102,22 @@ def test_the_kernels_of_the_tpu_are_attention(shape, dtype, tolerance):
     """Interpreted; one iteration over the keys, and several of 2 or 4 blocks."""
     with pallas_tpu.force_tpu_interpret_mode():
         assert_is_attention(lambda q, k, v: attention(q, k, v, target="tpu"), dtype, tolerance, shape=shape)
+
+
+@pytest.mark.parametrize(("batch", "heads", "part"), [(4, 6, (1, 3)), (4, 5, (1, 5)), (3, 6, (3, 3))])
+def test_each_device_of_a_mesh_computes_its_examples_and_heads(batch, heads, part):
+    mesh, shapes = mesh_of(jax.devices()[:8], fsdp=2, tensor=2), []
+
+    def attend(q, k, v):
+        shapes.append((q.shape[0], q.shape[2]))
+        return definition(q, k, v, causal=False)
+
+    random = np.random.default_rng(0)
+    q, k, v = (random.normal(size=(batch, length, heads, SIZE)).astype(np.float32) for length in (8, 6, 6))
+    with within(mesh):
+        out = jax.jit(lambda *qkv: by_example(attend, *qkv))(*copies(mesh, (q, k, v)))
+    assert shapes == [part]
+    np.testing.assert_allclose(out, by_definition(q, k, v)[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -74,6 +74,7 @@ def alone():
         {"data": 4},
         {"data": 4, "fsdp": 2},
         {"data": 1, "fsdp": -1},
+        {"data": 2, "fsdp": 2, "tensor": -1},
         {"mode": "pmap"},
         {"mode": "pmap", "data": 2},
     ],
@@ -156,7 +157,10 @@ def test_frozen_weights_already_in_place_are_not_copied():
     ("settings", "message"),
     [
         ({"batch_size": 12}, r"12 images cannot be split over 8 devices.*multiple of 8.*\[1, 2, 3, 4, 6\]"),
-        ({"batch_size": 8, "data": 16}, "wants 16 x 1 devices, but there are 8"),
+        ({"batch_size": 8, "data": 16}, "wants 16 x 1 x 1 devices, but there are 8"),
+        ({"batch_size": 8, "tensor": 16}, "wants 1 x 1 x 16 devices, but there are 8"),
+        ({"batch_size": 8, "tensor": 3}, "3 does not divide the 8 devices, so no axis can be -1"),
+        ({"batch_size": 3, "data": 4, "tensor": 2}, r"3 images cannot be split over 4 groups of devices.*\[1, 3\]"),
         ({"batch_size": 8, "mode": "pmap", "data": 2, "fsdp": 2}, "pmap"),
     ],
 )

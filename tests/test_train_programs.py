@@ -97,11 +97,13 @@ def test_all_programs_of_a_run_with_copies(settings):
     assert 1.8 < two.flops / one.flops < 2.2
 
 
-def test_pmap_is_planned_too(settings):
-    config = settings(parallel={"mode": "pmap", "mesh": {"data": 2}})
+@pytest.mark.parametrize("parallel", [{"mode": "pmap", "mesh": {"data": 2}}, {"mesh": {"data": 1, "tensor": 2}}])
+def test_pmap_and_tensor_are_planned_too(settings, parallel):
+    config = settings(parallel=parallel)
     (planned,) = compiled.compile_for(
         chips.present(), [p for p in programs.training(config, jax.devices()) if p.name == "style: step"]
     )
+    assert planned.program.devices == 2
     assert planned.figures is not None and planned.figures.between["all-reduce"] > 0
 
 

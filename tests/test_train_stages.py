@@ -24,6 +24,7 @@ BAD = [
     ({"data": {"validation_count": 0, "validation_path": "/nowhere"}}, DataError, "validation_path.*nowhere"),
     ({"data": {"resolution": 1024}}, ConfigError, "1024.*16 pixels"),
     ({"data": {"batch_size": 3}, "parallel": {"mesh": {"data": 8}}}, ConfigError, "3 images.*8 devices"),
+    ({"parallel": {"mesh": {"data": 1, "tensor": 4}}}, ConfigError, r"tensor = 4 .* \(2 heads\); choices: 2$"),
     ({"clip_skip": 3}, ConfigError, r"clip_skip = 3.*1 .*2"),
     ({"stages": [{"lora_targets": ["no_such_layer"]}]}, ConfigError, r"stages\.0: unet: .*matches no layer"),
     ({"stages": [{"lora_ranks": {".": 0}}]}, ConfigError, "no layer with an adapter"),

@@ -23,15 +23,23 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def prepared(micro_models, micro_images, tmp_path_factory):
-    """(run, its stage, (state on the host, frozen), data set) with a batch of 8."""
-    data = {"path": str(micro_images), "resolution": 16, "batch_size": 8}
-    stage = {"min_snr_gamma": 5.0, "lora_dropout": 0.1}
-    output = tmp_path_factory.mktemp("step") / "run"
-    run = stages.plan_run(micro.settings(micro_models(), micro_images, output, data=data, stages=[stage]))
-    dataset, _ = encode(run, run.stages[0], NOTHING)
-    state, frozen = stages.prepare(run, run.stages[0], NOTHING)
-    return run, run.stages[0], (jax.tree.map(np.asarray, state), frozen), dataset
+def prepare(micro_models, micro_images, tmp_path_factory):
+    """`prepare(**stage)` -> (run, its stage, (state on the host, frozen), data set) with a batch of 8."""
+
+    def prepare(**stage):
+        data = {"path": str(micro_images), "resolution": 16, "batch_size": 8}
+        output = tmp_path_factory.mktemp("step") / "run"
+        run = stages.plan_run(micro.settings(micro_models(), micro_images, output, data=data, stages=[stage]))
+        dataset, _ = encode(run, run.stages[0], NOTHING)
+        state, frozen = stages.prepare(run, run.stages[0], NOTHING)
+        return run, run.stages[0], (jax.tree.map(np.asarray, state), frozen), dataset
+
+    return prepare
+
+
+@pytest.fixture(scope="module")
+def prepared(prepare):
+    return prepare(min_snr_gamma=5.0, lora_dropout=0.1)
 
 
 def batch_of(prepared, number):
@@ -78,6 +86,40 @@ def test_eight_devices_give_the_curve_and_adapter_of_one_and_reduce_only_the_ada
     reduced = sum(between_devices(compiled.as_text()).values())
     print(f"{mode}: {reduced} bytes reduced a step, the adapter has {size}")
     assert size <= reduced <= size + 16  # and a few scalars
+
+
+MESHES = {
+    "data": {"data": 4},
+    "fsdp": {"data": 1, "fsdp": 4},
+    "tensor": {"data": 1, "tensor": 2},
+    "all axes": {"data": 2, "fsdp": 2, "tensor": 2},
+    "pmap": {"mode": "pmap", "data": 4},
+}
+
+
+@pytest.mark.parametrize("mesh", ["fsdp", "tensor"])
+def test_split_weights_give_the_curve_of_one_device_for_a_lora(prepared, alone, mesh):
+    _, losses, trainable = train(prepared, **MESHES[mesh])
+    np.testing.assert_allclose(losses, alone[1], rtol=1e-5)
+    assert largest_difference(trainable, alone[2]) < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("stage", "accumulation", "meshes"),
+    [
+        ({**micro.WORDS, "learning_rate": 1e-2}, 1, ["data", "fsdp", "tensor", "pmap"]),
+        ({"train": ["unet"], "ema_decay": 0.9, "learning_rate": 1e-4}, 2, list(MESHES)),
+    ],
+    ids=["words", "whole"],
+)
+def test_every_mesh_gives_the_curve_of_one_device(prepare, stage, accumulation, meshes):
+    """Losses within 1e-5."""
+    prepared = prepare(**stage)
+    _, expected, _ = train(prepared, accumulation=accumulation, data=1)
+    for mesh in meshes:
+        _, losses, _ = train(prepared, accumulation=accumulation, **MESHES[mesh])
+        print(f"{mesh}: losses within {np.max(np.abs(np.divide(losses, expected) - 1)):.1e}")
+        np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=mesh)
 
 
 def test_accumulation_is_the_exact_mean(prepared, alone):

@@ -34,7 +34,7 @@ def drawing_with(
     side = side or outline.native_size
     if side < 8 or side % outline.size_multiple:
         raise ConfigError(f"--size {side}: expected a multiple of {outline.size_multiple}")
-    mesh = mesh_of(devices, len(devices), 1) if len(devices) > 1 else None
+    mesh = mesh_of(devices) if len(devices) > 1 else None
     return drawing(outline, Size(side, side), count=count, steps=steps, mesh=mesh)
 
 

@@ -74,16 +74,28 @@ class Dense(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B ... C"]) -> Float[Array, "B ... D"]:
+    def __call__(self, x: Float[Array, "B ... C"], parts: int = 1) -> Any:
+        """Returns `[..., features]`; or, if parts > 1, a list of so many arrays, which are computed one by one."""
         dtype = self.compute.dtype
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         x = x.astype(dtype)
-        y = x @ kernel.astype(dtype)
-        y = lora.adapted(self.variables.get("lora", {}), x, y, kernel)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = y + bias.astype(dtype)
-        return y
+
+        def layer(kernel, bias, adapter):
+            y = x @ kernel.astype(dtype)
+            y = lora.adapted(adapter, x, y, kernel)
+            return y if bias is None else y + bias.astype(dtype)
+
+        adapter = self.variables.get("lora", {})
+        if parts == 1:
+            return layer(kernel, bias, adapter)
+
+        def part(i):
+            cut = lambda leaf: jnp.split(leaf, parts, axis=-1)[i]
+            of_outputs = {name: cut(adapter[name]) for name in ("up", "magnitude") if name in adapter}
+            return layer(cut(kernel), None if bias is None else cut(bias), {**adapter, **of_outputs})
+
+        return [part(i) for i in range(parts)]
 
 
 class Conv(nn.Module):

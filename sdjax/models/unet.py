@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sdjax.errors import ConfigError
+from sdjax.models.kernels.attention import is_split_over
 from sdjax.models.layers import (
     ACTIVATIONS,
     Attention,
@@ -150,11 +151,14 @@ class GEGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         @jax.checkpoint  # quick to compute again, and four times as wide as the other activations to keep
-        def gated(projected):
-            value, gate = jnp.split(projected, 2, axis=-1)
+        def gated(*projected):
+            value, gate = projected if len(projected) == 2 else jnp.split(projected[0], 2, axis=-1)
             return value * ACTIVATIONS["gelu"](gate)
 
-        return gated(Dense(2 * self.features, self.compute, name="proj")(x))
+        project = Dense(2 * self.features, self.compute, name="proj")
+        # Over the axis tensor of a mesh, a device computes the same places of both halves. It does not need the other
+        # places, which a device would have to send if one array with both halves were split.
+        return gated(*project(x, parts=2)) if is_split_over("tensor") else gated(project(x))
 
 
 class FeedForward(nn.Module):

@@ -1,6 +1,7 @@
 """Several devices: how the CPU is divided into them, and how arrays are placed on a mesh of them."""
 
 import contextlib
+import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -33,9 +34,19 @@ def check_count(count: int) -> None:
         raise ConfigError(f"{count} devices: JAX has {jax.device_count()}")
 
 
-def mesh_of(devices: Sequence[Any], data: int, fsdp: int) -> Mesh:
-    """Returns a mesh of `data * fsdp` devices: a batch is split over all of them, weights over the axis fsdp."""
-    return Mesh(np.array(devices).reshape(data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+BATCH = ("data", "fsdp")
+"""The axes of a mesh that a batch is split over."""
+
+
+def mesh_of(devices: Sequence[Any], *, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """Returns a mesh of devices. The axes fsdp and tensor have these sizes, the axis data has the rest."""
+    axes = (*BATCH, "tensor")
+    return Mesh(np.array(devices).reshape(-1, fsdp, tensor), axes, axis_types=(AxisType.Auto,) * 3)
+
+
+def parts(mesh: Mesh) -> int:
+    """Returns the number of parts that a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def within(mesh: Mesh | None) -> AbstractContextManager:
@@ -44,15 +55,6 @@ def within(mesh: Mesh | None) -> AbstractContextManager:
     Such are the kernels written in Pallas, see `models.kernels.attention.by_example`. None: one device.
     """
     return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-
-
-def split_largest(shape: tuple[int, ...], parts: int) -> P:
-    """Returns the split of the longest axis that `parts` divides. Without such an axis each device gets a copy."""
-    fitting = [axis for axis, length in enumerate(shape) if length % parts == 0]
-    if parts == 1 or not fitting:
-        return P()
-    axis = max(fitting, key=lambda a: shape[a])
-    return P(*(None,) * axis, "fsdp")
 
 
 def is_shape(leaf: Any) -> bool:
@@ -90,20 +92,20 @@ def copies(mesh: Mesh, tree: PyTree) -> PyTree:
 
 
 def at_once(mesh: Mesh | None, count: int) -> int:
-    """Returns how many of `count` examples are computed at once if a device computes one at a time."""
-    return mesh.size if mesh is not None and count % mesh.size == 0 else 1
+    """Returns how many of `count` examples are computed at once if each part of a batch is one example."""
+    return parts(mesh) if mesh is not None and count % parts(mesh) == 0 else 1
 
 
 def split_examples(mesh: Mesh | None, tree: PyTree, axis: int = 0) -> PyTree:
     """Returns arrays of one example each row, or their shapes, placed on the mesh. axis: that of the rows.
 
-    The rows are split over all devices if their number is a multiple, else every device gets all. None: as they are.
+    The rows are split if their number is a multiple of `parts`, else every device gets all. None: as they are.
     """
     if mesh is None:
         return tree
 
     def split(leaf: Any) -> Any:
-        spec = P(*(None,) * axis, mesh.axis_names) if leaf.shape[axis] % mesh.size == 0 else P()
+        spec = P(*(None,) * axis, BATCH) if leaf.shape[axis] % parts(mesh) == 0 else P()
         return put(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map(split, tree)

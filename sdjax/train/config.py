@@ -317,12 +317,19 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Number of devices along each axis. -1: all that the other axis leaves."""
+    """Number of devices along each axis. -1: all that the other axes leave."""
 
     data: Annotated[int, Range(-1)] = -1
     """Copies of the model, each with a part of the batch."""
     fsdp: Annotated[int, Range(-1)] = 1
-    """Devices that the weights and the training state are split over."""
+    """Devices that the batch, the weights and the training state are split over."""
+    tensor: Annotated[int, Range(-1)] = 1
+    """Devices that the heads and channels of each layer are split over. They share the examples they compute."""
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """The sizes in the order of the axes."""
+        return self.data, self.fsdp, self.tensor
 
 
 @dataclass(frozen=True)
@@ -496,12 +503,15 @@ def check(config: RunConfig) -> None:
         _check_stage(stage, f"stages.{i}")
         _check_data(config.data_of(stage), f"stages.{i}.data")
     mesh = config.parallel.mesh
-    if mesh.data == -1 and mesh.fsdp == -1:
-        raise ConfigError("parallel.mesh: only one of data and fsdp may be -1")
-    if 0 in (mesh.data, mesh.fsdp):
+    if mesh.sizes.count(-1) > 1:
+        raise ConfigError("parallel.mesh: only one of data, fsdp and tensor may be -1")
+    if 0 in mesh.sizes:
         raise ConfigError("parallel.mesh: an axis is 0; expected -1 or at least 1")
-    if config.parallel.mode == "pmap" and mesh.fsdp != 1:
-        raise ConfigError(f"parallel.mode = 'pmap' has a data axis only, but parallel.mesh.fsdp = {mesh.fsdp}")
+    if config.parallel.mode == "pmap" and (mesh.fsdp, mesh.tensor) != (1, 1):
+        raise ConfigError(
+            "parallel.mode = 'pmap' has a data axis only, but parallel.mesh has "
+            f"fsdp = {mesh.fsdp}, tensor = {mesh.tensor}"
+        )
     if len(set(config.trackers)) < len(config.trackers):
         raise wrong("trackers", list(config.trackers), "no name twice")
     if config.export.every and not any(map(config.file_steps, range(len(config.stages)))):

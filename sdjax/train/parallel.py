@@ -21,7 +21,8 @@ from jaxtyping import PyTree
 
 from sdjax.errors import ConfigError
 from sdjax.runtime.compiler_options import compiler_options
-from sdjax.runtime.devices import held, is_shape, mesh_of, put, split_largest, within
+from sdjax.runtime.devices import BATCH, held, is_shape, mesh_of, put, within
+from sdjax.train.partition import mesh_sizes, spec, written
 
 
 class TrainStep(Protocol):
@@ -39,16 +40,16 @@ class Parallel(NamedTuple):
     """
 
     devices: int
-    """The number of parts that the batch is split into."""
+    """The number of devices."""
     step: Any
     """`step(state, frozen, batch, key) -> (state, metrics)`, compiled by `jit` or `pmap`, so it has `lower`. It takes
     placed arguments and any key. The state is donated."""
     place_state: Callable[[PyTree], PyTree]
-    """Copies a state to the devices, split over the axis fsdp if there is one. The argument stays valid."""
+    """Copies a state to the devices, split as `train.partition` says. The argument stays valid."""
     place_frozen: Callable[[PyTree], PyTree]
     """Places frozen weights as `place_state` does, but does not copy an array that is in place already."""
     place_batch: Callable[[Mapping[str, np.ndarray]], PyTree]
-    """Splits a batch over the devices. Every process passes the whole batch."""
+    """Splits a batch over the axes data and fsdp. Every process passes the whole batch."""
     held: Callable[[PyTree], PyTree]
     """Returns placed weights as this process holds them, whole, on its own devices."""
     fetch: Callable[[PyTree], PyTree]
@@ -70,64 +71,57 @@ def parallelize(
     mode: Literal["jit", "pmap"] = "jit",
     data: int = -1,
     fsdp: int = 1,
+    tensor: int = 1,
     devices: Sequence[Any] | None = None,
     large: bool = False,
     save_memory: bool = True,
 ) -> Parallel:
-    """Returns a pure step on the first `data * fsdp` devices of `devices` (by default all of JAX).
+    """Returns a pure step on the first `data * fsdp * tensor` devices of `devices` (by default all of JAX).
 
-    batch_size: examples in the whole batch. data, fsdp: sizes of the axes; -1 takes the devices that the other axis
-    leaves. large, save_memory: see `compiler_options`; only for jit.
-    Raises ConfigError if there are too few devices, or if their number does not divide `batch_size`.
+    batch_size: examples in the whole batch. data, fsdp, tensor: sizes of the axes; -1 takes the devices that the others
+    leave. large, save_memory: see `compiler_options`; only for jit.
+    Raises ConfigError as `mesh_sizes` does, and if `data * fsdp` does not divide `batch_size`.
     """
     devices = list(jax.devices() if devices is None else devices)
-    data, fsdp = _mesh_sizes(data, fsdp, len(devices))
-    count = data * fsdp
-    if batch_size % count:
+    data, fsdp, tensor = mesh_sizes(len(devices), data, fsdp, tensor)
+    parts = data * fsdp
+    if batch_size % parts:
         fitting = [n for n in range(1, data) if batch_size % (n * fsdp) == 0]
         raise ConfigError(
-            f"a batch of {batch_size} images cannot be split over {count} devices; make it a multiple of {count}"
-            + (f", or parallel.mesh.data one of {fitting}" if fitting else "")
+            f"a batch of {batch_size} images cannot be split over {parts} {'groups of ' * (tensor > 1)}devices; "
+            f"make it a multiple of {parts}" + (f", or parallel.mesh.data one of {fitting}" if fitting else "")
         )
+    devices = devices[: parts * tensor]
     if mode == "jit":
         options = compiler_options(devices[0].platform, large=large, save_memory=save_memory)
-        return _under_jit(train_step, data, fsdp, devices[:count], options)
-    if fsdp != 1 or jax.process_count() > 1:
+        return _under_jit(train_step, devices, fsdp, tensor, options)
+    if fsdp != 1 or tensor != 1 or jax.process_count() > 1:
         raise ConfigError("parallel.mode = 'pmap' splits the batch only, within one process; use 'jit'")
-    return _under_pmap(train_step, devices[:count])
+    return _under_pmap(train_step, devices)
 
 
-def _mesh_sizes(data: int, fsdp: int, devices: int) -> tuple[int, int]:
-    if data == -1:
-        data = max(1, devices // fsdp)
-    elif fsdp == -1:
-        fsdp = max(1, devices // data)
-    if data * fsdp > devices:
-        raise ConfigError(f"parallel.mesh wants {data} x {fsdp} devices, but there are {devices}")
-    return data, fsdp
-
-
-def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], options: dict[str, Any]) -> Parallel:
-    mesh = mesh_of(devices, data, fsdp)
-    own = _own(devices, fsdp)
-    own_mesh = mesh_of(own, len(own) // fsdp, fsdp)
+def _under_jit(step_of: TrainStep, devices: list[Any], fsdp: int, tensor: int, options: dict[str, Any]) -> Parallel:
+    mesh = mesh_of(devices, fsdp=fsdp, tensor=tensor)
+    own_mesh = mesh_of(_own(devices, fsdp * tensor), fsdp=fsdp, tensor=tensor)
     everywhere = NamedSharding(mesh, P())
-    parts = NamedSharding(mesh, P(("data", "fsdp")))
+    parts = NamedSharding(mesh, P(BATCH))
 
-    def split(leaf: Any, mesh: Mesh = mesh) -> NamedSharding:
-        return NamedSharding(mesh, split_largest(leaf.shape, fsdp))
+    def shardings(tree: PyTree, mesh: Mesh = mesh) -> PyTree:
+        return jax.tree.map_with_path(
+            lambda path, leaf: NamedSharding(mesh, spec(written(path), leaf.shape, mesh)), tree
+        )
 
     def place_state(tree: PyTree) -> PyTree:
         # The step overwrites its state, and device_put may share memory with the argument, even with may_alias=False.
-        return jax.tree.map(lambda leaf: put(leaf if is_shape(leaf) else leaf.copy(), split(leaf)), tree)
+        return jax.tree.map(lambda leaf, to: put(leaf if is_shape(leaf) else leaf.copy(), to), tree, shardings(tree))
 
     def place_frozen(tree: PyTree, mesh: Mesh = mesh) -> PyTree:
-        return jax.tree.map(lambda leaf: put(leaf, split(leaf, mesh)), tree)
+        return jax.tree.map(put, tree, shardings(tree, mesh))
 
     def train_step(state: PyTree, frozen: PyTree, batch: PyTree, key: jax.Array) -> tuple[PyTree, PyTree]:
         with within(mesh):
             state, metrics = step_of(state, frozen, batch, key, reduce=lambda tree: tree)
-        return jax.lax.with_sharding_constraint((state, metrics), (jax.tree.map(split, state), everywhere))
+        return jax.lax.with_sharding_constraint((state, metrics), (shardings(state), everywhere))
 
     def held_here(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: held(leaf, own_mesh), tree)
@@ -142,13 +136,13 @@ def _under_jit(step_of: TrainStep, data: int, fsdp: int, devices: list[Any], opt
     several = _in_host_memory, functools.partial(place_frozen, mesh=own_mesh), own_mesh
     one = contextlib.nullcontext, jax.device_put, None
     placed = place_state, place_frozen, place_batch, held_here, fetch
-    return Parallel(data * fsdp, step, *placed, *(several if len(devices) > 1 else one))
+    return Parallel(len(devices), step, *placed, *(several if len(devices) > 1 else one))
 
 
-def _own(devices: Sequence[Any], fsdp: int) -> list[Any]:
+def _own(devices: Sequence[Any], parts: int) -> list[Any]:
     """Returns the devices of this process, or all of them if they are only described.
 
-    Raises ConfigError unless every process has as many, and holds all parts of what is split over the axis fsdp.
+    Raises ConfigError unless every process has as many, and holds all `parts` of what is split over fsdp and tensor.
     """
     if jax.process_count() == 1:
         return list(devices)
@@ -158,8 +152,8 @@ def _own(devices: Sequence[Any], fsdp: int) -> list[Any]:
     counts = set(map(len, by_process.values()))
     if len(by_process) < jax.process_count() or len(counts) > 1:
         raise ConfigError(f"parallel.mesh takes {len(devices)} devices; every process must have as many of them")
-    if (most := counts.pop()) % fsdp:
-        raise ConfigError(f"parallel.mesh.fsdp = {fsdp} must divide the {most} devices of a process")
+    if (most := counts.pop()) % parts:
+        raise ConfigError(f"parallel.mesh: fsdp x tensor = {parts} must divide the {most} devices of a process")
     return by_process[jax.process_index()]
 
 

@@ -22,6 +22,7 @@ from sdjax.text.encoding import compiled_encode_ids
 from sdjax.train.config import RunConfig
 from sdjax.train.encoding import compiled_moments, images_at_once
 from sdjax.train.parallel import stack, together
+from sdjax.train.partition import mesh_sizes
 from sdjax.train.stages import Run, StagePlan, parallelize_stage, plan_runs
 from sdjax.train.step import make_train_step
 from sdjax.train.validation import make_held_out_errors
@@ -174,7 +175,8 @@ def _changes(config: RunConfig, devices: int) -> list[dict[str, dict[str, Any]]]
     """
     replace = dataclasses.replace
     mesh = config.parallel.mesh
-    smallest = devices if -1 in (mesh.data, mesh.fsdp) else mesh.data * mesh.fsdp
+    data, fsdp, _ = mesh_sizes(devices, *mesh.sizes)
+    smallest = data * fsdp
     size, times = config.data.batch_size, 1
     while size % 2 == 0 and size // 2 >= smallest:
         size, times = size // 2, times * 2
@@ -182,7 +184,7 @@ def _changes(config: RunConfig, devices: int) -> list[dict[str, dict[str, Any]]]
     stages = tuple(
         replace(stage, optimizer="adafactor") if "weights" in stage.parts.values() else stage for stage in config.stages
     )
-    parallel = replace(config.parallel, mesh=replace(mesh, data=1, fsdp=devices))
+    parallel = replace(config.parallel, mesh=replace(mesh, data=1, fsdp=devices, tensor=1))
     policies = get_args(RematPolicy)
     stronger = policies[policies.index(config.remat_policy) + 1 if config.remat else 0 :]
     changes: list[dict[str, dict[str, Any]]] = [

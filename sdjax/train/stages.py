@@ -35,6 +35,7 @@ from sdjax.errors import ConfigError, DataError
 from sdjax.formats.embedding_file import file_name, load_embedding
 from sdjax.formats.lora_file import KOHYA_FILE, PEFT_FILE
 from sdjax.model import Outline
+from sdjax.models.unet import DOWN_BLOCKS
 from sdjax.runtime.compiler_options import is_large
 from sdjax.settings import LONGEST_NAME, RematPolicy
 from sdjax.text import textual_inversion
@@ -407,6 +408,7 @@ def _plan_stage(
         rows=tuple(row for word in stage.placeholder_tokens for row in rows[word]),
     )
     parallel = parallelize_stage(config, data, make_train_step(recipe), recipe, devices)
+    _check_tensor(parallel, outline, config.model)
     earlier = before.result if before else below.results
     adapters = first_adapters(stage, key, outline)
     try:
@@ -466,10 +468,25 @@ def parallelize_stage(
         mode=config.parallel.mode,
         data=mesh.data,
         fsdp=mesh.fsdp,
+        tensor=mesh.tensor,
         devices=devices,
         large=is_large(recipe.outline.shapes),
         save_memory=save_memory,
     )
+
+
+def _check_tensor(parallel: Parallel, outline: Outline, model: str) -> None:
+    """Raises ConfigError if the axis tensor divides the heads of no attention of the U-Net."""
+    size = parallel.mesh.shape["tensor"] if parallel.mesh is not None else 1
+    config = outline.unet.config
+    levels = zip(config.down_block_types, config.heads, strict=True)
+    heads = sorted({heads for block, heads in levels if DOWN_BLOCKS[block]})
+    if heads and all(count % size for count in heads):
+        fitting = [n for n in range(2, heads[-1] + 1) if any(count % n == 0 for count in heads)]
+        raise ConfigError(
+            f"parallel.mesh.tensor = {size} divides the heads of no attention of {model} "
+            f"({', '.join(map(str, heads))} heads); choices: {', '.join(map(str, fitting)) or 1}"
+        )
 
 
 def _assign(data: Data, training: Sequence[Record], key: str, outline: Outline) -> Buckets:

@@ -129,7 +129,7 @@ class Soak:
     def end(self, process: subprocess.Popen, name: str, fault: str) -> int:
         """The exit code of a process, which is killed if it does not end."""
         try:
-            return process.wait(300 + 2 * HEARTBEAT)
+            return process.wait(900 + 2 * HEARTBEAT)
         except subprocess.TimeoutExpired:
             self.wrong.append(f"{name}: hangs after {fault}")
             process.kill()

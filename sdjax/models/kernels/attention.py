@@ -37,7 +37,7 @@ def attention(
     if target == "gpu" and attention_gpu.takes(q, k, causal):
         return attention_gpu.attend(q, k, v, causal)
     # TPU: long sequences, for the same reason. Never measured: sdjax has not run on a TPU. The compiler cannot divide a
-    # kernel written in Pallas over a mesh, so each device computes its examples.
+    # kernel written in Pallas over a mesh, so each device computes its examples and heads.
     if target == "tpu":
         from sdjax.models.kernels import attention_tpu  # here, because Pallas takes 0.4 s to import
 
@@ -66,15 +66,26 @@ def by_example(
     k: Float[Array, "B T N D"],
     v: Float[Array, "B T N D"],
 ) -> Float[Array, "B S N D"]:
-    """Returns `attend(q, k, v)`, computed on each device of the mesh for the examples that are there.
+    """Returns `attend(q, k, v)`, computed on each device of the mesh for the examples and heads that are there.
 
     The mesh is the abstract mesh in use while the program is traced (see `train.parallel`). Without one, or under
-    `pmap`, this is a plain call. A batch that the devices do not divide is computed whole on every device.
+    `pmap`, this is a plain call. The heads are split over its axis `tensor`, the examples over the others. An axis that
+    the devices do not divide is computed whole on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Auto)
-    devices = math.prod(mesh.shape[name] for name in axes)
-    if devices == 1:
+    if math.prod(mesh.shape[name] for name in axes) == 1:
         return attend(q, k, v)
-    examples = P(axes) if q.shape[0] % devices == 0 else P()
-    return jax.shard_map(attend, mesh=mesh, in_specs=examples, out_specs=examples, check_vma=False)(q, k, v)
+
+    def split(length: int, names: tuple[str, ...]) -> tuple[str, ...] | None:
+        return names if length % math.prod(mesh.shape[name] for name in names) == 0 else None
+
+    examples = split(q.shape[0], tuple(name for name in axes if name != "tensor"))
+    heads = split(q.shape[2], tuple(name for name in axes if name == "tensor"))
+    each = P(examples, None, heads)
+    return jax.shard_map(attend, mesh=mesh, in_specs=each, out_specs=each, check_vma=False)(q, k, v)
+
+
+def is_split_over(axis: str) -> bool:
+    """Whether the mesh has an axis of this name with several devices. The mesh: see `by_example`."""
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1) > 1
