@@ -39,7 +39,9 @@ def a_value(name):
         value = kind(min(low + 8, high))
         return str(value), value
     if get_origin(kind) is tuple:
-        return ("x.pt:0.5", ("x.pt:0.5",)) if get_args(kind)[0] is str else ("1,2,3,4", (1, 2, 3, 4))
+        kinds = [plain_type(each) for each in get_args(kind)]
+        values = tuple(range(1, len(kinds) + 1))
+        return ("x.pt:0.5", ("x.pt:0.5",)) if kinds[0] is str else (",".join(map(str, values)), values)
     return "x", "x"
 
 

@@ -16,6 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt64
 
+MOST_REPEATS = 9999
+"""How often an epoch may show an image. A larger number before the name of a folder is a date, or a mistake."""
+
 
 class Order(NamedTuple):
     """The order of the batches, given by everything that it depends on."""

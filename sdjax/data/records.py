@@ -17,14 +17,12 @@ from sdjax.data import sources
 from sdjax.data.files import File, file_digest
 from sdjax.data.folder import images_below, inside
 from sdjax.data.images import SUFFIXES
+from sdjax.data.order import MOST_REPEATS
 from sdjax.data.sources import Columns
 from sdjax.data.strings import Strings
 from sdjax.errors import DataError
 
 log = logging.getLogger(__name__)
-
-MOST_REPEATS = 9999
-"""How often an epoch may show an image. A larger number before the name of a folder is a date, or a mistake."""
 
 MOST_NAMED = 10_000
 """Most images that a fingerprint names one by one."""

@@ -60,7 +60,8 @@ class Request:
     @property
     def size_conditions(self) -> Float[np.ndarray, "6"]:
         """SDXL's size conditions; see `data.images.size_conditions`."""
-        sizes = [self.settings[name] or self.size for name in SIZE_CONDITIONS]
+        defaults = self.size, (0, 0), self.size
+        sizes = [self.settings[name] or default for name, default in zip(SIZE_CONDITIONS, defaults, strict=True)]
         return np.asarray(sizes, np.float32).reshape(6)
 
     @property
@@ -259,8 +260,13 @@ def _request(
         settings[name] = read_value(side, settings.get(name) or default, name)
     if settings.get("guidance") is None:
         settings["guidance"] = outline.guidance
-    if not outline.is_sdxl and (given := [name for name in SIZE_CONDITIONS if any(settings.get(name) or ())]):
-        raise ConfigError(f"{given[0]} is a condition of SDXL, which {outline.name} does not take")
+    for name in SIZE_CONDITIONS:
+        if (size := settings.get(name)) is None:
+            continue
+        if not outline.is_sdxl:
+            raise ConfigError(f"{name} is a condition of SDXL, which {outline.name} does not take")
+        if any(not 0 <= number <= LARGEST_SIDE for number in size):
+            raise wrong(name, size, f"numbers from 0 to {LARGEST_SIDE}")
     repeat = lambda texts: tuple(text for text in texts for _ in range(count))
     total = len(prompts) * count
     # As in A1111, variations are of one picture: the second seed counts up instead of the first.

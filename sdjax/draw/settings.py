@@ -59,7 +59,6 @@ LARGEST_SIDE = 16384
 Side = Annotated[int, Range(8, LARGEST_SIDE, multiple=8)]
 Strength = Annotated[float, Range(0, 1, above=True)]
 Pixels = Annotated[int, Range(0, 1024)]
-Pixel = Annotated[int, Range(0, LARGEST_SIDE)]
 SIZE_CONDITIONS = ("original_size", "crops_coords_top_left", "target_size")
 UpscaleFactor = Annotated[float, Range(0, 16, above=True)]
 
@@ -158,7 +157,7 @@ class Sampling(TypedDict, total=False):
     height: Annotated[Side | None, Declared(None, "height", unset="the model's, or the image's", metavar="PIXELS")]
     width: Annotated[Side | None, Declared(None, "width", unset="the model's, or the image's", metavar="PIXELS")]
     original_size: Annotated[
-        tuple[Pixel, Pixel] | None,
+        tuple[int, int] | None,
         Declared(
             None,
             "SDXL's condition: size of the picture before it was resized and cropped",
@@ -168,11 +167,11 @@ class Sampling(TypedDict, total=False):
         ),
     ]
     crops_coords_top_left: Annotated[
-        tuple[Pixel, Pixel],
-        Declared((0, 0), "SDXL's condition: where the picture was cropped", "Crop top left", metavar="Y,X"),
+        tuple[int, int] | None,
+        Declared(None, "SDXL's condition: where the picture was cropped", "Crop top left", unset="0,0", metavar="Y,X"),
     ]
     target_size: Annotated[
-        tuple[Pixel, Pixel] | None,
+        tuple[int, int] | None,
         Declared(
             None,
             "SDXL's condition: size of the picture after it was resized and cropped",
@@ -357,8 +356,7 @@ def help_text(name: str) -> str:
     """One line on a setting: what it does, its range or choices, and its default."""
     hint, declared = declarations()[name]
     purpose, *remarks = declared.help.split("; ")
-    rules = dict.fromkeys(_words(rule) for rule in metadata(hint) if isinstance(rule, Range))
-    purpose += "".join(f", {rule}" for rule in rules)
+    purpose += "".join(f", {_words(rule)}" for rule in metadata(hint) if isinstance(rule, Range))
     if names := choices(hint):
         purpose += f": {', '.join(names[:-1])} or {names[-1]}"
     default = declared.unset if declared.default is None else declared.default

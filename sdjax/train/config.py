@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from sdjax.data.records import MOST_REPEATS
+from sdjax.data.order import MOST_REPEATS
 from sdjax.draw.settings import SamplerName, Steps
 from sdjax.errors import ConfigError
 from sdjax.settings import (
