@@ -65,7 +65,13 @@ def _parser() -> command.Parser:
     add("--embedding", metavar="FILE", action="append", default=[], help="diffusers, kohya: words to put in, likewise")
     add("--model", metavar="SRC", help="kohya, peft: the model that the LoRA was made for")
     add("--base", metavar="SRC", help="kohya, peft: the model that SRC was fine-tuned from")
-    add("--rank", type=int, metavar="R", help="kohya, peft: the rank, or the most where it differs (with --base 16)")
+    add(
+        "--rank",
+        "--resize-rank",
+        type=int,
+        metavar="R",
+        help="kohya, peft: the rank, or the most where it differs (with --base 16)",
+    )
     add("--ratio", type=float, metavar="X", help="kohya, peft: drop singular values below the largest / X")
     add("--energy", type=float, metavar="X", help="kohya, peft: keep this share of the squared norm of each layer")
     add("--targets", metavar="SET", help=f"with --base: the layers to adapt: {targets} (attention)")
@@ -259,8 +265,8 @@ def _extract(args: argparse.Namespace, base: Any, limit: Any) -> dict[str, Any]:
     if different := [part for part in parts if tuned.shapes.get(part) != base.shapes[part]]:
         fault = f"{', '.join(different)} differ in shape"
         raise DataError(f"{args.src} and {args.base} are models of different kinds: {fault}")
-    weights = ({part: model.view_weights(part) for part in parts} for model in (tuned, base))
-    nearest = low_rank.extract(*weights, limit, which=args.targets or "attention")
+    after, before = ({part: model.view_weights(part) for part in parts} for model in (tuned, base))
+    nearest = low_rank.extract(after, before, limit, which=args.targets or "attention")
     if not nearest.adapters:
         raise DataError(f"{args.src} and {args.base} are the same in all layers that a LoRA would adapt")
     _print_error(nearest)
@@ -291,7 +297,7 @@ def _embedding(args: argparse.Namespace) -> list[Path]:
     if args.dst.suffix.lower() == ".safetensors":
         if len(words) != 1:
             raise ConfigError(f"{args.src} holds the words {', '.join(words)}: write them to a folder")
-        paths = dict.fromkeys(words, args.dst)
+        paths = {word: Path(args.dst) for word in words}
     else:
         paths = _word_files(words, args.dst, args.src)
     _check_free(args, *paths.values())

@@ -199,8 +199,8 @@ def targets(params: Mapping[str, Any], which: str | Sequence[str] = "attention")
     that is no preset, for a wrong regular expression, and if no layer matches.
     """
     if isinstance(which, str):
-        which = read_value(LoraTargets, which, "lora_targets")
-        patterns, convolutions = TARGETS[which]
+        preset: LoraTargets = read_value(LoraTargets, which, "lora_targets")
+        patterns, convolutions = TARGETS[preset]
     else:
         patterns, convolutions = tuple(which), True
     try:

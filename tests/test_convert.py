@@ -158,7 +158,8 @@ def test_loras_of_several_kinds_are_merged_into_a_model(model, tmp_path):
         == "titled.safetensors, one.safetensors:0.5, two.safetensors:-1, three.safetensors:1"
     )
     # The metadata survives the way through a folder too.
-    assert run(tmp_path / "folder", tmp_path / "again.safetensors", "--to", "single_file", "--overwrite") == 0
+    assert run(source, tmp_path / "plain", "--to", "diffusers", *tokenizer) == 0
+    assert run(tmp_path / "plain", tmp_path / "again.safetensors", "--to", "single_file", "--overwrite") == 0
     assert read_safetensors(tmp_path / "again.safetensors").metadata["modelspec.title"] == "Mine"
 
 

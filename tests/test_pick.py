@@ -118,7 +118,8 @@ def test_pick_makes_a_step_the_export(copied, micro_models, capsys):
         np.testing.assert_allclose(kohya["scale"] * kohya["up"], peft["scale"] * peft["up"], rtol=1e-6)
     with safe_open(export / "lora.safetensors", "np") as file:
         assert file.metadata()["ss_steps"] == "2"
-    assert Image.open(export / "samples.png").size[0] > 16
+    with Image.open(export / "samples.png") as grid:
+        assert grid.size[0] > 16
     losses = {line["step"]: line["held_out_loss"] for line in micro.metric_lines(output, "held_out_loss")}
     best = min((2, 4, 5), key=losses.__getitem__)
     for flags in (["--best"], []):

@@ -76,7 +76,7 @@ def test_an_adapter_lies_where_its_layer_does(mesh, shapes):
     for part in ("unet", "text_encoder"):
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[part])
         adapter = jax.eval_shape(
-            lambda zeros=zeros: lora.init(jax.random.key(0), zeros, rank=4, which="conv", dora=True)
+            lambda zeros=zeros: lora.init(jax.random.key(0), zeros, rank=4, which="all", dora=True)
         )
         layers = {name for name, leaf in of_tensor(shapes[part], mesh) if leaf == "kernel"}
         expected = {(name, leaf) for name in layers & FIRST for leaf in ("up", "magnitude")}

@@ -68,7 +68,8 @@ class TarReader:
         try:
             with self._path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 while member := tar.next():
-                    tar.members = []  # otherwise all of them would stay in memory
+                    # Otherwise all of them would stay in memory.
+                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                     folder, _, base = member.name.removeprefix("./").rpartition("/")
                     stem, dot, kind = base.partition(".")
                     if stem and member.isreg() and not member.issparse():

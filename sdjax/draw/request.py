@@ -261,12 +261,12 @@ def _request(
     if settings.get("guidance") is None:
         settings["guidance"] = outline.guidance
     for name in SIZE_CONDITIONS:
-        if (size := settings.get(name)) is None:
+        if (numbers := settings.get(name)) is None:
             continue
         if not outline.is_sdxl:
             raise ConfigError(f"{name} is a condition of SDXL, which {outline.name} does not take")
-        if any(not 0 <= number <= LARGEST_SIDE for number in size):
-            raise wrong(name, size, f"numbers from 0 to {LARGEST_SIDE}")
+        if any(not 0 <= number <= LARGEST_SIDE for number in numbers):
+            raise wrong(name, numbers, f"numbers from 0 to {LARGEST_SIDE}")
     repeat = lambda texts: tuple(text for text in texts for _ in range(count))
     total = len(prompts) * count
     # As in A1111, variations are of one picture: the second seed counts up instead of the first.

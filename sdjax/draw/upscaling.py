@@ -124,7 +124,8 @@ def _load_once(path: Path, name: str, changed: int, size: int) -> Upscaler:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(network: Network, params: Any, pixels: Float[Array, "1 H W 3"]) -> Float[Array, "1 h w 3"]:
-    return jnp.clip(network.apply({"params": params}, pixels), 0.0, 1.0)
+    enlarged: Any = network.apply({"params": params}, pixels)
+    return jnp.clip(enlarged, 0.0, 1.0)
 
 
 def _picture(image: Any) -> Image.Image:

@@ -74,9 +74,12 @@ def read_lora(path: str | os.PathLike, expected: Mapping[str, Any]) -> LoraFile:
         found = adaptable(expected)
         flat = {}
         for place, adapter in adapters.items():
-            kernel = found[place].get("kernel", found[place].get("scale")).shape
-            convert = from_lycoris if isinstance(adapter, LycorisAdapter) else from_torch
-            flat[place] = convert(adapter, kernel, "/".join(place))
+            layer, name = found[place], "/".join(place)
+            kernel = layer["kernel" if "kernel" in layer else "scale"].shape
+            if isinstance(adapter, LycorisAdapter):
+                flat[place] = from_lycoris(adapter, kernel, name)
+            else:
+                flat[place] = from_torch(adapter, kernel, name)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     words = sorted({key.split(".")[1] for key in tensors if key.startswith("bundle_emb.")})

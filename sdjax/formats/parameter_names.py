@@ -126,7 +126,7 @@ def to_state_dict(params: Mapping[str, Any], *, prefix: str = "") -> dict[str, n
     tensors = {}
     for path, leaf in leaves(params):
         name = tensor_name(path)
-        array = leaf if isinstance(leaf, Deferred) else np.asarray(leaf)
+        array: Any = leaf if isinstance(leaf, Deferred) else np.asarray(leaf)
         if path[-1] == "kernel":
             array = to_torch_layout(array)
         tensors[name if path[0] == "text_projection" else prefix + name] = array

@@ -65,7 +65,10 @@ def _todays_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _structure(tensors: Mapping[str, np.ndarray], what: str) -> RRDBConfig | CompactConfig:
     """The structure that the shapes tell. `load_params` checks all other shapes against it."""
-    shape = lambda name: tensors[name].shape if name in tensors else ()
+
+    def shape(name: str) -> tuple[int, ...]:
+        return tensors[name].shape if name in tensors else ()
+
     first, block = shape("conv_first.weight"), shape("body.0.rdb1.conv1.weight")
     if len(first) == len(block) == 4 and first[0] and block[0]:
         unshuffle = _side(first[1], f"{what}: its first layer takes")
