@@ -70,7 +70,7 @@ def _parser() -> command.Parser:
         "--resize-rank",
         type=int,
         metavar="R",
-        help="kohya, peft: the rank, or the most where it differs (with --base 16)",
+        help="kohya, peft: the rank, or the most (with --base: 16)",
     )
     add("--ratio", type=float, metavar="X", help="kohya, peft: drop singular values below the largest / X")
     add("--energy", type=float, metavar="X", help="kohya, peft: keep this share of the squared norm of each layer")
