@@ -303,7 +303,8 @@ def test_the_gradient_by_the_rows_is_that_of_pytorch(tmp_path, sdxl):
     latents, noise = (rng.normal(size=(4, 8, 8, 4)).astype(np.float32) for _ in range(2))
     timesteps = np.array([10, 300, 600, 990])
     ids = recipe.outline.tokenize(CAPTIONS)
-    batch = {**ids, "moments": np.zeros((4, 8, 8, 8), np.float32)}
+    sizes = rng.integers(0, 64, (4, 6)).astype(np.float32)
+    batch = {**ids, "moments": np.zeros((4, 8, 8, 8), np.float32), "sizes": sizes}
     draws = Draws(latents, noise, jnp.asarray(timesteps), jnp.zeros(()), jnp.zeros(()))
 
     @jax.jit
@@ -312,13 +313,13 @@ def test_the_gradient_by_the_rows_is_that_of_pytorch(tmp_path, sdxl):
         return jnp.mean(distance(recipe, variables(recipe, trainable, frozen), batch, draws))
 
     value, gradient = loss(state.trainable)
-    expected_value, expected = pytorch(folder, recipe.outline, state.trainable, ids, latents, noise, timesteps)
+    expected_value, expected = pytorch(folder, recipe.outline, state.trainable, ids, latents, noise, timesteps, sizes)
     assert float(value) == pytest.approx(expected_value, rel=1e-4)
     for name, rows in gradient["textual_inversion"].items():
         assert oracle.error(rows, expected[name]) <= 1e-3, name
 
 
-def pytorch(folder, model, trainable, ids, latents, noise, timesteps):
+def pytorch(folder, model, trainable, ids, latents, noise, timesteps, sizes):
     """Returns the loss and its gradient by the rows of each text model, as diffusers' training scripts compute them."""
     import torch
     from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -342,8 +343,7 @@ def pytorch(folder, model, trainable, ids, latents, noise, timesteps):
     latents, noise = (oracle.channels_first(array) for array in (latents, noise))
     timesteps = torch.from_numpy(timesteps)
     noisy = scheduler.add_noise(latents, noise, timesteps)
-    side = 8.0 * model.vae.config.factor
-    added = {"text_embeds": pooled, "time_ids": torch.tensor([[side, side, 0, 0, side, side]] * len(latents))}
+    added = {"text_embeds": pooled, "time_ids": oracle.tensor(sizes)}
     output = unet(noisy, timesteps, torch.cat(hidden, -1), added_cond_kwargs=added if model.is_sdxl else None).sample
     velocity = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise

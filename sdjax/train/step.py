@@ -323,7 +323,8 @@ def _conditions(
     if "empty" in batch:
         context = zeroed(context, batch["empty"])
         pooled = None if pooled is None else zeroed(pooled, batch["empty"])
-    return context, None if pooled is None or "sizes" not in batch else outline.added_conditions(pooled, batch["sizes"])
+    added = outline.added_conditions(pooled, batch["sizes"]) if outline.is_sdxl and pooled is not None else None
+    return context, added
 
 
 def _dropout_keys(keys: Key[Array, " B"], part: int, ids: Int[Array, "B n T"] | None) -> Key[Array, " N"]:
