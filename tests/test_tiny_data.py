@@ -91,7 +91,7 @@ def test_data_from_an_archive(tmp_path):
     assert not {r.name for r in records.scan(tmp_path / "data/vae")} & {
         r.name for r in records.scan(tmp_path / "data/held_out")
     }
-    picture = Image.open(pictures[0].path)
+    picture = Image.open(pictures[0].file)
     assert picture.mode == "RGB" and picture.size == (64, 64)
     assert picture.getpixel((0, 0)) == (255, 255, 255) and picture.getpixel((32, 32)) == (255, 0, 0)
     names = [json.loads(line)["name"] for line in (tmp_path / "data/pictures/metadata.jsonl").read_text().splitlines()]
