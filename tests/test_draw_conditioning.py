@@ -133,7 +133,7 @@ def test_loras_in_a_prompt_are_warned_of_and_unknown_settings_refused(tiny):
 def test_guidance_1_needs_no_negative_prompt(tiny, guidance, texts):
     request = text2image_request(tiny.model.outline, ["taco", "heart"], "grey", {"guidance": guidance})
     (group,) = groups(tiny.model.outline, request)
-    ((condition,),) = conditions(tiny.model, request, group, 1)
+    ((condition,),) = conditions(tiny.model, request, group, range(1))
     assert len(condition.context) == 2 * texts
 
 
