@@ -1,40 +1,46 @@
 """The command that makes what the embedded model is trained from: pictures with captions, and an untrained model.
 
-    npm pack emoji-datasource-google@16.0.0
-    python configs/tiny_data.py data runs/tiny/data --noto emoji-datasource-google-16.0.0.tgz
-    python configs/tiny_data.py model runs/tiny/start --captions runs/tiny/data/pictures/metadata.jsonl
+    python configs/tiny_sets.py npm runs/tiny/sets        (its own text says how to get the sets)
+    python configs/tiny_data.py data runs/tiny/data --sets runs/tiny/sets
+    python -m sdjax.train configs/tiny_vae.toml
+    python configs/tiny_data.py model runs/tiny/start --captions runs/tiny/data/pictures/metadata.jsonl \\
+      --vae runs/tiny/vae/export/vae/model
+    python -m sdjax.train configs/tiny_model.toml
 
-The training then runs with configs/tiny_vae.toml and configs/tiny_model.toml. Each command always writes the same
-files.
+The commands of this file always write the same files.
 
 `sdjax/tiny/subjects.tsv` lists the subjects: code points of an emoji, its name, other names. The names are CLDR's short
 names (Unicode License v3) where these say what the picture shows, and our own elsewhere. Chosen are emoji that show one
 thing: hearts, shapes, faces, animals, plants, food, vehicles, weather, sport, clothes, buildings, instruments, tools.
 Left out are flags of countries, keycaps, letters, clock faces, arrows, signs, and hands and people in many variants. Of
-emoji that look alike at 64 pixels one or two are chosen. The pictures are Google's Noto emoji (Apache License 2.0).
+emoji that look alike at 64 pixels one or two are chosen.
 
-Sizes: weights in float16 and the tokenizer must stay below 12 MB. On two CPU cores the largest maps take most of the
+A subject is drawn in the style of each set that has it, in many framings and colours, and in scenes with others, see
+configs/tiny_scenes.py. Captions name the style, as in "red heart, noto", or leave it open: "red heart". So the model
+learns what a style is, and what belongs to the subject.
+
+Sizes: weights in float16 and the tokenizer must stay below 24 MB. On two CPU cores the largest maps take most of the
 time of a step, so the VAE has few channels there and most of its parameters at 16 x 16. The U-Net has most of its
-parameters, and all attention, at 8 x 8. Latents of 16 x 16 x 4 are needed for a PSNR of 30 dB. A VAE of factor 8 would
-halve the work of the U-Net, but faces would be lost.
+parameters at 8 x 8 and 4 x 4, and all attention. Latents of 16 x 16 x 4 are needed for a PSNR of 30 dB. A VAE of factor
+8 would halve the work of the U-Net, but faces would be lost.
 
 Schedule: Stable Diffusion's, with v-prediction. The time steps are spaced "trailing", so drawing starts at the step
 where training ended. A zero terminal SNR would fit even better, but it excludes samplers that start at a finite sigma.
 """
 
 import hashlib
-import io
 import itertools
 import json
 import re
 import sys
-import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import tiny_scenes as scenes
 from PIL import Image
 
 import sdjax
@@ -43,18 +49,26 @@ from sdjax.runtime import command
 
 WITHHELD = ("green circle", "purple circle", "yellow square", "orange square", "brown heart")
 """Names that training never sees, although it sees both words of each. They test whether colour and shape combine."""
+TAUGHT = ("twemoji", "openmoji")
+"""Sets that the model never sees: what it is taught in examples and measures."""
 HELD_OUT = 0.05
 """Share of the emoji that the VAE never sees."""
 CAPTIONS = 4
 """Captions of each subject. Every subject has the same number, so all are shown equally often."""
-WINDOW = 16
+COUNTS = {"one": 30_000, "recoloured": 6_000, "two": 10_000, "worn": 6_000}
+"""Pictures of each kind."""
+NAMED = 0.65
+"""Share of the captions that name the style."""
+WINDOW = 24
 """Positions of the text model, in tokens."""
-MERGES = 1800
+LONGEST = 14
+"""Most words of a caption."""
+MERGES = 2400
 """Merges of the tokenizer."""
 
 
 class Subject(NamedTuple):
-    """An emoji with its names. code: its code points, as in `1f3c3-200d-2640`."""
+    """An emoji with its names. code: its code points without fe0f, as in `1f3c3-200d-2640`."""
 
     code: str
     name: str
@@ -65,7 +79,10 @@ def subjects() -> tuple[Subject, ...]:
     """The subjects in subjects.tsv, which has the order of Unicode. The subjects of WITHHELD are among them."""
     lines = (Path(sdjax.__file__).parent / "tiny" / "subjects.tsv").read_text("utf-8").splitlines()[1:]
     rows = (line.split("\t") for line in lines)
-    return tuple(Subject(code, name, tuple(others.split("; ")) if others else ()) for code, name, others in rows)
+    return tuple(
+        Subject(code.replace("-fe0f", ""), name, tuple(others.split("; ")) if others else ())
+        for code, name, others in rows
+    )
 
 
 def captions(subject: Subject) -> tuple[str, ...]:
@@ -80,22 +97,6 @@ def captions(subject: Subject) -> tuple[str, ...]:
 
 
 # ------------------------------------------------------------------------------------------------ the pictures
-
-
-def read_package(path: str | Path) -> dict[str, bytes]:
-    """Code -> PNG of every emoji in the npm package. path: the package's archive or folder."""
-    path = Path(path)
-    if path.is_dir():
-        pictures = {file.stem: file.read_bytes() for file in path.glob("**/img/google/64/*.png")}
-    elif path.is_file():
-        with tarfile.open(path) as archive:
-            members = [m for m in archive if "/img/google/64/" in m.name and m.name.endswith(".png")]
-            pictures = {Path(m.name).stem: archive.extractfile(m).read() for m in members}  # pyright: ignore
-    else:
-        raise DataError(f"{path}: no such file or folder; `npm pack emoji-datasource-google` makes the archive")
-    if not pictures:
-        raise DataError(f"{path}: no pictures below img/google/64; expected npm's emoji-datasource-google")
-    return dict(sorted(pictures.items()))
 
 
 def family(code: str) -> str:
@@ -114,51 +115,202 @@ def held_out(codes: Iterable[str]) -> frozenset[str]:
     return frozenset(code for code in codes if family(code) in chosen)
 
 
-def write_data(folder: str | Path, package: str | Path) -> dict[str, int]:
-    """Writes four data sets below `folder`. Returns the number of pictures in each.
+class Picture(NamedTuple):
+    """A picture with its file's name and the other fields of its line in metadata.jsonl."""
 
-    Each is a folder of PNGs of 64 x 64 on white, with a metadata.jsonl of `file_name`, `text` and, in the last two,
-    `name`. held_out: a share HELD_OUT of all emoji. vae: the other emoji, with all skin tones. pictures: the subjects
-    except those of WITHHELD, each with CAPTIONS files of one caption each. withheld: the subjects of WITHHELD.
-    """
-    images = {code: _on_white(data) for code, data in read_package(package).items()}
-    chosen = subjects()
-    if missing := [subject.name for subject in chosen if subject.code not in images]:
-        raise DataError(f"{package}: has no picture of {', '.join(missing[:3])}; expected version 16 or later")
-    test = held_out(images)
-    pictures, withheld = [], []
-    for subject in chosen:
-        stem = re.sub("[^a-z0-9]+", "-", subject.name).strip("-")
-        if subject.name in WITHHELD:
-            withheld.append((f"{stem}.png", subject.name, subject))
-            continue
-        pictures += [
-            (f"{stem}{f'.{i}' if i > 1 else ''}.png", caption, subject)
-            for i, caption in enumerate(captions(subject), 1)
-        ]
-    lines = {
-        "vae": [({"file_name": f"{code}.png", "text": "emoji"}, code) for code in images if code not in test],
-        "held_out": [({"file_name": f"{code}.png", "text": "emoji"}, code) for code in images if code in test],
+    file: str
+    image: Image.Image
+    fields: dict[str, str]
+
+
+def read_sets(folder: str | Path, *, taught: bool = False) -> dict[str, dict[str, Path]]:
+    """Word of a set -> code -> its picture, of the sets that the model may see, or of those that it is taught."""
+    found = {
+        path.name: {file.stem: file for file in sorted(path.glob("*.png"))}
+        for path in sorted(Path(folder).glob("*/"))
+        if (path.name in TAUGHT) == taught
     }
-    for name, group in (("pictures", pictures), ("withheld", withheld)):
-        lines[name] = [({"file_name": file, "text": text, "name": s.name}, s.code) for file, text, s in group]
-    for name, group in lines.items():
-        out = Path(folder) / name
-        out.mkdir(parents=True, exist_ok=True)
-        for entry, code in group:
-            (out / entry["file_name"]).write_bytes(images[code])
-        text = "".join(json.dumps(entry) + "\n" for entry, _ in group)
-        (out / "metadata.jsonl").write_text(text, "utf-8")
-    return {name: len(group) for name, group in lines.items()}
+    if not found or not all(found.values()):
+        raise DataError(f"{folder}: no folders of pictures; `python configs/tiny_sets.py` draws them")
+    return found
 
 
-def _on_white(data: bytes) -> bytes:
-    """The PNG on a white background."""
-    image = Image.open(io.BytesIO(data)).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    out = io.BytesIO()
-    image.save(out, "PNG", optimize=True)
-    return out.getvalue()
+def write_data(folder: str | Path, sets: str | Path, counts: dict[str, int] = COUNTS, seed: int = 0) -> dict[str, int]:
+    """Writes data sets below `folder`. Returns the number of pictures in each.
+
+    Each is a folder of PNGs of 64 x 64 on white, with a metadata.jsonl. held_out: a share HELD_OUT of the emoji of all
+    sets. vae: the other emoji, half of them framed anew. pictures: what text model and U-Net are trained on.
+
+    The others are for the measures. true and taught: all subjects as each set draws them, with `name` and `set`.
+    samples: of each set in TAUGHT, the emoji of the sample pictures. characters: six pictures of each character to
+    teach it from, and poses: six others of each.
+    """
+    found, taught = read_sets(sets), read_sets(sets, taught=True)
+    chosen = subjects()
+    for subject in chosen:
+        if not any(subject.code in pictures for pictures in found.values()):
+            raise DataError(f"{sets}: has no picture of {subject.name}; expected those of configs/tiny_sets.py")
+    random = np.random.default_rng(seed)
+    test = held_out({code for pictures in found.values() for code in pictures})
+    files = [(word, code, path) for word, pictures in found.items() for code, path in pictures.items()]
+
+    def lone(word: str, code: str, path: Path, *, anew: bool) -> Picture:
+        emoji = _read(path)
+        image = scenes.framed(emoji, random, mirror=True) if anew else scenes.plain(emoji)
+        return Picture(f"{word}/{code}.png", image, {"text": "emoji"})
+
+    writers: dict[str, Iterable[Picture]] = {
+        "held_out": (lone(*file, anew=False) for file in files if file[1] in test),
+        "vae": (lone(*file, anew=random.random() < 0.5) for file in files if file[1] not in test),
+        "true": _as_drawn(found, chosen),
+        "taught": _as_drawn(taught, chosen),
+    }
+    sampled = {path.stem for path in (Path(sdjax.__file__).parent / "tiny/samples").glob("*.png")}
+    for word, pictures in taught.items():
+        writers[f"samples/{word}"] = _as_drawn({word: pictures}, [s for s in chosen if s.code in sampled])
+    emoji = {s.name: _read(found["noto"][s.code]) for s in chosen}
+    for name, poses in characters(emoji, random).items():
+        writers[f"characters/{name}"], writers[f"poses/{name}"] = poses[:6], poses[6:]
+    writers["pictures"] = Painter(found, chosen, random).pictures(counts)
+    return {name: _write(Path(folder) / name, pictures) for name, pictures in writers.items()}
+
+
+def _as_drawn(sets: dict[str, dict[str, Path]], chosen: Sequence[Subject]) -> Iterable[Picture]:
+    for word, pictures in sets.items():
+        for s in chosen:
+            if s.code in pictures:
+                fields = {"text": s.name, "name": s.name, "set": word}
+                yield Picture(f"{word}/{s.code}.png", scenes.plain(_read(pictures[s.code])), fields)
+
+
+def characters(emoji: dict[str, Image.Image], random: np.random.Generator) -> dict[str, list[Picture]]:
+    """Name, as in `blue-cat-face-top-hat`, -> twelve poses of each made-up character. emoji: name -> RGBA."""
+    poses = {}
+    for colour, head, worn in scenes.CHARACTERS:
+        coloured, level = scenes.recoloured(emoji[head], colour), scenes.eyes(head)
+        image = scenes.wearing(coloured, emoji[worn], kind=worn, level=level or 0.0)
+        name = "-".join((colour, head, worn)).replace(" ", "-")
+        pictures = (scenes.framed(image, random, mirror=True) for _ in range(12))
+        poses[name] = [Picture(f"{i}.png", picture, {"text": "", "name": name}) for i, picture in enumerate(pictures)]
+    return poses
+
+
+Paint = Callable[[str, str], tuple[Image.Image, str] | None]
+"""Makes a picture and its caption from a set and a name, or nothing if the emoji cannot be painted so."""
+
+
+class Painter:
+    """Makes pictures with captions from the subjects of all sets."""
+
+    def __init__(
+        self, sets: dict[str, dict[str, Path]], chosen: Sequence[Subject], random: np.random.Generator
+    ) -> None:
+        self._random = random
+        self._emoji = {
+            word: {s.name: scenes.trimmed(_read(pictures[s.code])) for s in chosen if s.code in pictures}
+            for word, pictures in sets.items()
+        }
+        """Set -> name -> the emoji."""
+        self._subjects = {s.name: s for s in chosen if s.name not in WITHHELD}
+        self._all = [
+            (word, name)
+            for word, emoji in self._emoji.items()
+            for name in emoji
+            if name in self._subjects and (word != "glyph" or not _has_colour(name))  # glyphs are black and white
+        ]
+
+    def pictures(self, counts: dict[str, int]) -> Iterable[Picture]:
+        """Yields so many pictures of each kind. Those of one emoji show all of them equally often."""
+        kinds: dict[str, Paint] = {
+            "one": self._one,
+            "recoloured": self._recoloured,
+            "two": self._two,
+            "worn": self._worn,
+        }
+        for kind, paint in kinds.items():
+            for i, (word, image, text) in enumerate(itertools.islice(self._painted(paint), counts[kind])):
+                yield Picture(f"{kind}/{i}.png", image, {"text": text, "set": word})
+
+    def _painted(self, paint: Paint) -> Iterable[tuple[str, Image.Image, str]]:
+        """Yields set, picture and caption, without end. Each turn shows every emoji that can be painted so once."""
+        while True:
+            for i in self._random.permutation(len(self._all)):
+                word, name = self._all[i]
+                painted = paint(word, name)
+                if painted is None:
+                    continue
+                image, text = painted
+                text = f"{text}, {word}" if self._random.random() < NAMED else text
+                if len(text.split()) <= LONGEST:
+                    yield word, image, text
+
+    def _one(self, word: str, name: str) -> tuple[Image.Image, str]:
+        emoji = self._emoji[word][name]
+        text = self._random.choice(captions(self._subjects[name]))
+        return scenes.framed(emoji, self._random, mirror=scenes.is_mirrored(name)), str(text)
+
+    def _recoloured(self, word: str, name: str) -> tuple[Image.Image, str] | None:
+        colour = self._colour()
+        if _has_colour(name) or scenes.is_withheld(colour, name):
+            return None
+        emoji = scenes.recoloured(self._emoji[word][name], colour)
+        return scenes.framed(emoji, self._random, mirror=scenes.is_mirrored(name)), f"{colour} {name}"
+
+    def _two(self, word: str, name: str) -> tuple[Image.Image, str] | None:
+        company = str(self._random.choice([n for w, n in self._all if w == word]))
+        if scenes.is_withheld(None, name, company):
+            return None
+        (first, one), (second, other) = self._part(word, name), self._part(word, company)
+        place = str(self._random.choice(list(scenes.PLACES)))
+        return scenes.PLACES[place](first, second, self._random), f"{one} {place} {other}"
+
+    def _worn(self, word: str, name: str) -> tuple[Image.Image, str] | None:
+        level = scenes.eyes(name)
+        kind = str(self._random.choice((*scenes.HATS, *scenes.GLASSES)))
+        if level is None or kind not in self._emoji[word]:
+            return None
+        colour = self._colour() if self._random.random() < 0.4 else None
+        if scenes.is_withheld(colour, name, kind):
+            return None
+        head = self._emoji[word][name]
+        head = scenes.recoloured(head, colour) if colour else head
+        image = scenes.wearing(head, self._emoji[word][kind], kind=kind, level=level)
+        text = f"{name} {self._random.choice(('wearing', 'with'))} {kind}"
+        return scenes.framed(image, self._random, mirror=True), f"{colour} {text}" if colour else text
+
+    def _part(self, word: str, name: str) -> tuple[Image.Image, str]:
+        """An emoji for a scene, one in five of them recoloured, with its name."""
+        emoji = scenes.varied(self._emoji[word][name], self._random, mirror=scenes.is_mirrored(name), most=8)
+        colour = self._colour()
+        if self._random.random() < 0.2 and not _has_colour(name) and not scenes.is_withheld(colour, name):
+            return scenes.recoloured(emoji, colour), f"{colour} {name}"
+        return emoji, name
+
+    def _colour(self) -> str:
+        return str(self._random.choice(list(scenes.COLOURS)))
+
+
+def _has_colour(name: str) -> bool:
+    return not scenes.COLOUR_WORDS.isdisjoint(name.split())
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGBA")
+    except OSError as error:
+        raise DataError(f"{path}: not a picture: {error}") from error
+
+
+def _write(folder: Path, pictures: Iterable[Picture]) -> int:
+    """Writes pictures and metadata.jsonl to the folder. Returns how many."""
+    lines = []
+    for picture in pictures:
+        path = folder / picture.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.image.save(path)
+        lines.append(json.dumps({"file_name": picture.file, **picture.fields}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines), "utf-8")
+    return len(lines)
 
 
 def _hash(text: str) -> bytes:
@@ -244,9 +396,9 @@ UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
     "attention_head_dim": 4,  # the number of heads, in spite of the field's name
-    "block_out_channels": [64, 128],
-    "cross_attention_dim": 128,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "block_out_channels": [64, 128, 160],
+    "cross_attention_dim": 192,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "in_channels": 4,
@@ -256,7 +408,7 @@ UNET: dict[str, Any] = {
     "norm_num_groups": 16,
     "out_channels": 4,
     "sample_size": 16,
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
 }
 VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
@@ -281,14 +433,14 @@ TEXT: dict[str, Any] = {
     "attention_dropout": 0.0,
     "dtype": "float32",
     "hidden_act": "quick_gelu",
-    "hidden_size": 128,
-    "intermediate_size": 256,
+    "hidden_size": 192,
+    "intermediate_size": 512,
     "layer_norm_eps": 1e-05,
     "max_position_embeddings": WINDOW,
     "model_type": "clip_text_model",
     "num_attention_heads": 4,
     "num_hidden_layers": 3,
-    "projection_dim": 128,
+    "projection_dim": 192,
 }
 SCHEDULER: dict[str, Any] = {
     "_class_name": "DDIMScheduler",
@@ -307,16 +459,18 @@ _BRANCH_ENDS = r"conv2|proj_out|out_proj|fc2"
 """Names of the last layer of a residual branch. The layer starts at zero, so each block starts as the identity."""
 
 
-def write_model(folder: str | Path, texts: Sequence[str], seed: int = 0) -> dict[str, int]:
+def write_model(folder: str | Path, texts: Sequence[str], seed: int = 0, vae_of: str = "") -> dict[str, int]:
     """Writes an untrained model folder in float32. Returns the number of parameters of each part.
 
-    Kernels are normal with standard deviation 1 / sqrt(inputs), embeddings with 0.02. The last layer of each residual
-    branch and the last layer of the U-Net are zero.
+    vae_of: the model whose autoencoder is taken; empty: it is untrained too. Kernels are normal with standard deviation
+    1 / sqrt(inputs), embeddings with 0.02. The last layer of each residual branch and the last layer of the U-Net are
+    zero.
     """
     import jax
     import numpy as np
 
     from sdjax.formats.diffusers_folder import save_folder
+    from sdjax.model import Outline
     from sdjax.models import clip, unet, vae
 
     random = np.random.default_rng(seed)
@@ -343,6 +497,10 @@ def write_model(folder: str | Path, texts: Sequence[str], seed: int = 0) -> dict
             "text_encoder": clip.abstract_params(clip.TextConfig.from_dict(configs["text_encoder"])),
         }
         params = jax.tree_util.tree_map_with_path(fill, abstract)
+        if vae_of:
+            outline = Outline.load(vae_of)
+            configs["vae"] = outline.folder.configs["vae"]
+            params["vae"] = jax.tree.map(np.asarray, outline.load_weights("vae"))
         save_folder(folder, configs=configs, params=params, tokenizers={"tokenizer": tokenizer}, scheduler=SCHEDULER)
     return {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
 
@@ -368,18 +526,20 @@ def _run(argv: Sequence[str]) -> None:
         prog="python configs/tiny_data.py", description="Make what the embedded model is trained from."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    data = commands.add_parser("data", help="write pictures with captions, from Noto emoji")
+    data = commands.add_parser("data", help="write pictures with captions, from several sets of emoji")
     data.add_argument("folder")
-    data.add_argument("--noto", required=True, help="the npm package emoji-datasource-google: its .tgz or its folder")
+    data.add_argument("--sets", required=True, help="folder that configs/tiny_sets.py wrote")
+    data.add_argument("--seed", type=int, default=0, help="seed of the framings, colours and scenes")
     model = commands.add_parser("model", help="write an untrained model folder")
     model.add_argument("folder")
     model.add_argument("--captions", required=True, help="metadata.jsonl with the texts that the tokenizer is made for")
+    model.add_argument("--vae", default="", help="model whose trained autoencoder is taken; empty: an untrained one")
     model.add_argument("--seed", type=int, default=0, help="seed of the weights")
     args = parser.parse_args(argv)
     if args.command == "data":
-        counts = write_data(args.folder, args.noto)
+        counts = write_data(args.folder, args.sets, seed=args.seed)
     else:
-        counts = write_model(args.folder, read_captions(args.captions), args.seed)
+        counts = write_model(args.folder, read_captions(args.captions), args.seed, args.vae)
     print(", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
 

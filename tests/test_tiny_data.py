@@ -2,12 +2,13 @@
 
 import io
 import json
-import tarfile
 
+import jax
 import numpy as np
 import pytest
 import tiny_data
-from PIL import Image
+import tiny_sets
+from PIL import Image, ImageDraw
 
 from sdjax.data import records
 from sdjax.model import Model
@@ -25,9 +26,16 @@ def tokenizer_folder(tmp_path_factory):
     return folder
 
 
-def png(colour: str = "red") -> bytes:
-    image = Image.new("RGBA", (64, 64))
-    image.paste(colour, (16, 16, 48, 48))
+COUNTS = {"one": 60, "recoloured": 20, "two": 20, "worn": 20}
+"""Pictures of each kind."""
+
+
+def emoji(colour: str) -> bytes:
+    """A disc with a dark middle, 128 x 128 with transparency."""
+    image = Image.new("RGBA", (128, 128))
+    pen = ImageDraw.Draw(image)
+    pen.ellipse([8, 20, 120, 108], colour)
+    pen.ellipse([50, 50, 70, 70], "black")
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
@@ -75,40 +83,82 @@ def test_families_are_held_out_together():
     assert tiny_data.held_out(codes[::-1]) == chosen
 
 
-def test_data_from_an_archive(tmp_path):
-    package = tmp_path / "package.tgz"
-    codes = [*(subject.code for subject in ALL), "1f1e6-1f1e8"]
-    with tarfile.open(package, "w:gz") as archive:
-        for code in codes:
-            member = tarfile.TarInfo(f"package/img/google/64/{code}.png")
-            member.size = len(png())
-            archive.addfile(member, io.BytesIO(png()))
-    counts = tiny_data.write_data(tmp_path / "data", package)
-    assert counts["pictures"] == len(TEXTS) and counts["withheld"] == len(tiny_data.WITHHELD)
-    assert counts["vae"] + counts["held_out"] == len(codes)
-    pictures = records.scan(tmp_path / "data/pictures")
-    assert sorted(record.caption for record in pictures) == sorted(TEXTS)
-    assert not {r.name for r in records.scan(tmp_path / "data/vae")} & {
-        r.name for r in records.scan(tmp_path / "data/held_out")
-    }
-    picture = Image.open(pictures[0].file)
-    assert picture.mode == "RGB" and picture.size == (64, 64)
-    assert picture.getpixel((0, 0)) == (255, 255, 255) and picture.getpixel((32, 32)) == (255, 0, 0)
-    names = [json.loads(line)["name"] for line in (tmp_path / "data/pictures/metadata.jsonl").read_text().splitlines()]
-    assert set(names) == {subject.name for subject in ALL} - set(tiny_data.WITHHELD)
+@pytest.fixture(scope="module")
+def drawn_sets(tmp_path_factory):
+    """Folders of all sets: noto has all subjects, the others every 20th. A picture is a disc of some hue."""
+    folder = tmp_path_factory.mktemp("sets")
+    for word in (*(s.word for s in tiny_sets.SETS), *tiny_data.TAUGHT):
+        (folder / word).mkdir()
+        for i, subject in enumerate(ALL):
+            if word == "noto" or i % 20 == 0:
+                (folder / word / f"{subject.code}.png").write_bytes(emoji(f"hsl({i * 37 % 360}, 80%, 50%)"))
+    return folder
 
 
-@pytest.mark.parametrize("content", ["nothing", "folder", "some"])
-def test_a_package_of_another_kind_is_one_line(tmp_path, capsys, content):
-    package = tmp_path / "package"
-    if content != "nothing":
-        package.mkdir()
+@pytest.fixture(scope="module")
+def written(drawn_sets, tmp_path_factory):
+    """The data made from these sets, a few pictures of each kind, with the number of pictures of each folder."""
+    folder = tmp_path_factory.mktemp("data")
+    return folder, tiny_data.write_data(folder, drawn_sets, COUNTS)
+
+
+def entries(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+def test_all_pictures_can_be_read_by_the_trainer(written):
+    folder, counts = written
+    assert counts["pictures"] == sum(COUNTS.values())
+    for name, count in counts.items():
+        found = records.scan(folder / name, missing_caption="empty" if "-" in name else "fail")  # a character has none
+        assert len(found) == count > 0
+        with Image.open(found[0].file) as picture:
+            assert picture.mode == "RGB" and picture.size == (64, 64)
+
+
+def test_the_autoencoder_is_tested_on_emoji_it_never_sees_in_any_set(written):
+    folder, _ = written
+    seen, unseen = ({e["file_name"].split("/")[1] for e in entries(folder / name)} for name in ("vae", "held_out"))
+    assert not seen & unseen
+
+
+def test_captions_name_the_style_or_leave_it_open_and_keep_what_is_withheld(written):
+    lines = entries(written[0] / "pictures")
+    named = [e for e in lines if e["text"].endswith(f", {e['set']}")]
+    assert 0.4 < len(named) / len(lines) < 0.9
+    assert all("," not in e["text"] for e in lines if e not in named)
+    assert {e["set"] for e in lines} <= {s.word for s in tiny_sets.SETS}  # and none of those that are taught
+    assert not any(name in e["text"] for e in lines for name in tiny_data.WITHHELD)
+    assert all(len(e["text"].split()) <= tiny_data.LONGEST for e in lines)
+    assert not any(e["set"] == "glyph" and "heart" in e["text"] and "red" in e["text"] for e in lines)
+
+
+def test_the_measures_find_the_subjects_in_each_set(written):
+    folder, counts = written
+    true = entries(folder / "true")
+    assert {e["name"] for e in true if e["set"] == "noto"} == {subject.name for subject in ALL}
+    assert {e["set"] for e in entries(folder / "taught")} == set(tiny_data.TAUGHT)
+    assert all(counts[f"{kind}/green-fox-crown"] == 6 for kind in ("characters", "poses"))
+
+
+def test_pictures_and_captions_are_the_same_each_time(drawn_sets):
+    def paint() -> list[tuple[bytes, dict[str, str]]]:
+        painter = tiny_data.Painter(tiny_data.read_sets(drawn_sets), ALL, np.random.default_rng(1))
+        return [(picture.image.tobytes(), picture.fields) for picture in painter.pictures(COUNTS)]
+
+    assert paint() == paint()
+
+
+@pytest.mark.parametrize("content", ["nothing", "some"])
+def test_a_folder_without_the_sets_is_one_line(tmp_path, capsys, content):
+    sets = tmp_path / "sets"
     if content == "some":
-        (package / "img/google/64").mkdir(parents=True)
-        (package / "img/google/64/1f600.png").write_bytes(png())
-    assert tiny_data.main(["data", str(tmp_path / "data"), "--noto", str(package)]) == 3
+        for word in ("noto", "twemoji"):
+            (sets / word).mkdir(parents=True)
+            (sets / word / "1f600.png").write_bytes(emoji("red"))
+    assert tiny_data.main(["data", str(tmp_path / "data"), "--sets", str(sets)]) == 3
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and str(package) in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and str(sets) in error
 
 
 def test_byte_pairs_merge_the_most_frequent_first():
@@ -149,14 +199,21 @@ def test_untrained_model_loads_and_its_branches_start_at_zero(tmp_path):
     ):
         assert not np.any(np.asarray(ends["kernel"]))
     kernel = np.asarray(unet["mid_block"]["resnets_0"]["conv1"]["kernel"])
-    assert np.std(kernel) * np.sqrt(9 * 128) == pytest.approx(1, abs=0.02)
+    assert np.std(kernel) * np.sqrt(9 * kernel.shape[2]) == pytest.approx(1, abs=0.02)
     assert model.outline.schedule.prediction_type == "v_prediction"
     # The real vocabulary is larger than that of these two captions. Weights are float16; the tokenizer is below 100 kB.
     whole = 2 * (
         sum(counts.values())
-        + (512 + tiny_data.MERGES + 2 - model.outline.text_models["text_encoder"].config.vocab_size) * 128
+        + (512 + tiny_data.MERGES + 2 - model.outline.text_models["text_encoder"].config.vocab_size) * 192
     )
-    assert whole + 100_000 < 12_000_000
+    assert whole + 100_000 < 24_000_000
+
+
+def test_an_untrained_model_can_have_a_trained_autoencoder(tmp_path):
+    tiny_data.write_model(tmp_path / "model", ["red heart"], vae_of="tiny")
+    ours, tiny = Model.load(tmp_path / "model"), Model.load("tiny")
+    assert jax.tree.all(jax.tree.map(np.array_equal, ours.params["vae"], tiny.params["vae"]))
+    assert not np.any(np.asarray(ours.params["unet"]["conv_out"]["kernel"]))
 
 
 @pytest.mark.parametrize("name", ["tiny_vae", "tiny_model"])
