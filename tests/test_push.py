@@ -19,7 +19,11 @@ from sdjax.formats import hub
 from sdjax.train import file_metadata
 from sdjax.train.loop import train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    # The newest HTTP library of huggingface_hub warns of how that uploads a file.
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+]
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
