@@ -3,13 +3,12 @@
 import os
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sdjax.data.parquet import ParquetReader
 from sdjax.errors import ConfigError, DataError
-
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
 
 
 def write_parquet(path, columns, **settings):

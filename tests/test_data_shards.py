@@ -4,6 +4,8 @@ import io
 import os
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from test_data_tar import write_tar
@@ -51,7 +53,6 @@ def tars(place, pictures=PICTURES, size=4):
 
 
 def parquet(place):
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     place.mkdir()
     images = [{"bytes": content, "path": None} for content, _ in PICTURES.values()]
     table = pa.table({"image": images, "text": [caption for _, caption in PICTURES.values()]})
