@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdjax.errors import ConfigError, DataError
+from sdjax.errors import DataError
 from sdjax.runtime import command
 
 
@@ -24,13 +24,8 @@ def _run(argv: Sequence[str]) -> None:
     # Imported only now, so that --help is shown at once.
     from sdjax.train import checkpoint, config_file, snapshots
 
-    if not (args.run / "config.toml").is_file():
-        copies = [str(path.parent) for path in sorted(args.run.glob("*/config.toml"))]
-        raise DataError(f"{args.run}: not the folder of a run, which holds config.toml{_copies(copies)}")
-    config = config_file.load(args.run / "config.toml")
+    config = config_file.load_run(args.run, args.stage)
     names = [stage.name for stage in config.stages]
-    if args.stage and args.stage not in names:
-        raise ConfigError(f"--stage {args.stage}: the stages of {args.run} are {', '.join(names)}")
     steps = {name: snapshots.found(args.run / "export" / name / "steps") for name in names}
     stage = args.stage or next((name for name in reversed(names) if steps[name]), names[-1])
     found, measured = steps[stage], snapshots.losses(args.run / "metrics.jsonl", stage)
@@ -46,10 +41,6 @@ def _run(argv: Sequence[str]) -> None:
         _pick(config, args.run / "export" / stage, found[step])
     loss = f", held-out loss {measured[step]:.5f}" if step in measured else ""
     print(f"{args.run / 'export' / stage} now holds step {step}{loss}")
-
-
-def _copies(folders: list[str]) -> str:
-    return f"; those of its copies do: {', '.join(folders)}" if folders else ""
 
 
 def _pick(config: Any, export: Path, files: dict[str, Path]) -> None:

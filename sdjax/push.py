@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdjax.errors import ConfigError, DataError
+from sdjax.errors import ConfigError
 from sdjax.runtime import command
 
 
@@ -25,12 +25,7 @@ def _run(argv: Sequence[str]) -> None:
     from sdjax.train import config_file
     from sdjax.train.sharing import push
 
-    if not (args.run / "config.toml").is_file():
-        raise DataError(f"{args.run}: not the folder of a run, which holds config.toml")
-    config = config_file.load(args.run / "config.toml")
-    names = [stage.name for stage in config.stages]
-    if args.stage and args.stage not in names:
-        raise ConfigError(f"--stage {args.stage}: the stages of {args.run} are {', '.join(names)}")
+    config = config_file.load_run(args.run, args.stage)
     licence = args.license or config.license
     if not licence:
         raise ConfigError(
@@ -38,7 +33,7 @@ def _run(argv: Sequence[str]) -> None:
             "creativeml-openrail-m, openrail++, apache-2.0, cc-by-4.0, other, ..."
         )
     hub.check_upload(args.repository)
-    print(push(args.run, args.stage or names[-1], args.repository, licence, private=args.private))
+    print(push(args.run, args.stage or config.stages[-1].name, args.repository, licence, private=args.private))
 
 
 def _parser() -> argparse.ArgumentParser:

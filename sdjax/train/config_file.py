@@ -159,6 +159,23 @@ def load(path: str | Path) -> RunConfig:
     return from_table(_read(Path(path)))
 
 
+def load_run(folder: Path, stage: str | None) -> RunConfig:
+    """Returns the configuration of a run from its folder.
+
+    stage: the name of a stage that the run must have, or None. Raises DataError for a folder that is not a run's, and
+    ConfigError for a stage that the run does not have.
+    """
+    if not (folder / "config.toml").is_file():
+        copies = [str(path.parent) for path in sorted(folder.glob("*/config.toml"))]
+        others = f"; those of its copies do: {', '.join(copies)}" if copies else ""
+        raise DataError(f"{folder}: not the folder of a run, which holds config.toml{others}")
+    config = load(folder / "config.toml")
+    names = [own.name for own in config.stages]
+    if stage is not None and stage not in names:
+        raise ConfigError(f"--stage {stage}: the stages of {folder} are {', '.join(names)}")
+    return config
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
