@@ -96,10 +96,10 @@ def test_there_is_a_view_for_each_crop_mask_and_side(prepared):
 
 
 class Answering:
-    """Stands for a U-Net: returns a fixed answer, and keeps its last input."""
+    """Stands for a U-Net of a configuration: returns a fixed answer, and keeps its last input."""
 
-    def __init__(self, answer):
-        self.answer = answer
+    def __init__(self, config, answer):
+        self.config, self.answer = config, answer
 
     def apply(self, variables, inputs, timesteps, context, added):
         self.inputs = inputs
@@ -119,7 +119,7 @@ def asked(prepared):
         random = np.random.default_rng(0)
         latents, noise, answer = jnp.asarray(random.normal(size=(3, 4, 8, 8, 4)), jnp.float32)
         draws = Draws(latents, noise, jnp.asarray([10, 300, 600, 900]), jnp.zeros(4), jnp.zeros_like(noise))
-        unet = Answering(answer)
+        unet = Answering(run.outline.unet.config, answer)
         stage = dataclasses.replace(plan.stage, **changes)
         recipe = plan.recipe._replace(outline=dataclasses.replace(run.outline, unet=unet), stage=stage)
 
