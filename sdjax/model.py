@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 
 Switch = Annotated[float, Range(0, 1, above=True)]
 
+_EMBEDDED = Path(__file__).parent / "tiny"
+
 
 class Options(TypedDict, total=False):
     """Options of how a model is found and computed.
@@ -696,7 +698,7 @@ def _find(
     prediction_type: str,
     weights: bool,
 ) -> ModelFolder:
-    path = Path(__file__).parent / "tiny" if source == "tiny" else Path(source)
+    path = _EMBEDDED if source == "tiny" else Path(source)
     if path.suffix.lower() in SUFFIXES and not path.is_dir():
         return read_single_file(path, tokenizer=tokenizer, prediction_type=prediction_type)
     if tokenizer is not None:

@@ -77,6 +77,14 @@ def micro_models(tmp_path_factory):
     return functools.cache(lambda **options: micro.make_model(tmp_path_factory.mktemp("model") / "model", **options))
 
 
+@pytest.fixture
+def stand_in(micro_models, monkeypatch):
+    """A very small model takes the place of the embedded one; its folder."""
+    folder = micro_models(stand_in=True)
+    monkeypatch.setattr("sdjax.model._EMBEDDED", folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def micro_images(tmp_path_factory):
     """The folder of the images that all tests share; see `micro.make_images`."""

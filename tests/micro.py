@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 
+import sdjax.tiny
 from sdjax.formats.diffusers_folder import save_folder
 from sdjax.model import Outline
 from sdjax.models import clip, unet, vae
@@ -50,6 +51,13 @@ VAE = {
     "norm_num_groups": 4,
     "scaling_factor": 1.0,
 }
+EMBEDDED = Path(sdjax.tiny.__file__).parent
+STAND_IN_VAE = {
+    "block_out_channels": [8, 8, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "sample_size": 64,
+}
 TOKENIZER = Path(__file__).parent / "tokenizer"
 """A BPE tokenizer of 2263 words, of which the first two begin and end a text. Its window has 16 positions."""
 IDS = {"vocab_size": 2263, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -75,14 +83,22 @@ EVERYTHING = [
 """Stages that train every kind of part, each on top of the results before it."""
 
 
-def make_model(folder: Path, *, sdxl: bool = False, inpainting: bool = False) -> Path:
-    """Writes a model for pictures of 16 x 16 pixels, with random weights and the noise schedule of tiny."""
+def make_model(folder: Path, *, sdxl: bool = False, inpainting: bool = False, stand_in: bool = False) -> Path:
+    """Writes a model for pictures of 16 x 16 pixels, with random weights and the noise schedule of tiny.
+
+    A stand-in for the embedded model has its words and its pictures of 64 x 64 pixels.
+    """
     tiny = Outline.load("tiny")
     text = {**tiny.folder.configs["text_encoder"], **TEXT}
     configs = {"unet": dict(UNET), "vae": dict(VAE), "text_encoder": text}
     configs["unet"] |= {"in_channels": 9} if inpainting else {}
     index = {key: value for key, value in tiny.folder.model_index.items() if key != "_class_name"}
     tokenizers = {"tokenizer": TOKENIZER}
+    if stand_in:
+        tokenizers = {"tokenizer": EMBEDDED / "tokenizer"}
+        text |= {name: tiny.folder.configs["text_encoder"][name] for name in (*IDS, "num_hidden_layers")}
+        configs["unet"] |= {"sample_size": 16}
+        configs["vae"] = {**VAE, **STAND_IN_VAE}
     if sdxl:
         configs["unet"] |= XL
         configs["text_encoder_2"] = {**text, "architectures": ["CLIPTextModelWithProjection"], "projection_dim": 16}

@@ -25,7 +25,7 @@ def quick_compilation():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_runs(path, tmp_path):
+def test_recipe_runs(path, tmp_path, stand_in):
     recipe = config_file.load(path)
     fsdp = recipe.parallel.mesh.fsdp
     data = dataclasses.replace(recipe.data, path=SAMPLES, validation_path="", resolution=64, batch_size=max(2, fsdp))

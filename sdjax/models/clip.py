@@ -1,6 +1,7 @@
 """CLIP's text transformer (Radford et al. 2021), for SD1, for SD2 (OpenCLIP) and for both text models of SDXL."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -156,7 +157,8 @@ class TextModel(nn.Module):
         return context, pooled
 
 
+@functools.cache
 def abstract_params(config: TextConfig) -> dict:
-    """Returns the shapes of the parameters of a text model, in their tree."""
+    """Returns the shapes of the parameters of a text model, in their tree. Every call returns the same tree."""
     ids = jax.ShapeDtypeStruct((1, config.max_position_embeddings), jnp.int32)
     return jax.eval_shape(TextModel(config).init, jax.random.key(0), ids)["params"]

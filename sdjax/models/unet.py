@@ -1,6 +1,7 @@
 """The conditional U-Net of Stable Diffusion 1.x, 2.x and SDXL (Rombach et al. 2022; Podell et al. 2023), NHWC."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -458,7 +459,8 @@ def abstract_inputs(config: UNetConfig, batch: int = 1, size: int | None = None,
     return f32(batch, size, size, config.in_channels), f32(batch), context, added or None
 
 
+@functools.cache
 def abstract_params(config: UNetConfig) -> dict:
-    """Returns the shapes of the parameters of a U-Net, in their tree."""
+    """Returns the shapes of the parameters of a U-Net, in their tree. Every call returns the same tree."""
     inputs = abstract_inputs(config, size=2 ** len(config.block_out_channels), tokens=2)
     return jax.eval_shape(UNet(config).init, jax.random.key(0), *inputs)["params"]

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sdjax.models.kernels.upsampling import interleave, upsample_nearest
-from sdjax.models.layers import Compute, Conv
+from sdjax.models.layers import Compute, Conv, parameter
 
 COLOURS = 3
 _leaky_relu = functools.partial(nn.leaky_relu, negative_slope=0.2)
@@ -110,7 +110,7 @@ class PReLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-        slope = self.param("scale", nn.initializers.constant(0.25), (x.shape[-1],))
+        slope = parameter(self, "scale", nn.initializers.constant(0.25), (x.shape[-1],))
         return jnp.where(x >= 0, x, slope.astype(x.dtype) * x)
 
 
@@ -142,6 +142,7 @@ def make_network(config: RRDBConfig | CompactConfig, compute: Compute) -> Networ
     return RRDBNet(config, compute) if isinstance(config, RRDBConfig) else CompactNet(config, compute)
 
 
+@functools.cache
 def abstract_params(config: RRDBConfig | CompactConfig) -> dict[str, dict]:
     """Returns the parameter tree with jax.ShapeDtypeStruct leaves."""
     network = make_network(config, Compute())

@@ -4,6 +4,7 @@ Sources: Kingma and Welling 2014; Rombach et al. 2022.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -199,8 +200,9 @@ def unscale_latents(config: VAEConfig, latents: Array) -> Array:
     return latents / config.scaling_factor + (config.shift_factor or 0.0)
 
 
+@functools.cache
 def abstract_params(config: VAEConfig) -> dict:
-    """Returns the shapes of the parameters of an autoencoder, in their tree."""
+    """Returns the shapes of the parameters of an autoencoder, in their tree. Every call returns the same tree."""
     size = 2 * config.factor
     images = jax.ShapeDtypeStruct((1, size, size, config.in_channels), jnp.float32)
     return jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), images)["params"]
