@@ -470,8 +470,8 @@ def write_model(folder: str | Path, texts: Sequence[str], seed: int = 0, vae_of:
     import numpy as np
 
     from sdjax.formats.diffusers_folder import save_folder
-    from sdjax.model import Outline
     from sdjax.models import clip, unet, vae
+    from sdjax.outline import Outline
 
     random = np.random.default_rng(seed)
 

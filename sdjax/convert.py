@@ -129,7 +129,7 @@ def _check_free(args: argparse.Namespace, *paths: Path) -> None:
 
 
 def _outline(source: str, args: argparse.Namespace):
-    from sdjax.model import Outline
+    from sdjax.outline import Outline
 
     tokenizer = args.tokenizer if Path(source).is_file() else None
     return Outline.load(source, tokenizer=tokenizer, prediction_type=args.prediction_type)

@@ -70,7 +70,8 @@ def _run(argv: Sequence[str]) -> None:
 
     from sdjax.draw import jobs
     from sdjax.formats.lora_file import load_lora
-    from sdjax.model import Model, Outline
+    from sdjax.model import Model
+    from sdjax.outline import Outline
     from sdjax.runtime import compilation_cache, devices, host_memory, out_of_memory
 
     wanted = _jobs(args, settings, prompts, axes)
@@ -104,7 +105,7 @@ def _run(argv: Sequence[str]) -> None:
     jobs.check(functools.reduce(Outline.with_embedding, words, outline), bare)
     adapters = {path: load_lora(path, outline.shapes) for path in {lora.path for lora in itertools.chain(*loras)}}
 
-    model = functools.reduce(Model.with_embedding, words, outline.with_weights())
+    model = functools.reduce(Model.with_embedding, words, Model.of(outline))
     if args.devices > 1:
         model = model.on_devices(args.devices)
     if args.tiled_vae is not None:

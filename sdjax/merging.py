@@ -16,8 +16,8 @@ from sdjax.trees import Path, Tree, layers, replaced
 def merged(params: Mapping[str, Any], weighted: Sequence[tuple[Mapping[str, Any], float]]) -> Tree:
     """Returns the parameters of one part with adapter trees merged in their order, each with its weight.
 
-    params: those of `model.Outline.view_weights`. A merged leaf is computed in float32 when it is written; the formula
-    is that of `lora.merge`. Raises ConfigError for a layer that the parameters lack.
+    params: those of `outline.Outline.view_weights`. A merged leaf is computed in float32 when it is written; the
+    formula is that of `lora.merge`. Raises ConfigError for a layer that the parameters lack.
     """
     found = lora.adaptable(params)
     changes: dict[Path, list[tuple[Tree, float]]] = {}

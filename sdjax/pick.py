@@ -45,7 +45,7 @@ def _run(argv: Sequence[str]) -> None:
 
 def _pick(config: Any, export: Path, files: dict[str, Path]) -> None:
     from sdjax.formats.lora_file import KOHYA_FILE, PEFT_FILE, load_lora, save_lora
-    from sdjax.model import Outline
+    from sdjax.outline import Outline
     from sdjax.train import snapshots
 
     if KOHYA_FILE in files:

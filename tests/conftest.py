@@ -53,7 +53,7 @@ def tiny():
 @pytest.fixture(scope="session")
 def outline():
     """The embedded model without its weights."""
-    from sdjax.model import Outline
+    from sdjax.outline import Outline
 
     return Outline.load("tiny")
 
@@ -81,7 +81,7 @@ def micro_models(tmp_path_factory):
 def stand_in(micro_models, monkeypatch):
     """A very small model takes the place of the embedded one; its folder."""
     folder = micro_models(stand_in=True)
-    monkeypatch.setattr("sdjax.model._EMBEDDED", folder)
+    monkeypatch.setattr("sdjax.outline._EMBEDDED", folder)
     return folder
 
 
@@ -169,4 +169,4 @@ def no_weights(monkeypatch):
     def load(*arguments, **options):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("sdjax.model.load_params", load)
+    monkeypatch.setattr("sdjax.outline.load_params", load)

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 
 import sdjax.tiny
 from sdjax.formats.diffusers_folder import save_folder
-from sdjax.model import Outline
 from sdjax.models import clip, unet, vae
+from sdjax.outline import Outline
 from sdjax.train import checkpoint
 from sdjax.train.config import RunConfig
 from sdjax.train.config_file import from_table

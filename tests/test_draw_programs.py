@@ -4,8 +4,8 @@ import dataclasses
 
 from sdjax.data.images import Size
 from sdjax.draw.programs import drawing
-from sdjax.model import Outline
 from sdjax.models import unet
+from sdjax.outline import Outline
 
 
 def test_a_model_that_takes_guidance_as_an_input_has_no_negative_prompts(micro_models):

@@ -19,8 +19,9 @@ from sdjax.formats.ldm_names import ldm_name, ldm_prefixes, ldm_vae_name, unet_s
 from sdjax.formats.openclip import to_openclip
 from sdjax.formats.parameter_names import tensor_name
 from sdjax.formats.safetensors_file import read_safetensors, save_safetensors
-from sdjax.model import Model, Outline
+from sdjax.model import Model
 from sdjax.models import clip, unet, vae
+from sdjax.outline import Outline
 from sdjax.text.tokenizer import Tokenizer
 from sdjax.trees import leaves
 

@@ -10,7 +10,7 @@ import sdjax
 from sdjax.errors import DataError
 from sdjax.formats.safetensors_file import save_safetensors
 from sdjax.formats.weights_file import read_tensors
-from sdjax.model import Outline
+from sdjax.outline import Outline
 
 
 @pytest.fixture(scope="module")

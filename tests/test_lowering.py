@@ -17,9 +17,10 @@ from sdjax import lora
 from sdjax.diffusion import NoiseSchedule
 from sdjax.draw import loop, sampling
 from sdjax.draw.conditioning import Condition
-from sdjax.model import Model, Outline
+from sdjax.model import Model
 from sdjax.models import clip, unet, vae
 from sdjax.models.layers import Compute
+from sdjax.outline import Outline
 from sdjax.text.encoding import HiddenState, encode_ids
 from sdjax.train.config import Stage
 from sdjax.train.optimizers import make_optimizer

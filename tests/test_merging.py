@@ -9,7 +9,8 @@ from sdjax import lora
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.deferred import Deferred
 from sdjax.merging import merged
-from sdjax.model import Model, Outline
+from sdjax.model import Model
+from sdjax.outline import Outline
 from sdjax.trees import leaves
 
 quick = pytest.fixture(scope="module", autouse=True)(micro.quick_compilation)
@@ -34,7 +35,7 @@ def test_a_deferred_array_is_computed_when_numpy_asks_for_it():
 
 def test_merging_reads_one_leaf_at_a_time(micro_models, tmp_path):
     outline = Outline.load(micro_models())
-    model = outline.with_weights()
+    model = Model.of(outline)
     adapter = lora.init(jax.random.key(0), model.params["unet"], rank=2, which="all")
     adapter = lora.map_layers(lambda layer: layer | {"up": layer["up"] + 0.1}, adapter)
     tree = merged(outline.view_weights("unet"), [(adapter, 0.5), (adapter, 1.0)])

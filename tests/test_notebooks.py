@@ -22,7 +22,8 @@ def test_notebook(path, tmp_path, monkeypatch, micro_models):
     for cell in cells:
         cell.source = cell.source.replace('"steps": 100 if SMALL', '"steps": 12 if SMALL')
     if path.stem != "text_to_image":
-        replace = f"import pathlib, sdjax.model\nsdjax.model._EMBEDDED = pathlib.Path({str(micro_models(stand_in=True))!r})"
+        folder = micro_models(stand_in=True)
+        replace = f"import pathlib, sdjax.outline\nsdjax.outline._EMBEDDED = pathlib.Path({str(folder)!r})"
         notebook.cells.insert(0, nbformat.v4.new_code_cell(replace))
     monkeypatch.setenv("XLA_FLAGS", "")  # the notebook must not get the eight devices of the tests
     monkeypatch.setenv("TQDM_DISABLE", "1")

@@ -15,7 +15,7 @@ from sdjax import pick, trees
 from sdjax.__main__ import main
 from sdjax.errors import ConfigError
 from sdjax.formats.lora_file import load_lora
-from sdjax.model import Outline
+from sdjax.outline import Outline
 from sdjax.train import snapshots
 from sdjax.train.loop import train
 

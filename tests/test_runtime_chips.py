@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from sdjax.errors import ConfigError
-from sdjax.model import Outline
+from sdjax.outline import Outline
 from sdjax.runtime import chips
 
 

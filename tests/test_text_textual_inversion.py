@@ -13,7 +13,8 @@ from micro import TOKENIZER, make_images, make_model, quick_compilation, setting
 
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.embedding_file import save_embedding
-from sdjax.model import Model, Outline
+from sdjax.model import Model
+from sdjax.outline import Outline
 from sdjax.text.textual_inversion import decay_norm, initial_rows, templates, typical_norm
 from sdjax.text.tokenizer import Tokenizer
 from sdjax.train.results import NOTHING

@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from sdjax.data.images import Size
 from sdjax.draw.programs import drawing, drawing_with
-from sdjax.model import Outline
+from sdjax.outline import Outline
 from sdjax.runtime import chips, compiled
 from sdjax.train import programs
 

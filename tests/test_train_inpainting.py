@@ -17,7 +17,8 @@ from sdjax.data.holes import make_holes
 from sdjax.data.images import Crop, Size, read_image
 from sdjax.draw import loop
 from sdjax.formats.lora_file import load_lora
-from sdjax.model import Model, Outline
+from sdjax.model import Model
+from sdjax.outline import Outline
 from sdjax.train import stages
 from sdjax.train.encoding import encode
 from sdjax.train.loop import train

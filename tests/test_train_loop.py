@@ -19,7 +19,7 @@ from PIL import Image
 from sdjax import trees
 from sdjax.errors import ConfigError, DataError, TrainingStopped
 from sdjax.formats.lora_file import load_lora
-from sdjax.model import Outline
+from sdjax.outline import Outline
 from sdjax.train import checkpoint, config_file
 from sdjax.train.loop import train
 from sdjax.train.validation import Validator
@@ -208,7 +208,7 @@ def test_out_of_memory_gives_advice(settings, monkeypatch):
     def exhausted(*arguments, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte")
 
-    monkeypatch.setattr("sdjax.model.Outline.load_weights", exhausted)
+    monkeypatch.setattr("sdjax.outline.Outline.load_weights", exhausted)
     with pytest.raises(TrainingStopped, match=r"batch_size.*accumulation.*remat"):
         train(settings(data={"cache": ""}))
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sdjax import lora
-from sdjax.model import Outline
+from sdjax.outline import Outline
 from sdjax.runtime.devices import mesh_of
 from sdjax.train.partition import spec, written
 

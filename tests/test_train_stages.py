@@ -11,7 +11,7 @@ import pytest
 from micro import WORDS
 
 from sdjax.errors import ConfigError, DataError
-from sdjax.model import Outline
+from sdjax.outline import Outline
 from sdjax.train import stages
 from sdjax.train.loop import train
 from sdjax.train.stages import plan_run, plan_runs

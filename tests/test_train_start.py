@@ -15,7 +15,7 @@ from sdjax import lora
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.embedding_file import load_embedding, save_embedding
 from sdjax.formats.lora_file import load_lora, save_lora
-from sdjax.model import Outline
+from sdjax.outline import Outline
 from sdjax.train.config import Stage
 from sdjax.train.loop import train
 from sdjax.train.stages import plan_run, plan_runs

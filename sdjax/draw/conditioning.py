@@ -18,8 +18,9 @@ from jaxtyping import Array, Float
 from sdjax.draw.request import Request
 from sdjax.draw.samplers import SAMPLERS
 from sdjax.errors import ConfigError
-from sdjax.model import Model, Outline
+from sdjax.model import Model
 from sdjax.models.layers import timestep_embedding
+from sdjax.outline import Outline
 from sdjax.runtime.devices import split_examples
 from sdjax.text import syntax
 from sdjax.text.encoding import zeroed

@@ -17,7 +17,8 @@ from sdjax.draw.inpainting import Frame, outpainted
 from sdjax.draw.request import Request, img2img_request, inpaint_request, text2image_request
 from sdjax.draw.settings import JobSettings, Masking, SecondPass, Shared, Subject, complete_job
 from sdjax.errors import ConfigError, DataError
-from sdjax.model import Model, Outline
+from sdjax.model import Model
+from sdjax.outline import Outline
 from sdjax.runtime import strict_json
 from sdjax.text.syntax import LoraTag, without_loras
 

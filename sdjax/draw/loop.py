@@ -20,8 +20,9 @@ from sdjax.draw.request import Request
 from sdjax.draw.settings import SIZE_CONDITIONS, changed, labelled
 from sdjax.errors import ConfigError, TrainingStopped
 from sdjax.formats.png_parameters import parameters_text
-from sdjax.model import Model, Outline
+from sdjax.model import Model
 from sdjax.models import unet
+from sdjax.outline import Outline
 from sdjax.runtime.compiler_options import compiler_options, is_large
 from sdjax.runtime.devices import split_examples, within
 

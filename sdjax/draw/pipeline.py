@@ -12,13 +12,14 @@ from PIL import Image
 from sdjax.draw import loop
 from sdjax.draw.request import img2img_request, inpaint_request, text2image_request
 from sdjax.draw.settings import InpaintSettings, Settings, TextToImageSettings
-from sdjax.model import Model, Options
+from sdjax.model import Model
+from sdjax.outline import Options
 
 
 def load(source: str | os.PathLike, dtype: str = "float32", **how: Unpack[Options]) -> "StableDiffusion":
     """Loads a model: "tiny" (embedded), a diffusers folder, a .safetensors or .ckpt file of a whole model, or a hub id.
 
-    See `model.Outline.load` for the arguments and errors.
+    See `outline.Outline.load` for the arguments and errors.
     """
     return StableDiffusion(Model.load(source, dtype, **how))
 

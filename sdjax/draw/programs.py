@@ -14,8 +14,9 @@ from sdjax.draw import sampling
 from sdjax.draw.conditioning import Condition
 from sdjax.draw.loop import Given, compiled_sampler_step
 from sdjax.errors import ConfigError
-from sdjax.model import Outline, compiled_decode
+from sdjax.model import compiled_decode
 from sdjax.models.layers import variables
+from sdjax.outline import Outline
 from sdjax.runtime.compiled import Program, on_mesh
 from sdjax.runtime.devices import at_once, copies, mesh_of, split_examples
 from sdjax.settings import Count, read_value

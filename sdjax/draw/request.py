@@ -23,7 +23,7 @@ from sdjax.draw.settings import (
     complete,
 )
 from sdjax.errors import ConfigError
-from sdjax.model import Outline
+from sdjax.outline import Outline
 from sdjax.settings import Range, Seed, read_value, wrong
 
 _SECOND_NOISE = 1_000_000

@@ -9,7 +9,7 @@ from typing import Any
 
 from sdjax.formats.families import ARCHITECTURES, CONTEXT_WIDTHS, SD2
 from sdjax.formats.lora_kohya import context_width
-from sdjax.model import Outline
+from sdjax.outline import Outline
 from sdjax.train.results import places
 from sdjax.train.stages import Run, StagePlan
 

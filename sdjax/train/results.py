@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from sdjax import lora
 from sdjax.errors import ConfigError
-from sdjax.model import Outline
+from sdjax.outline import Outline
 from sdjax.text import textual_inversion
 from sdjax.text.encoding import TEXT_ENCODERS
 from sdjax.train.config import Stage

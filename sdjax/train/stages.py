@@ -34,8 +34,8 @@ from sdjax.draw import sampling
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.embedding_file import file_name, load_embedding
 from sdjax.formats.lora_file import KOHYA_FILE, PEFT_FILE
-from sdjax.model import Outline
 from sdjax.models.unet import DOWN_BLOCKS
+from sdjax.outline import Outline
 from sdjax.runtime.compiler_options import is_large
 from sdjax.settings import LONGEST_NAME, RematPolicy
 from sdjax.text import textual_inversion

@@ -14,7 +14,7 @@ from sdjax import lora
 from sdjax.data.records import file_digest
 from sdjax.errors import ConfigError
 from sdjax.formats.lora_file import load_lora
-from sdjax.model import Outline
+from sdjax.outline import Outline
 from sdjax.text.textual_inversion import vector_counts
 from sdjax.train.config import RunConfig, Stage
 from sdjax.train.results import NOTHING, Results, Rows

@@ -26,8 +26,8 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from sdjax import diffusion, lora
-from sdjax.model import Outline
 from sdjax.models import layers, vae
+from sdjax.outline import Outline
 from sdjax.text import textual_inversion
 from sdjax.text.encoding import HiddenState, encode_ids, zeroed
 from sdjax.train import autoencoder, loss_scaling

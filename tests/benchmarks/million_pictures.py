@@ -103,7 +103,7 @@ def plan(folder: Path, cache_folder: Path, model: str, encode: int) -> None:
     from sdjax.data import buckets, cache, records
     from sdjax.data.dataset import Dataset, join, make_batch
     from sdjax.data.order import Order, choose
-    from sdjax.model import Outline
+    from sdjax.outline import Outline
     from sdjax.train import stages
 
     report = Report()
