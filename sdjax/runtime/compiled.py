@@ -198,8 +198,12 @@ def between_devices(text: str) -> dict[str, int]:
     """Returns kind of collective operation -> bytes of its results. text: that of a compiled program."""
     total: dict[str, int] = {}
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
+    for result, kind, start in re.findall(rf"= (.*?) ({kinds})(-start)?\(", text):
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
+        if start and kind in ("all-gather", "collective-permute"):  # gives its operands, its results, perhaps counters
+            arrays = [array for array in arrays if array != ("u32", "")]
+            arrays = arrays[len(arrays) // 2 :]
+        for dtype, shape in arrays:
             size = BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
             total[kind] = total.get(kind, 0) + size
     return total
