@@ -127,7 +127,7 @@ def _table(report: dict[str, Any]) -> Iterator[str]:
     for line in report["advice"]:
         yield f"fits with {line}"
     if not report["fits"] and "steps" in report and not report["advice"]:
-        yield "no change of remat, batch size, dtype, optimizer or fsdp makes it fit"
+        yield "no change of remat, batch size, dtype, optimizer or mesh makes it fit"
     if report.get("seconds_per_step_at_least"):
         rates = ", ".join(f"{rate:g}" for rate in report["pictures_per_second_at_most"])
         yield f"a step takes {report['seconds_per_step_at_least']:g} s or more; at most {rates} pictures a second"

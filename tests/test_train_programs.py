@@ -118,6 +118,11 @@ def test_advice_names_what_makes_a_run_fit(settings, monkeypatch):
         ["data.batch_size = 1, data.accumulation = 8"],
         [f"remat = true, remat_policy = '{policy}'" for policy in ("attention", "blocks", "levels")],
     ]
+    meshes = [
+        list(programs._changes(dataclasses.replace(config, data=data), 4)[-1])
+        for data in (config.data, dataclasses.replace(config.data, batch_size=1))
+    ]
+    assert meshes == [["parallel.mesh = { data = 1, fsdp = 4 }"], ["parallel.mesh = { data = 1, tensor = 4 }"]]
     stronger = programs._changes(dataclasses.replace(config, remat=True), 1)[-1]
     assert list(stronger) == ["remat = true, remat_policy = 'levels'"]
     monkeypatch.setattr(programs, "_changes", lambda *_: changes[:2])

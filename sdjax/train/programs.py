@@ -184,7 +184,8 @@ def _changes(config: RunConfig, devices: int) -> list[dict[str, dict[str, Any]]]
     stages = tuple(
         replace(stage, optimizer="adafactor") if "weights" in stage.parts.values() else stage for stage in config.stages
     )
-    parallel = replace(config.parallel, mesh=replace(mesh, data=1, fsdp=devices, tensor=1))
+    axis = "fsdp" if config.data.batch_size % devices == 0 else "tensor"  # which computes each example on all devices
+    parallel = replace(config.parallel, mesh=replace(mesh, **{"data": 1, "fsdp": 1, "tensor": 1, axis: devices}))
     policies = get_args(RematPolicy)
     stronger = policies[policies.index(config.remat_policy) + 1 if config.remat else 0 :]
     changes: list[dict[str, dict[str, Any]]] = [
@@ -192,7 +193,7 @@ def _changes(config: RunConfig, devices: int) -> list[dict[str, dict[str, Any]]]
         {"optimizer = 'adafactor'": {"stages": stages}},
         {f"data.batch_size = {size}, data.accumulation = {data.accumulation}": {"data": data}},
         {f"remat = true, remat_policy = '{policy}'": {"remat": True, "remat_policy": policy} for policy in stronger},
-        {f"parallel.mesh = {{ data = 1, fsdp = {devices} }}": {"parallel": parallel}},
+        {f"parallel.mesh = {{ data = 1, {axis} = {devices} }}": {"parallel": parallel}},
     ]
     return [values for values in changes if any(replace(config, **changed) != config for changed in values.values())]
 
