@@ -90,8 +90,9 @@ def class_images(run: Run, plan: StagePlan, earlier: Results) -> Sequence[Record
     """Returns the class images of a stage, all with the prior prompt as their caption.
 
     Images missing in prior_path are drawn with the model that the stage starts from. Image n has seed n. Each is saved
-    at once, so that a run that is killed here goes on with the next image. The names of drawn images hold a digest of
-    what they depend on: those of another prompt or model are left out, and stay as they are.
+    at once, so that a run that is killed here goes on with the next image. The names of drawn files hold a digest of
+    what they depend on: those of another prompt or model are left out, and stay as they are. The names of the records
+    do not hold it, because random masks depend on names and must not depend on the rounding of earlier stages.
     """
     stage, outline = plan.stage, plan.recipe.outline
     folder = Path(stage.prior_path or Path(run.config.output) / "prior" / stage.name)
@@ -122,7 +123,9 @@ def class_images(run: Run, plan: StagePlan, earlier: Results) -> Sequence[Record
     wanted = {path.resolve() for path in provided} | {(folder / name).resolve() for name in names}
     found = scan(folder, caption=stage.prior_prompt, setting="prior_path")
     return tuple(
-        record._replace(caption=stage.prior_prompt) for record in found if Path(str(record.file)).resolve() in wanted
+        record._replace(name=record.name.replace(f"-{digest}-", "-"), caption=stage.prior_prompt)
+        for record in found
+        if Path(str(record.file)).resolve() in wanted
     )
 
 
