@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sdjax.errors import ConfigError
 from sdjax.train.config import Stage
-from sdjax.train.optimizers import OPTIMIZERS, SHAPES, ema, make_optimizer, make_schedule
+from sdjax.train.optimizers import OPTIMIZERS, SHAPES, ema, make_optimizer, make_schedule, updates_done
 
 LORA = {"unet": "lora", "text_encoder": "lora"}
 BOTH = ("unet", "text_encoder")
@@ -235,6 +235,7 @@ def test_updates_with_a_rate_for_each_part_and_for_up(kind):
             assert not np.allclose(expected[name], leaf_of(start, name, part), rtol=1e-6)
             assert end[part]["block"]["to_q"][name].dtype == jnp.float32
     assert optimizer.learning_rates(4) == pytest.approx({part: rate * shares[4] for part, rate in rates.items()})
+    assert updates_done(state) == steps
 
 
 @pytest.mark.parity

@@ -75,14 +75,12 @@ class Metrics:
             return
         (step, values), self._waiting = self._waiting, None
         loss, norm = float(values["loss"]), float(values["grad_norm"])
-        scaling, updates = {}, step - 1
+        scaling = {}
         if "loss_scale" in values:
             scaling = {"loss_scale": float(values["loss_scale"]), "skipped_steps": int(values["skipped_steps"])}
-            # The learning rate does not move in a step that is skipped. This one may be.
-            updates -= scaling["skipped_steps"] - (not math.isfinite(loss + norm))
         now = time.perf_counter()
         with jax.default_device(jax.local_devices(backend="cpu")[0]):  # another device is busy with the next step
-            rates = self._plan.recipe.optimizer.learning_rates(updates)
+            rates = self._plan.recipe.optimizer.learning_rates(int(values["updates"]))
         rate, different = next(iter(rates.values())), len(set(rates.values())) > 1
         line = {
             "stage": self._plan.stage.name,

@@ -92,6 +92,12 @@ def make_optimizer(stage: Stage, parts: Mapping[str, str]) -> Optimizer:
     return Optimizer(init, update, evaluated, schedules)
 
 
+def updates_done(state: PyTree) -> Int[Array, ""]:
+    """Returns how often an optimizer has moved what it trains: the n of its schedules. Skipped steps do not count."""
+    (_, count), *_ = optax.tree.get_all_with_path(state, "count")
+    return count
+
+
 def peak_rates(stage: Stage, parts: Iterable[str]) -> dict[str, float]:
     """Returns the peak learning rate of each part."""
     return stage.learning_rate if isinstance(stage.learning_rate, dict) else dict.fromkeys(parts, stage.learning_rate)

@@ -32,7 +32,7 @@ from sdjax.text import textual_inversion
 from sdjax.text.encoding import HiddenState, encode_ids, zeroed
 from sdjax.train import autoencoder, loss_scaling
 from sdjax.train.config import Stage
-from sdjax.train.optimizers import Optimizer, ema, make_optimizer
+from sdjax.train.optimizers import Optimizer, ema, make_optimizer, updates_done
 from sdjax.train.parallel import TrainStep
 
 Batch = Mapping[str, Array]
@@ -151,8 +151,9 @@ def make_train_step(planned: Recipe) -> TrainStep:
     batch holds A times as many examples; the step takes them in A parts and averages the gradients exactly, in
     float32. A step whose loss, gradient or result is not finite is skipped: it leaves weights, average and optimizer,
     and so the learning rate, unchanged. But it counts: the next step has the next number, batch and noise.
-    The metrics are `loss`, `grad_norm` (before clipping), `finite` (whether loss, gradient and result are) and, for new
-    words, `row_norm`, the mean norm of their vectors.
+    The metrics are `loss`, `grad_norm` (before clipping), `finite` (whether loss, gradient and result are), `updates`,
+    the number of steps before this one that were not skipped, and, for new words, `row_norm`, the mean norm of their
+    vectors.
     In float16 the loss is scaled, see `loss_scaling`. Then an overflow of the gradients that lowers the scale leaves
     `finite` true, and two more metrics are `loss_scale`, the scale of this step, and `skipped_steps`, the number of
     steps skipped so far, this one included.
@@ -179,21 +180,22 @@ def make_train_step(planned: Recipe) -> TrainStep:
         loss, gradients = reduce((loss, gradients))
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        done = updates_done(state.optimizer)
         updates, optimizer = recipe.optimizer.update(gradients, state.optimizer, state.trainable)
         moved: Any = optax.apply_updates(state.trainable, updates)
         if recipe.stage.clip_ti_decay:
-            rate = recipe.optimizer.schedules["textual_inversion"](_updates(state))
+            rate = recipe.optimizer.schedules["textual_inversion"](done)
             words: dict[str, Array] = moved["textual_inversion"]
             drawn = {
                 name: textual_inversion.decay_norm(rows, rate, frozen["norms"][name]) for name, rows in words.items()
             }
             moved = {**moved, "textual_inversion": drawn}
         finite &= jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(moved)]).all()
-        average = ema(state.average, moved, _updates(state), recipe.stage.ema_decay) if state.average else {}
+        average = ema(state.average, moved, done, recipe.stage.ema_decay) if state.average else {}
         new = State(state.step + 1, moved, optimizer, average, state.scaler)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
         kept = kept._replace(step=new.step)
-        metrics = {"loss": loss, "grad_norm": norm, "finite": finite}
+        metrics = {"loss": loss, "grad_norm": norm, "finite": finite, "updates": done}
         if state.scaler is not None:
             kept = kept._replace(scaler=loss_scaling.update(state.scaler, loss, norm, finite))
             metrics["finite"] = finite | loss_scaling.is_remedied(state.scaler, loss, norm)
@@ -204,11 +206,6 @@ def make_train_step(planned: Recipe) -> TrainStep:
         return kept, metrics
 
     return train_step
-
-
-def _updates(state: State) -> Int[Array, ""]:
-    """Returns how often the optimizer has changed what is trained. Without loss scaling skipped steps count as well."""
-    return state.step if state.scaler is None else state.step - state.scaler.skipped
 
 
 def distance(
