@@ -165,7 +165,7 @@ def _trained(plan: StagePlan) -> list[str]:
     adapted = [part for part, kind in parts.items() if kind == "lora"]
     trees = [lora.join(plan.state.trainable[part], plan.frozen["scales"][part]) for part in adapted]
     adapters = [layer for tree in trees for _, layer in layers(tree, "scale")]
-    kinds = ", ".join(dict.fromkeys(map(lora.form, adapters)))
+    kinds = ", ".join(sorted(set(map(lora.form, adapters))))
     ranks = ", ".join(map(str, sorted({rank for rank in map(lora.rank, adapters) if rank})) or ["whole matrices"])
     whole = [part for part, kind in parts.items() if kind == "weights"]
     targets = stage.lora_targets
