@@ -131,9 +131,9 @@ def _differences(stage: Stage, given: set[str], shapes: PyTree, adapters: PyTree
         if "lora_kind" in given and lora.form(layer).lower() != stage.lora_kind:
             yield "lora_kind", f"{name} of kind {lora.form(layer)}"
         if "lora_factor" in given:
-            wanted = tuple(lora.factors(size, stage.lora_factor)[0] for size in kernels[name][-2:])
-            if (factor := np.shape(layer.get("w1"))) != wanted:
-                yield "lora_factor", f"{name} with a first factor {list(factor)} in place of {list(wanted)}"
+            expected = tuple(lora.factors(size, stage.lora_factor)[0] for size in kernels[name][-2:])
+            if (factor := np.shape(layer.get("w1", ()))) != expected:
+                yield "lora_factor", f"{name} with a first factor {list(factor)} in place of {list(expected)}"
         rank, scale = lora.rank(layer), float(layer["scale"])
         if "use_dora" in given and "magnitude" not in layer:
             yield "use_dora", f"{name} without a DoRA magnitude"
