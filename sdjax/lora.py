@@ -11,15 +11,18 @@ The adapter of one layer is a dict of arrays:
 DoRA adds `magnitude` [out]: each output's weight vector is scaled to this norm (Liu et al. 2024, eq. 5). A leading axis
 on every array gives each example of a batch its adapter, see `stack`.
 
-Files of LyCORIS hold other adapters. They can be merged, not trained. Their changes of W [.., in, out] are:
+LyCORIS (Yeh et al. 2024) has other adapters. Their changes of W [.., in, out] are:
 
     LoHa     down, up, down_2 [.., in, R], up_2 [R, out]            scale * (down up) * (down_2 up_2), by elements
     LoKr     w1 [c, a]   w2 [.., d, b]; in = c d, out = a b         scale * kron(w1, w2)
     GLoRA    down, up, gate_down [in, R], gate_up [R, in]           scale * (down up + gate_down gate_up W)
     full     diff [.., in, out]                                     scale * diff
 
-Any of them may have a `magnitude`, which is [in, 1] if it scales the weights of each input, and `bias` [out], which is
-added to the layer's bias. A norm is adapted by `diff` and `bias` alone.
+Either factor of LoKr may be a product: w1 of `w1_down` [c, R] and `w1_up` [R, a], w2 of `w2_down` [.., d, R] and
+`w2_up` [R, b]. LoHa and LoKr can be trained, GLoRA and full differences only merged.
+
+Any of them may have a `magnitude`, which is [in, 1] if it scales the weights of each input (such a layer is only
+merged), and `bias` [out], which is added to the layer's bias. A norm is adapted by `diff` and `bias` alone.
 
 An adapter tree has the nesting of the parameters that it adapts, with the adapter of a layer where the parameters have
 `kernel` and `bias`. The layers of `sdjax.models` find it in the Flax collection `lora`.
@@ -30,15 +33,15 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from sdjax.errors import ConfigError
-from sdjax.settings import LoraTargets, read_value
-from sdjax.trees import Path, Tree, layers, nest, replaced
+from sdjax.settings import LoraKind, LoraTargets, read_value
+from sdjax.trees import Path, Tree, layers, leaves, nest, replaced
 
 # ------------------------------------------------------------------------------------------------ the formula
 
@@ -53,24 +56,28 @@ def adapted(
     """Returns the output of a layer with its adapter: `y + scale * (x down) up`, or y if `adapter` is empty.
 
     x, y: the input of the layer and its output before the bias. kernel: W. apply(x, kernel): the product or convolution
-    that the layer computes. With DoRA the result is `m / |W + scale * down up|` times as large, and the norm counts as
-    a constant in the gradient (Liu et al. 2024, eq. 11).
+    that the layer computes. Of other kinds than LoRA the change of W is formed, and formed again in the backward pass
+    in place of being kept. With DoRA the result is `m / |W + change|` times as large, and the norm counts as a constant
+    in the gradient (Liu et al. 2024, eq. 11).
     """
     if not adapter:
         return y
     if "dropout_key" in adapter:
         x = _dropout(x, adapter["dropout_key"], adapter["keep"])
-    weights = {name: adapter[name] for name in ("down", "up", "scale", "magnitude") if name in adapter}
+    weights = {name: leaf for name, leaf in adapter.items() if name not in _NOT_WEIGHTS}
 
     def formula(weights, x, y):
-        down, up, scale = (weights[name].astype(y.dtype) for name in ("down", "up", "scale"))
-        y = y + apply(x, down) @ up * scale
+        if form(weights) == "LoRA":
+            down, up, scale = (weights[name].astype(y.dtype) for name in ("down", "up", "scale"))
+            y = y + apply(x, down) @ up * scale
+        else:
+            y = y + apply(x, jax.checkpoint(delta)(weights).astype(y.dtype))
         if "magnitude" not in weights:
             return y
         norm = jax.lax.stop_gradient(dora_norm(kernel, weights))
         return y * (weights["magnitude"] / norm).astype(y.dtype)
 
-    if weights["up"].ndim == 2:
+    if jnp.ndim(weights["scale"]) == 0:
         return formula(weights, x, y)
     return jax.vmap(lambda weights, x, y: formula(weights, x[None], y[None])[0])(weights, x, y)
 
@@ -81,19 +88,37 @@ def _dropout(x: Float[Array, "B ..."], keys: Key[Array, " B"], keep: Float[Array
     return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
 
 
+def outputs(adapter: Mapping[str, Any], parts: int) -> list[Tree]:
+    """Returns the adapters of a layer's outputs, cut into `parts` ranges of one length."""
+    if form(adapter) == "LoKr":  # a range may begin within a block
+        others = {name: leaf for name, leaf in adapter.items() if not name.startswith(("w1", "w2"))}
+        adapter = {**others, "diff": delta(adapter), "scale": jnp.float32(1.0)}
+    cut = {name: jnp.split(adapter[name], parts, axis=-1) for name in _OF_OUTPUTS & adapter.keys()}
+    return [{**adapter, **{name: pieces[i] for name, pieces in cut.items()}} for i in range(parts)]
+
+
+_OF_OUTPUTS = {"up", "up_2", "diff", "magnitude"}  # the arrays whose last axis is that of the outputs
+
+
 def dora_norm(kernel: Float[Array, "*S D"], adapter: Mapping[str, Any]) -> Float[Array, " D"]:
-    """Returns the norm of each output's adapted weight vector: `|W + scale * down up|` over all axes but the last."""
-    change = (adapter["down"] @ adapter["up"]).astype(jnp.float32) * adapter["scale"]
-    return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32) + change), axis=tuple(range(kernel.ndim - 1))))
+    """Returns the norm of each output's adapted weight vector: `|W + change|` over all axes but the last."""
+    changed = kernel.astype(jnp.float32) + delta(adapter)
+    return jnp.sqrt(jnp.sum(jnp.square(changed), axis=tuple(range(kernel.ndim - 1))))
+
+
+def form(adapter: Mapping[str, Any]) -> str:
+    """Returns the name of the formula of an adapter, a key of `CHANGES`, whether or not it has magnitudes."""
+    return next((name for leaf, name in _FORMS.items() if leaf in adapter), "full difference")
 
 
 def kind(adapter: Mapping[str, Any]) -> str:
     """Returns the name of an adapter's kind, such as "LoRA" or "LoHa". With magnitudes it is "DoRA" whatever else."""
-    if "magnitude" in adapter:
-        return "DoRA"
-    if "down" not in adapter:
-        return "LoKr" if "w1" in adapter else "full difference"
-    return "LoHa" if "down_2" in adapter else "GLoRA" if "gate_down" in adapter else "LoRA"
+    return "DoRA" if "magnitude" in adapter else form(adapter)
+
+
+def rank(adapter: Mapping[str, Any]) -> int | None:
+    """Returns the rank R of an adapter; None for one that has none, such as a LoKr of two whole factors."""
+    return next((adapter[leaf].shape[-1] for leaf in ("down", "w2_down", "w1_down") if leaf in adapter), None)
 
 
 def delta(adapter: Mapping[str, Any], kernel: Float[Array, "*S D"] | None = None) -> Float[Array, "*S D"]:
@@ -101,21 +126,47 @@ def delta(adapter: Mapping[str, Any], kernel: Float[Array, "*S D"] | None = None
 
     kernel: W, which GLoRA's change depends on.
     """
-    parts = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in adapter.items()}
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    if "w1" in parts:
-        w1, w2 = parts["w1"], parts["w2"]
-        blocks = jnp.einsum("ca,...db->...cdab", w1, w2, precision=jax.lax.Precision.HIGHEST)
-        change = blocks.reshape(*w2.shape[:-2], w1.shape[0] * w2.shape[-2], w1.shape[1] * w2.shape[-1])
-    elif "diff" in parts:
-        change = parts["diff"]
-    else:
-        change = product(parts["down"], parts["up"])
-        if "down_2" in parts:
-            change = change * product(parts["down_2"], parts["up_2"])
-        if "gate_down" in parts:
-            change = change + product(parts["gate_down"], product(parts["gate_up"], jnp.asarray(kernel, jnp.float32)))
-    return change * parts["scale"]
+    parts = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in adapter.items() if name not in _NOT_WEIGHTS}
+    if kernel is not None:
+        parts["kernel"] = jnp.asarray(kernel, jnp.float32)
+    return CHANGES[form(adapter)](parts) * parts["scale"]
+
+
+_NOT_WEIGHTS = {"dropout_key", "keep"}
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def _loha(parts: Mapping[str, Array]) -> Array:
+    return _product(parts["down"], parts["up"]) * _product(parts["down_2"], parts["up_2"])
+
+
+def _lokr(parts: Mapping[str, Array]) -> Array:
+    w1, w2 = (
+        parts[name] if name in parts else _product(parts[f"{name}_down"], parts[f"{name}_up"]) for name in ("w1", "w2")
+    )
+    blocks = w1[:, None, :, None] * w2[..., None, :, None, :]  # [.., c, d, a, b]
+    return blocks.reshape(*w2.shape[:-2], w1.shape[0] * w2.shape[-2], w1.shape[1] * w2.shape[-1])
+
+
+def _glora(parts: Mapping[str, Array]) -> Array:
+    gate = _product(parts["gate_down"], _product(parts["gate_up"], parts["kernel"]))
+    return _product(parts["down"], parts["up"]) + gate
+
+
+CHANGES: dict[str, Callable[[Mapping[str, Array]], Array]] = {
+    "LoRA": lambda parts: _product(parts["down"], parts["up"]),
+    "LoHa": _loha,
+    "LoKr": _lokr,
+    "GLoRA": _glora,
+    "full difference": lambda parts: parts["diff"],
+}
+"""Name of a formula -> the change of the kernel, before the scale, from the arrays of an adapter."""
+
+# An array that only adapters of this form have -> the form. LoRA has none, and comes last.
+_FORMS = {
+    **{"diff": "full difference", "w1": "LoKr", "w1_down": "LoKr"},
+    **{"down_2": "LoHa", "gate_down": "GLoRA", "down": "LoRA"},
+}
 
 
 def merge(params: Mapping[str, Any], lora: Mapping[str, Any], weight: float = 1.0) -> Tree:
@@ -222,6 +273,8 @@ def init(
     params: Mapping[str, Any],
     *,
     rank: int,
+    kind: LoraKind = "lora",
+    factor: int | None = None,
     alpha: float | None = None,
     which: str | Sequence[str] = "attention",
     ranks: Mapping[str, int] | None = None,
@@ -230,37 +283,82 @@ def init(
 ) -> Tree:
     """Returns a new adapter tree for the parameters of one model, which leaves the model's output as it is.
 
-    down ~ N(0, 1/R), up = 0, all arrays float32. which: see `targets`. ranks: regular expression that searches `a/b/c`
-    paths -> rank of the layers it matches, 0 to leave them out; the first match counts, and `rank` is for the rest.
-    alpha: by default the rank. The scale is alpha / R, or alpha / sqrt(R) with `rslora` (Kalajdzievski 2023).
+    All arrays are float32, and begin as `NEW` says. which: see `targets`. ranks: regular expression that searches
+    `a/b/c` paths -> rank of the layers it matches, 0 to leave them out; the first match counts, and `rank` is for the
+    rest. factor: see `factors`. alpha: by default the rank. The scale is alpha / R, or alpha / sqrt(R) with `rslora`
+    (Kalajdzievski 2023), and 1 for a LoKr of two whole factors.
     dora: adds magnitudes, which start as the norms of the base (Liu et al. 2024).
     Raises ConfigError for a negative rank, and the errors of `targets`.
     """
+    first, draw = NEW[kind]
     chosen = []
     for path, kernel in targets(params, which).items():
         r = next((r for pattern, r in (ranks or {}).items() if re.search(pattern, "/".join(path))), rank)
         if r < 0:
             raise ConfigError(f"rank {r} for {'/'.join(path)}: a rank is 1 or more, or 0 to leave the layer out")
         if r > 0:
-            chosen.append((path, kernel, r))
+            chosen.append((path, kernel, r, first(kernel.shape, r, factor)))
     # One draw for all layers. A draw for each layer would take XLA as long to compile as a training step.
-    sizes = [math.prod(kernel.shape[:-1]) * r for _, kernel, r in chosen]
-    normal = jax.random.normal(key, (sum(sizes),), jnp.float32)
+    sizes = [math.prod(leaf.shape) for *_, new in chosen for leaf in new.values() if leaf.divisor]
+    numbers = draw(key, (sum(sizes),), jnp.float32)
+    pieces = (numbers[end - size : end] for size, end in zip(sizes, itertools.accumulate(sizes), strict=True))
     adapters = {}
-    for (path, kernel, r), size, end in zip(chosen, sizes, itertools.accumulate(sizes), strict=True):
-        adapters[path] = {
-            "down": normal[end - size : end].reshape(*kernel.shape[:-1], r) / math.sqrt(r),
-            "up": jnp.zeros((r, kernel.shape[-1]), jnp.float32),
-            "scale": jnp.float32((r if alpha is None else alpha) / (math.sqrt(r) if rslora else r)),
-        }
+    for path, kernel, r, new in chosen:
+        begin = lambda leaf: next(pieces).reshape(leaf.shape) / leaf.divisor if leaf.divisor else jnp.zeros(leaf.shape)
+        adapters[path] = {name: begin(leaf) for name, leaf in new.items()}
+        scale = (r if alpha is None else alpha) / (math.sqrt(r) if rslora else r)
+        adapters[path]["scale"] = jnp.float32(1.0 if {"w1", "w2"} <= new.keys() else scale)
         if dora:
             adapters[path]["magnitude"] = dora_norm(kernel, adapters[path])
     return nest(adapters)
 
 
-def changes_anything(adapter: Mapping[str, Any]) -> bool:
-    """Whether an adapter changes the weights of any layer."""
-    return any(bool(jnp.any(layer["up"] != 0)) for _, layer in layers(adapter, "up"))
+class First(NamedTuple):
+    """How an array of an adapter begins: as random numbers divided by `divisor`, or as zeros if that is None."""
+
+    shape: tuple[int, ...]
+    divisor: float | None
+
+
+def _first_lora(kernel: tuple[int, ...], r: int, _: int | None) -> dict[str, First]:
+    return {"down": First((*kernel[:-1], r), math.sqrt(r)), "up": First((r, kernel[-1]), None)}
+
+
+def _first_loha(kernel: tuple[int, ...], r: int, _: int | None) -> dict[str, First]:
+    down, up = (*kernel[:-1], r), (r, kernel[-1])
+    return {"down": First(down, 1.0), "up": First(up, 10.0), "down_2": First(down, 1.0), "up_2": First(up, None)}
+
+
+def _first_lokr(kernel: tuple[int, ...], r: int, factor: int | None) -> dict[str, First]:
+    (c, d), (a, b) = (factors(size, factor) for size in kernel[-2:])
+    w1 = {"w1": First((c, a), math.sqrt(c))}
+    if 2 * r >= max(d, b):  # a product of this rank would hold hardly less than the whole factor
+        return w1 | {"w2": First((*kernel[:-2], d, b), None)}
+    return w1 | {"w2_down": First((*kernel[:-2], d, r), None), "w2_up": First((r, b), math.sqrt(r))}
+
+
+NEW: dict[LoraKind, tuple[Callable[[tuple[int, ...], int, int | None], dict[str, First]], Callable[..., Array]]] = {
+    "lora": (_first_lora, jax.random.normal),
+    "loha": (_first_loha, jax.random.normal),
+    "lokr": (_first_lokr, functools.partial(jax.random.uniform, minval=-1.0, maxval=1.0)),
+}
+"""Kind -> how its arrays begin, from the shape of the kernel, the rank and the factor; and what draws the numbers.
+
+down ~ N(0, 1/R) and up = 0 in LoRA. LoHa and LoKr begin as in LyCORIS: down and down_2 ~ N(0, 1), up ~ N(0, 0.01) and
+up_2 = 0; w1 and w2_up uniform within 1 / sqrt(their inputs), the rest of the second factor 0.
+"""
+
+
+def factors(size: int, factor: int | None = None) -> tuple[int, int]:
+    """Returns the sizes, the smaller first, of the two factors of LoKr along an axis of this size (LyCORIS' rule).
+
+    factor: the size of one of them if it divides `size`. Otherwise the first is the largest divisor up to `factor` and
+    up to the root of `size`; without `factor` the two are as near to each other as can be.
+    """
+    if factor is None or size % factor:
+        most = min(factor or size, math.isqrt(size))
+        factor = next(divisor for divisor in range(most, 0, -1) if size % divisor == 0)
+    return min(factor, size // factor), max(factor, size // factor)
 
 
 # ------------------------------------------------------------------------------------------------ several adapters
@@ -363,7 +461,7 @@ def _pad_rank(adapter: Tree, rank: int) -> Tree:
 
 
 def split(lora: Mapping[str, Any]) -> tuple[Tree, Tree]:
-    """Returns the arrays that an optimizer may change (down, up, magnitude), and those that it may not (scale).
+    """Returns the arrays that an optimizer may change, such as down and up, and those that it may not (scale).
 
         split({"to_q": {"down": d, "up": u, "scale": s}}) == ({"to_q": {"down": d, "up": u}}, {"to_q": {"scale": s}})
 
@@ -378,8 +476,7 @@ def join(trained: Mapping[str, Any], scales: Mapping[str, Any]) -> Tree:
 
     join({"to_q": {"down": d, "up": u}}, {"to_q": {"scale": s}}) == {"to_q": {"down": d, "up": u, "scale": s}}
     """
-    flat = dict(layers(scales, "scale"))
-    return nest({path: {**layer, **flat[path]} for path, layer in layers(trained, "down")})
+    return nest({**dict(leaves(trained)), **dict(leaves(scales))})
 
 
 def with_dropout(lora: Mapping[str, Any], rate: float, keys: Key[Array, " B"]) -> Tree:
@@ -396,11 +493,11 @@ def with_dropout(lora: Mapping[str, Any], rate: float, keys: Key[Array, " B"]) -
                 "keep": jnp.float32(1.0 - rate),
                 "dropout_key": jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys),
             }
-            for i, (path, adapter) in enumerate(layers(lora, "down"))
+            for i, (path, adapter) in enumerate(layers(lora, "scale"))
         }
     )
 
 
 def map_layers(function: Callable[[Tree], Tree], lora: Mapping[str, Any]) -> Tree:
     """Returns the adapter tree with `function` applied to the adapter of every layer."""
-    return nest({path: function(layer) for path, layer in layers(lora, "down")})
+    return nest({path: function(layer) for path, layer in layers(lora, "scale")})

@@ -44,13 +44,15 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def _pick(config: Any, export: Path, files: dict[str, Path]) -> None:
-    from sdjax.formats.lora_file import KOHYA_FILE, PEFT_FILE, load_lora, save_lora
+    from sdjax.formats.lora_file import KOHYA_FILE, PEFT_FILE, is_plain, load_lora, save_lora
     from sdjax.outline import Outline
     from sdjax.train import snapshots
 
     if KOHYA_FILE in files:
         shapes = Outline.load(config.model, variant=config.variant or None, weights=False).shapes
-        save_lora(export / PEFT_FILE, load_lora(files[KOHYA_FILE], shapes), shapes, style="peft")
+        adapters = load_lora(files[KOHYA_FILE], shapes)
+        if is_plain(adapters):
+            save_lora(export / PEFT_FILE, adapters, shapes, style="peft")
     snapshots.pick(export, files)
 
 

@@ -40,6 +40,8 @@ LoraTargets = Annotated[
     Former("conv", "'all', which has the layers that 'conv' had, or 'locon', the layers of kohya's LoCon"),
 ]
 """The sets of layers that a LoRA can adapt, by name; see `lora.TARGETS`."""
+LoraKind = Literal["lora", "loha", "lokr"]
+"""The kinds of adapters that can be trained, see `lora.NEW`."""
 
 
 class Range(NamedTuple):

@@ -88,12 +88,13 @@ def apply(config, params, adapter=None, *, inputs=None):
 
 
 def random_adapter(params, seed=0, **options):
-    """An adapter that changes the model: `up` is random too, and a magnitude differs from the norm of the base."""
+    """An adapter that changes the model: what begins at 0 is random, and a magnitude differs from the base's norm."""
     start = lora.init(jax.random.key(seed), params, **({"rank": 2, "which": "attention"} | options))
 
     def filled(adapter):
-        key = jax.random.fold_in(jax.random.key(seed + 1), adapter["up"].size)
-        filled = adapter | {"up": 0.1 * jax.random.normal(key, adapter["up"].shape, jnp.float32)}
+        zeros = next(name for name in ("up_2", "w2", "w2_down", "up") if name in adapter)
+        key = jax.random.fold_in(jax.random.key(seed + 1), adapter[zeros].size)
+        filled = adapter | {zeros: 0.1 * jax.random.normal(key, adapter[zeros].shape, jnp.float32)}
         if "magnitude" in adapter:
             filled["magnitude"] = 1.3 * adapter["magnitude"] + 0.1
         return filled
@@ -128,6 +129,48 @@ def test_down_is_normal_with_variance_one_over_rank(base):
     again = lora.init(jax.random.key(1), params, rank=8, which="linear")
     first, other = (next(trees.layers(tree, "down"))[1]["down"] for tree in (adapter, again))
     assert not np.array_equal(first, other)
+
+
+def test_loha_and_lokr_begin_as_in_lycoris():
+    """Its distributions: normal with deviations 1, 0.1 and 1 in LoHa; in LoKr uniform within 1 / sqrt(inputs)."""
+    params = {"conv": {"kernel": np.zeros((3, 3, 640, 320))}, "to_q": {"kernel": np.zeros((640, 320))}}
+    loha = lora.init(jax.random.key(0), params, which="all", rank=16, kind="loha")
+    assert {path: leaf.shape for path, leaf in leaves(loha) if path[0] == "conv"} == {
+        ("conv", "down"): (3, 3, 640, 16), ("conv", "up"): (16, 320), ("conv", "scale"): (),
+        ("conv", "down_2"): (3, 3, 640, 16), ("conv", "up_2"): (16, 320),
+    }  # fmt: skip
+    for layer in loha.values():
+        for name, deviation in {"down": 1.0, "up": 0.1, "down_2": 1.0}.items():
+            assert abs(float(layer[name].std()) / deviation - 1) < 0.05
+        assert not layer["up_2"].any() and not lora.delta(layer).any() and layer["scale"] == 1
+    lokr = lora.init(jax.random.key(0), params, which="all", rank=12, alpha=3.0, kind="lokr", factor=10)
+    assert {path: leaf.shape for path, leaf in leaves(lokr) if path[0] == "conv"} == {
+        ("conv", "w1"): (10, 10), ("conv", "w2_down"): (3, 3, 64, 12), ("conv", "w2_up"): (12, 32),
+        ("conv", "scale"): (),
+    }  # fmt: skip
+    for layer in lokr.values():
+        for name, bound in {"w1": 10**-0.5, "w2_up": 12**-0.5}.items():
+            assert 0.9 * bound < float(jnp.abs(layer[name]).max()) <= bound
+            assert abs(float(layer[name].std()) / bound * 3**0.5 - 1) < 0.1
+        assert not layer["w2_down"].any() and not lora.delta(layer).any() and layer["scale"] == 0.25
+    # At half the length of the second factor or more it is whole, and has no scale.
+    for rank, whole in {31: False, 32: True}.items():
+        layer = lora.init(jax.random.key(0), params, which="all", rank=rank, alpha=1.0, kind="lokr", factor=10)["to_q"]
+        assert ("w2" in layer) == whole and (layer["scale"] == 1) == whole
+        assert lora.rank(layer) == (None if whole else rank) and lora.form(layer) == lora.kind(layer) == "LoKr"
+
+
+@pytest.mark.parametrize(
+    ("factor", "expected"),
+    [
+        (None, {1: (1, 1), 127: (1, 127), 128: (8, 16), 360: (18, 20), 640: (20, 32), 2048: (32, 64)}),
+        (8, {127: (1, 127), 250: (5, 50), 320: (8, 40), 768: (8, 96), 6: (2, 3), 4: (2, 2)}),
+        (16, {360: (15, 24), 24: (4, 6), 32: (2, 16)}),
+    ],
+)
+def test_the_factors_of_lokr_are_lycoriss(factor, expected):
+    """What `factorization` of LyCORIS 4.1.3 returns; it was compared for all sizes up to 3000."""
+    assert {size: lora.factors(size, factor) for size in expected} == expected
 
 
 def test_alpha_and_rslora_set_the_scale(base):
@@ -204,8 +247,10 @@ def test_wrong_targets_and_ranks_are_refused(base, options, message):
         {"which": "all", "alpha": 1.0},
         {"which": "transformer", "rslora": True},
         {"which": "all", "dora": True},
+        {"which": "all", "kind": "loha", "alpha": 6.0},
+        {"which": "all", "kind": "lokr", "factor": 2, "rank": 1, "alpha": 3.0, "dora": True},  # factored and whole
     ],
-    ids=["attention", "all", "transformer", "dora"],
+    ids=["attention", "all", "transformer", "dora", "loha", "dora of lokr"],
 )
 def test_the_bypass_equals_the_merged_kernel(base, options):
     config, params = base
@@ -318,10 +363,19 @@ def test_many_adapters_by_vmap(base):
         assert oracle.error(out[i], apply(config, params, adapter, inputs=inputs)) < 1e-5
 
 
-def test_split_and_join_are_inverse(base):
-    adapter = random_adapter(base[1], which="all", dora=True)
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("lora", {"down", "up", "magnitude"}),
+        ("loha", {"down", "up", "down_2", "up_2", "magnitude"}),
+        ("lokr", {"w1", "w2", "w2_down", "w2_up", "magnitude"}),
+    ],
+)
+def test_split_and_join_are_inverse(kind, names):
+    params = {"mid": {"to_q": {"kernel": jnp.zeros((4, 4))}, "conv": {"kernel": jnp.zeros((3, 3, 32, 32))}}}
+    adapter = random_adapter(params, which="all", dora=True, kind=kind, rank=1)
     trained, scales = lora.split(adapter)
-    assert {path[-1] for path, _ in leaves(trained)} == {"down", "up", "magnitude"}
+    assert {path[-1] for path, _ in leaves(trained)} == names
     assert {path[-1] for path, _ in leaves(scales)} == {"scale"}
     joined = dict(leaves(lora.join(trained, scales)))
     assert joined.keys() == dict(leaves(adapter)).keys()
@@ -340,6 +394,21 @@ def test_dora_adapters_of_each_example_equal_one_by_one():
         expected = x[i] @ (kernel + lora.delta(one)) * one["magnitude"] / lora.dora_norm(kernel, one)
         assert oracle.error(lora.adapted(one, x[i : i + 1], x[i : i + 1] @ kernel, kernel)[0], expected) < 1e-5
         assert oracle.error(together[i], expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_ranges_of_the_outputs_have_adapters(kind, dora):
+    """LoKr's factors of 9 outputs do not divide into 3 ranges of them at their borders."""
+    x, kernel = jnp.asarray(normal(0, 3, 5, 8)), jnp.asarray(normal(1, 8, 12))
+    adapter = random_adapter({"to_q": {"kernel": kernel}}, kind=kind, dora=dora, rank=1)["to_q"]
+    whole = lora.adapted(adapter, x, x @ kernel, kernel)
+    cut = [
+        lora.adapted(part, x, x @ piece, piece)
+        for part, piece in zip(lora.outputs(adapter, 3), jnp.split(kernel, 3, axis=-1), strict=True)
+    ]
+    assert oracle.error(jnp.concatenate(cut, axis=-1), whole) < 1e-6
+    assert oracle.error(whole, x @ kernel) > 0.01
 
 
 # Dropout.
@@ -379,6 +448,48 @@ def test_dropout_drops_from_the_adapters_only(base):
 
 
 # Gradients.
+
+
+@pytest.mark.parametrize("options", [{"kind": "loha"}, {"kind": "lokr"}, {"kind": "lokr", "factor": 2, "rank": 1}])
+@pytest.mark.parametrize("shape", [(8, 12), (3, 3, 8, 12)])
+def test_gradients_of_other_kinds_are_those_of_the_merged_kernel(options, shape):
+    """By central differences of a loss in float64, which NumPy computes from the formula, along random directions."""
+    x, kernel, wanted = normal(0, 2, 6, 6, 8), normal(1, *shape), normal(2, 2, 6, 6, 12)
+    adapter = random_adapter({"conv": {"kernel": jnp.asarray(kernel)}}, **({"which": "all"} | options))
+    trained, scales = lora.split(adapter)
+
+    def apply(x, kernel):
+        return x @ kernel if kernel.ndim == 2 else jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )  # fmt: skip
+
+    def loss(trained):
+        y = lora.adapted(lora.join(trained, scales)["conv"], x, apply(x, kernel), kernel, apply)
+        return jnp.mean(jnp.square(y - wanted))
+
+    def change(parts):
+        """LyCORIS' formula."""
+        if options["kind"] == "loha":
+            return parts["down"] @ parts["up"] * (parts["down_2"] @ parts["up_2"])
+        w2 = parts["w2"] if "w2" in parts else parts["w2_down"] @ parts["w2_up"]
+        return np.kron(parts["w1"].reshape((1,) * (w2.ndim - 2) + parts["w1"].shape), w2)
+
+    def exact_loss(parts):
+        w = kernel.astype(np.float64) + float(scales["conv"]["scale"]) * change(parts)
+        if w.ndim == 2:
+            y = x @ w
+        else:
+            padded = np.pad(x.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+            y = sum(padded[:, i : i + 6, j : j + 6] @ w[i, j] for i in range(3) for j in range(3))
+        return np.mean((y - wanted) ** 2)
+
+    value, gradient = jax.value_and_grad(loss)(trained)
+    exact = {name: np.asarray(leaf, np.float64) for name, leaf in trained["conv"].items()}
+    np.testing.assert_allclose(value, exact_loss(exact), rtol=1e-5)
+    for i, (name, leaf) in enumerate(exact.items()):
+        direction = normal(i, *leaf.shape)
+        ends = [exact_loss({**exact, name: leaf + step * direction}) for step in (1e-4, -1e-4)]
+        np.testing.assert_allclose(np.vdot(gradient["conv"][name], direction), (ends[0] - ends[1]) / 2e-4, rtol=1e-3)
 
 
 def gradients(read, adapter, inputs, wanted, *, remat=None):

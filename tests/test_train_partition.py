@@ -32,6 +32,9 @@ def specs(tree, mesh):
         ("unet/attn1/to_q/kernel", (320, 640), P("fsdp", "tensor")),
         ("unet/attn1/to_q/kernel", (8, 320, 640), P(None, "fsdp", "tensor")),  # of copies
         ("unet/attn2/to_out_0/kernel", (320, 640), P("tensor", "fsdp")),
+        ("unet/attn1/to_q/up_2", (4, 640), P("fsdp", "tensor")),
+        ("unet/attn2/to_out_0/down_2", (320, 4), P("tensor", "fsdp")),
+        ("unet/attn1/to_q/w2_up", (4, 32), P(None, "fsdp")),  # whose columns are not the layer's outputs
         ("unet/attn2/to_out_0/bias", (640,), P("fsdp")),
         ("text_encoder/layers_0/self_attn/out_proj/kernel", (64, 64), P("tensor", "fsdp")),
         ("unet/ff/net_0/proj/kernel", (64, 640), P(None, "fsdp")),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,14 +10,17 @@ import micro
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
 import sdjax
 from sdjax import lora
 from sdjax.errors import ConfigError, DataError
+from sdjax.formats.description import describe
 from sdjax.formats.embedding_file import load_embedding, save_embedding
 from sdjax.formats.lora_file import load_lora, save_lora
 from sdjax.outline import Outline
 from sdjax.train.config import Stage
+from sdjax.train.export import _trained as trained
 from sdjax.train.loop import train
 from sdjax.train.stages import plan_run, plan_runs
 
@@ -248,6 +252,7 @@ def test_what_lies_beneath_changes_what_is_cached(run_of, beneath):
         ({"lora_parts": ["unet", "text_encoder"]}, r"adapts unet: give lora_parts = \['unet'\]"),
         ({"lora_continue": True}, "two beginnings"),
         ({"train": ["unet"]}, r"lora_init needs train = \['lora'\]"),
+        ({"lora_kind": "loha"}, r"has unet/.* of kind LoRA, but lora_kind = 'loha': leave lora_kind out"),
     ],
 )
 def test_settings_that_disagree_with_the_file_are_refused(run_of, micro_models, tmp_path, no_weights, changes, message):
@@ -255,6 +260,116 @@ def test_settings_that_disagree_with_the_file_are_refused(run_of, micro_models, 
     save_lora(tmp_path / "style.safetensors", random_lora(shapes), shapes)
     with pytest.raises(ConfigError, match=message):
         train(run_of("run", [STYLE | {"lora_init": str(tmp_path / "style.safetensors")} | changes])[0])
+
+
+LOHA = {
+    **{"name": "loha", "steps": 8, "learning_rate": 2e-2, "lora_kind": "loha", "lora_rank": 2, "lora_alpha": 4.0},
+    "lora_targets": ["attn2/to_q$", "down_blocks_1/resnets_0/conv1$"],
+}
+LOKR = {
+    **{"name": "lokr", "steps": 8, "learning_rate": 2e-2, "lora_kind": "lokr", "lora_factor": 2, "lora_rank": 1},
+    **{"lora_targets": ["attn2/to_(k|v)$", "down_blocks_1/resnets_0/conv2$"], "lora_ranks": {"to_k": 8}},
+    "lora_dropout": 0.1,
+}
+
+
+def test_loha_and_lokr_are_trained_resumed_drawn_with_and_trained_further(run_of, micro_base):
+    """In two stages, on layers of each kind of kernel. The file draws what the run drew."""
+    drawn_with = {"steps": 1, "guidance": 2.0}
+    stages = [STYLE | LOHA, STYLE | LOKR]
+    config, output = run_of(
+        "run", stages, validation={"prompts": ["red circle"], **drawn_with}, checkpoint={"every": 5}
+    )
+    assert train(config) == 0
+    held_out = [line["held_out_loss"] for line in micro.metric_lines(output, "held_out_loss")]
+    assert held_out[1] < 0.98 * held_out[0] and held_out[3] < 0.98 * held_out[2]
+    export = output / "export" / "lokr"
+    assert {path.name for path in export.iterdir()} == {"lora.safetensors", "samples.png", "README.md"}
+    tensors = load_file(export / "lora.safetensors")
+    names = {name.partition(".")[2] for name in tensors}
+    loha = {f"hada_w{i}_{side}" for i in "12" for side in "ab"}
+    assert names == {"alpha", *loha, "lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}
+    with safe_open(output / "export" / "loha" / "lora.safetensors", "np") as file:
+        metadata = file.metadata()
+    assert (
+        metadata["ss_network_module"] == "lycoris.kohya" and json.loads(metadata["ss_network_args"])["algo"] == "loha"
+    )
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("2", "4")
+    described = describe(export / "lora.safetensors")
+    assert described["kinds"] == {"LoHa": 2, "LoKr": 3} and described["ranks"] == {2: 2, 1: 2}
+    card = (export / "README.md").read_text()
+    assert "LoKr of unet, rank 1, targets `attn2" in card and "models/Lora/lokr.safetensors" in card
+    assert "diffusers does not read LoHa and LoKr; merge it" in card
+    # The picture of the run, drawn from the file.
+    picture = micro_base.with_lora(export / "lora.safetensors").text2image(
+        "red circle", height=16, width=16, progress=False, **drawn_with
+    )[0]
+    sheet = np.asarray(micro_sheet(output / "samples" / "lokr-before-after.png"))
+    shown = sheet[6:198, -198:-6][6::12, 6::12].astype(int)
+    assert np.abs(shown - np.asarray(picture, int)).max() <= 2
+    # Resumed within the second stage it ends with the same bits.
+    expected = micro.exported(output, "lokr")
+    shutil.rmtree(output / "export" / "lokr")
+    micro.remove_checkpoints_after(output, 13)
+    assert train(config, resume=True) == 0
+    assert micro.exported(output, "lokr") == expected
+    # Another run begins with what is in the file.
+    init = {"steps": 1, "lora_init": str(export / "lora.safetensors")}
+    plan = plan_run(run_of("further", [STYLE | init])[0]).stages[0]
+    shapes = lambda tree: jax.tree.map(np.shape, tree)
+    assert shapes(lora.join(plan.state.trainable["unet"], plan.frozen["scales"]["unet"])) == shapes(
+        load_lora(export / "lora.safetensors", micro_base.params)["unet"]
+    )
+    assert trained(plan) == ["LoHa, LoKr of unet, rank 1, 2, targets the 5 layers of the file"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([{"lora_factor": 4}], "lora_factor = 4 needs stages.0.lora_kind = 'lokr'"),
+        ([{"lora_kind": "lokr", "lora_factor": 0}], "stages.0.lora_factor = 0: expected"),
+        ([{"lora_kind": "oft"}], "stages.0.lora_kind = 'oft': expected one of lora, loha, lokr"),
+        ([{"lora_kind": "loha", "lora_plus_ratio": 16.0}], "lora_plus_ratio is the ratio of LoRA's two rates"),
+        ([{}, {"name": "more", "lora_kind": "loha"}], "stages.1: .*a LoHa layer cannot be added .*lora_continue"),
+    ],
+)
+def test_settings_that_a_kind_does_not_have_are_refused(run_of, no_weights, stages, message):
+    with pytest.raises(ConfigError, match=message):
+        train(run_of("run", [STYLE | stage for stage in stages])[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_kind": "loha"}, "of kind LoKr, but lora_kind = 'loha'"),
+        ({"lora_factor": 4}, r"with a first factor \[2, 2\] in place of \[4, 4\], but lora_factor = 4"),
+    ],
+)
+def test_settings_that_disagree_with_a_lokr_are_refused(run_of, micro_models, tmp_path, no_weights, changes, message):
+    shapes = Outline.load(micro_models()).shapes
+    lokr = lora.init(jax.random.key(0), shapes["unet"], rank=1, kind="lokr", factor=2)
+    save_lora(tmp_path / "lokr.safetensors", {"unet": lokr}, shapes)
+    stage = STYLE | {"lora_init": str(tmp_path / "lokr.safetensors")}
+    with pytest.raises(ConfigError, match=message):
+        train(run_of("run", [stage | changes])[0])
+    agreeing = {"lora_kind": "lokr", "lora_factor": 2, "lora_rank": 1, "lora_targets": "attention"}
+    plan_run(run_of("run", [stage | agreeing])[0])
+
+
+def test_files_that_cannot_be_trained_further_are_refused(run_of, micro_models, tmp_path, no_weights):
+    """Full differences, a changed bias, and DoRA by inputs."""
+    shapes = Outline.load(micro_models()).shapes
+    plain = random_lora(shapes, which=["attn1/to_out_0$"])["unet"]
+    width = next(sdjax.trees.layers(plain, "down"))[1]["up"].shape[1]  # of the inputs and the outputs
+    ones = np.ones((width, 1), np.float32)
+    for change in (
+        lambda a: {"diff": lora.delta(a), "scale": a["scale"]},
+        lambda a: {**a, "bias": ones[:, 0]},
+        lambda a: {**a, "magnitude": ones},
+    ):
+        save_lora(tmp_path / "a.safetensors", {"unet": lora.map_layers(change, plain)}, shapes)
+        with pytest.raises(ConfigError, match="only LoRA, LoHa, LoKr and DoRA by outputs can be trained"):
+            plan_run(run_of("run", [STYLE | {"lora_init": str(tmp_path / "a.safetensors")}])[0])
 
 
 def test_settings_that_agree_with_the_file_are_accepted(run_of, micro_models, tmp_path):

@@ -94,6 +94,11 @@ def folder_file(folder: Path) -> Path:
     return files[0]
 
 
+def is_plain(lora: Mapping[str, Any]) -> bool:
+    """Whether all layers of an adapter tree are LoRA or DoRA, which PEFT's naming can hold."""
+    return all(layer.keys() <= _PLAIN for _, layer in layers(lora, "scale"))
+
+
 def save_lora(
     path: str | os.PathLike,
     lora: Mapping[str, Any],

@@ -33,7 +33,12 @@ _TENSORS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"
 # How the tensors of networks begin that are not supported.
 _OTHER_KINDS = {"oft_": "OFT", "boft_": "BOFT", "on_input": "IA3"}
 # A tensor of each of LyCORIS's other networks, and its name of the network.
-_ALGORITHMS = {"hada_w1_a": "loha", "lokr_w1": "lokr", "a1.weight": "glora", "diff": "full", "w_norm": "full"}
+_ALGORITHMS = {
+    **{"hada_w1_a": "loha", "lokr_w1": "lokr", "lokr_w1_a": "lokr"},
+    **{"a1.weight": "glora", "diff": "full", "w_norm": "full"},
+}
+# The tensors whose first axis is the rank.
+_DOWNS = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b", "b2.weight")
 _BASE_MODELS = {SD1: "sd_v1", SD2: "sd_v2", SDXL: "sdxl_base_v1-0"}
 
 
@@ -139,7 +144,7 @@ def kohya_metadata(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any
 
     tensors: those of `write_kohya`.
     """
-    downs = [tensor for name, tensor in tensors.items() if name.endswith(".lora_down.weight")]
+    downs = [tensor for name, tensor in tensors.items() if name.partition(".")[2] in _DOWNS]
     alpha = next((f"{float(tensor):g}" for name, tensor in tensors.items() if name.endswith(".alpha")), "1")
     ranks = {down.shape[0] for down in downs}
     dora = any(name.endswith(".dora_scale") for name in tensors)

@@ -18,6 +18,7 @@ from sdjax.errors import DataError
 from sdjax.formats.lora_layer import TorchAdapter, alpha_of, check_complete, from_torch, magnitude_of, rank_of
 from sdjax.formats.parameter_names import from_torch_layout, listing, to_torch_layout
 from sdjax.formats.weights_file import to_float32
+from sdjax.lora import form, rank
 from sdjax.trees import Path
 
 TENSORS = (
@@ -60,12 +61,20 @@ def from_lycoris(adapter: LycorisAdapter, kernel: tuple[int, ...], name: str) ->
 
 def to_lycoris(layer: Mapping[str, Any], path: Path) -> LycorisAdapter:
     """The inverse of `from_lycoris`, with the names of a file. A LoRA has `mid` and Tucker's factors multiplied out."""
-    kernel_axes = np.ndim(next(layer[name] for name in ("down", "w2", "diff", "bias") if name in layer))
+    kernel_axes = np.ndim(next(layer[name] for name in ("down", "w2", "w2_down", "diff", "bias") if name in layer))
     parts = {name: np.asarray(array, np.float32) for name, array in layer.items()}
     scale, tensors = float(parts["scale"]), {}
-    if "w1" in parts:
-        # LyCORIS has no scale where both factors are whole.
-        tensors = {"lokr_w1": scale * parts["w1"].T, "lokr_w2": to_torch_layout(parts["w2"]), "alpha": np.float32(1)}
+    flat = lambda factor: factor.reshape(len(factor), -1)
+    if form(layer) == "LoKr":
+        for i in "12":
+            if f"w{i}" in parts:
+                tensors[f"lokr_w{i}"] = to_torch_layout(parts[f"w{i}"])
+            else:
+                down, up = parts[f"w{i}_down"], parts[f"w{i}_up"]
+                tensors |= {f"lokr_w{i}_a": up.T, f"lokr_w{i}_b": flat(to_torch_layout(down))}
+        if (r := rank(layer)) is None:  # LyCORIS has no scale where both factors are whole
+            tensors["lokr_w1"] = scale * tensors["lokr_w1"]
+        tensors["alpha"] = np.float32(scale * r if r else 1)
     elif "diff" in parts:
         diff = scale * parts["diff"]
         tensors = {"w_norm": diff} if kernel_axes == 1 else {"diff": to_torch_layout(diff)}
@@ -73,7 +82,6 @@ def to_lycoris(layer: Mapping[str, Any], path: Path) -> LycorisAdapter:
         down, up = to_torch_layout(parts["down"]), parts["up"].T
         alpha = np.float32(scale * len(down))
         wide = lambda factor: factor.reshape(*factor.shape, *(1,) * (kernel_axes - 2))  # of a convolution of 1 x 1
-        flat = lambda factor: factor.reshape(len(factor), -1)
         if "down_2" in parts:
             second = to_torch_layout(parts["down_2"])
             tensors = {
@@ -125,27 +133,33 @@ def _loha(adapter: LycorisAdapter, kernel: tuple[int, ...], name: str) -> dict[s
 
 
 def _lokr(adapter: LycorisAdapter, kernel: tuple[int, ...], name: str) -> dict[str, np.ndarray]:
-    tensors, rank = adapter.tensors, 0
-    factors = []
-    for i in "12":
+    tensors = {key: to_float32(tensor, name) for key, tensor in adapter.tensors.items() if key.startswith("lokr_")}
+    _check(all(tensor.ndim > 1 for tensor in tensors.values()), name, tensors, kernel)
+    parts: dict[str, np.ndarray] = {}
+    shapes, r, inputs = [], 0, 1
+    for i, axes in (("1", 2), ("2", len(kernel))):
+        inner = (*kernel[: axes - 2], kernel[-2] // max(1, inputs), 0)  # the outputs of a factor do not matter here
+        layout = lambda tensor, inner=inner: from_torch_layout(_unflattened(tensor, inner), len(inner))
         if f"lokr_w{i}" in tensors:
-            factors.append(to_float32(tensors[f"lokr_w{i}"], name))
-            continue
-        check_complete(tensors, {f"lokr_w{i}_a", f"lokr_w{i}_b"}, adapter.path)
-        left, right = (to_float32(tensors[f"lokr_w{i}_{side}"], name) for side in "ab")
-        rank = len(right)
-        if f"lokr_t{i}" in tensors:
-            left, right = left.T, _mixed(tensors[f"lokr_t{i}"], right, name)
-        _check(left.ndim == 2 and left.shape[1:] == right.shape[:1], name, tensors, kernel)
-        product = left @ right.reshape(len(right), -1)
-        factors.append(product.reshape(len(product), *right.shape[1:]))
-    w1, w2 = factors
-    w2 = from_torch_layout(_unflattened(w2, (*kernel[:-2], kernel[-2] // max(1, w1.shape[-1]), 0)), len(kernel))
-    fits = w1.ndim == 2 and w2.ndim == len(kernel)
-    whole = (*w2.shape[:-2], w1.shape[1] * w2.shape[-2], w1.shape[0] * w2.shape[-1]) if fits else ()
+            parts[f"w{i}"] = layout(tensors[f"lokr_w{i}"])
+            shapes.append(parts[f"w{i}"].shape)
+        else:
+            check_complete(tensors, {f"lokr_w{i}_a", f"lokr_w{i}_b"}, adapter.path)
+            up, down = tensors[f"lokr_w{i}_a"], tensors[f"lokr_w{i}_b"]
+            r = len(down)
+            if core := f"lokr_t{i}" in tensors:
+                up, down = up.T, _mixed(tensors[f"lokr_t{i}"], down, name)
+            up, down = up.T, layout(down)
+            _check(r > 0 and up.ndim == 2 and len(up) == down.shape[-1], name, tensors, kernel)
+            parts |= {f"w{i}": down @ up} if core else {f"w{i}_down": down, f"w{i}_up": up}
+            shapes.append((*down.shape[:-1], up.shape[-1]))
+        inputs = shapes[-1][-2]
+    w1, w2 = shapes
+    fits = len(w1) == 2 and len(w2) == len(kernel)
+    whole = (*w2[:-2], w1[0] * w2[-2], w1[1] * w2[-1]) if fits else ()
     _check(whole == kernel, name, tensors, kernel)
-    scale = np.array(_scale(adapter, rank) if rank else 1, np.float32)
-    return {"w1": np.ascontiguousarray(w1.T), "w2": np.ascontiguousarray(w2), "scale": scale}
+    scale = np.array(_scale(adapter, r) if r else 1, np.float32)
+    return {**{part: np.ascontiguousarray(array) for part, array in parts.items()}, "scale": scale}
 
 
 def _glora(adapter: LycorisAdapter, kernel: tuple[int, ...], name: str) -> dict[str, np.ndarray]:

@@ -101,12 +101,10 @@ class Dense(nn.Module):
         if parts == 1:
             return layer(kernel, bias, adapter)
 
-        def part(i):
-            cut = lambda leaf: jnp.split(leaf, parts, axis=-1)[i]
-            of_outputs = {name: cut(adapter[name]) for name in ("up", "magnitude") if name in adapter}
-            return layer(cut(kernel), None if bias is None else cut(bias), {**adapter, **of_outputs})
-
-        return [part(i) for i in range(parts)]
+        cut = lambda leaf: jnp.split(leaf, parts, axis=-1)
+        biases = [None] * parts if bias is None else cut(bias)
+        adapters = lora.outputs(adapter, parts) if adapter else [adapter] * parts
+        return list(map(layer, cut(kernel), biases, adapters))
 
 
 class Conv(nn.Module):

@@ -20,6 +20,7 @@ from sdjax.settings import (
     FileName,
     Fraction,
     Guidance,
+    LoraKind,
     LoraTargets,
     NotNegative,
     Positive,
@@ -155,7 +156,11 @@ class Stage:
     lora_continue: bool = False
     """LoRA: train the adapter of the earlier stages further, instead of adding a new one to it."""
     lora_init: Free[str] = ""
-    """LoRA: file whose adapter is trained further. It sets rank, alpha, layers and DoRA; other values are refused."""
+    """LoRA: file whose adapter is trained further. It sets kind, rank, alpha, layers; other values are refused."""
+    lora_kind: LoraKind = "lora"
+    """LoRA: formula of the adapter: LoRA, or LyCORIS's loha (product by elements) or lokr (Kronecker product)."""
+    lora_factor: Count | None = None
+    """LoRA: size of lokr's small matrix, which is whole. Left out: both matrices are of about the same size."""
     lora_rank: Count = 4
     """LoRA: rank of the adapter."""
     lora_ranks: dict[str, Whole] = field(default_factory=dict)
@@ -607,6 +612,8 @@ def _check_parts(stage: Stage, key: str) -> None:
         raise ConfigError(f"{key}: {both[0]} is trained as a whole and by LoRA: leave it out of train or of lora_parts")
     if stage.lora_init and "lora" not in stage.train:
         raise ConfigError(f"{key}.lora_init needs train = ['lora']")
+    if stage.lora_factor and stage.lora_kind != "lokr" and not stage.lora_init:
+        raise ConfigError(f"{key}.lora_factor = {stage.lora_factor} needs {key}.lora_kind = 'lokr'")
     if stage.lora_init and stage.lora_continue:
         raise ConfigError(f"{key}: lora_init and lora_continue are two beginnings of the adapter: choose one")
     if "vae" in stage.train and len(stage.train) > 1:

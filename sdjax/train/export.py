@@ -13,8 +13,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from sdjax import lora
 from sdjax.formats.embedding_file import TEXT_MODELS, file_name, save_embedding
-from sdjax.formats.lora_file import KOHYA_FILE, PEFT_FILE, save_lora
+from sdjax.formats.lora_file import KOHYA_FILE, PEFT_FILE, is_plain, save_lora
 from sdjax.model import Model
 from sdjax.runtime.whole_file import replacing
 from sdjax.text.encoding import TEXT_ENCODERS
@@ -39,9 +40,9 @@ def export(
 ) -> None:
     """Writes the results of all stages up to this one. A model holds the LoRAs of [base], the other files do not.
 
-    The files are `lora.safetensors` with kohya's keys and `pytorch_lora_weights.safetensors` with PEFT's keys,
-    WORD.safetensors for each new word, README.md, and `samples.png` if there is a `grid` to copy. If all weights of a
-    part were trained, `model/` holds the whole model. README.md is written last.
+    The files are `lora.safetensors` with kohya's keys, `pytorch_lora_weights.safetensors` with PEFT's keys unless there
+    is LoHa or LoKr, WORD.safetensors for each new word, README.md, and `samples.png` if there is a `grid` to copy. If
+    all weights of a part were trained, `model/` holds the whole model. README.md is written last.
     date: the day on which the run began. step: that of a snapshot, see `snapshots`. Its files have the step in their
     names; none of them has PEFT's keys.
     """
@@ -50,7 +51,7 @@ def export(
     if results.adapters:
         metadata = lora_metadata(run, plan, date, step)
         save_lora(folder / named(KOHYA_FILE), results.adapters, outline.shapes, style="kohya", metadata=metadata)
-        if step is None:
+        if step is None and is_plain(results.adapters):
             save_lora(folder / PEFT_FILE, results.adapters, outline.shapes, style="peft")
     for word, place in own_words(run, plan).items():
         vectors = {name: np.asarray(rows[place.start : place.stop]) for name, rows in results.rows.items()}
@@ -162,14 +163,16 @@ def _trained(plan: StagePlan) -> list[str]:
     """Returns what the stage trains, in words."""
     stage, parts = plan.stage, plan.stage.parts
     adapted = [part for part, kind in parts.items() if kind == "lora"]
-    downs = [layer["down"] for part in adapted for _, layer in layers(plan.state.trainable[part], "down")]
-    ranks = ", ".join(map(str, sorted({down.shape[-1] for down in downs})))
+    trees = [lora.join(plan.state.trainable[part], plan.frozen["scales"][part]) for part in adapted]
+    adapters = [layer for tree in trees for _, layer in layers(tree, "scale")]
+    kinds = ", ".join(sorted(set(map(lora.form, adapters))))
+    ranks = ", ".join(map(str, sorted({rank for rank in map(lora.rank, adapters) if rank})) or ["whole matrices"])
     whole = [part for part, kind in parts.items() if kind == "weights"]
     targets = stage.lora_targets
     listed = targets if isinstance(targets, str) else ", ".join(f"`{pattern}`" for pattern in targets)
-    listed = f"the {len(downs)} layers of the file" if stage.lora_init else listed
+    listed = f"the {len(adapters)} layers of the file" if stage.lora_init else listed
     return [
-        *([f"LoRA of {', '.join(adapted)}, rank {ranks}, targets {listed}"] if adapted else []),
+        *([f"{kinds} of {', '.join(adapted)}, rank {ranks}, targets {listed}"] if adapted else []),
         *([f"Textual Inversion of {', '.join(stage.placeholder_tokens)}"] if stage.placeholder_tokens else []),
         *([f"all weights of {', '.join(whole)}"] if whole else []),
     ]
@@ -189,19 +192,21 @@ def _use(config: RunConfig, plan: StagePlan, results: Results, prompt: str) -> l
         f"--prompt {json.dumps(prompt)}",
         *([] if (guidance := config.validation.guidance) is None else [f"--guidance {guidance:g}"]),
     ]
+    merging = f"sdjax convert {config.model} {name}.safetensors --to single_file --lora {KOHYA_FILE}"
     lines = [f"- sdjax: `python -m sdjax.generate {' '.join(flags)}`"]
     if results.weights:
         lines.append('- diffusers: `DiffusionPipeline.from_pretrained("model")`')
-    if results.adapters:
+    if plain := is_plain(results.adapters) and bool(results.adapters):
         lines += [f"- diffusers: `pipeline.load_lora_weights(FOLDER, weight_name={json.dumps(PEFT_FILE)})`"]
     if any("magnitude" in layer for _, layer in layers(results.adapters, "scale")):
-        merging = f"sdjax convert {config.model} {name}.safetensors --to single_file --lora {KOHYA_FILE}"
         lines += [f"- A1111, ComfyUI, kohya's scripts: they read DoRA wrongly; merge it into the model: `{merging}`"]
     elif results.adapters:
         lines += [
             f"- A1111: copy `{KOHYA_FILE}` to `models/Lora/{name}.safetensors`, prompt `<lora:{name}:1>`",
             f"- ComfyUI: copy `{KOHYA_FILE}` to `models/loras/`, then the node Load LoRA",
         ]
+    if results.adapters and not plain:
+        lines += [f"- diffusers does not read LoHa and LoKr; merge it into the model: `{merging}`"]
     for word, file in files.items():
         lines += use_in_diffusers(word, file, tuple(results.rows))
         lines += [f"- A1111 and ComfyUI: copy `{file}` to `embeddings/`; there the word is `{Path(file).stem}`"]

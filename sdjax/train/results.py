@@ -18,6 +18,7 @@ from sdjax.text import textual_inversion
 from sdjax.text.encoding import TEXT_ENCODERS
 from sdjax.train.config import Stage
 from sdjax.train.step import Frozen, Recipe, State, evaluated, init_state, variables
+from sdjax.trees import layers
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +118,8 @@ def begin(
             adapter = earlier.adapters[part]
         else:
             adapter = _new_adapter(stage, part, jax.random.fold_in(key, i), params[part])
+        if stage.lora_plus_ratio != 1.0 and any(lora.form(each) != "LoRA" for _, each in layers(adapter, "scale")):
+            raise ConfigError(f"{part}: lora_plus_ratio is the ratio of LoRA's two rates; LoHa and LoKr have one")
         trainable[part], scales[part] = lora.split(adapter)
     rows = dict(earlier.rows)
     if "textual_inversion" in parts:
@@ -136,10 +139,15 @@ def after(recipe: Recipe, earlier: Results, state: State, frozen: Frozen) -> Res
     if "textual_inversion" in parts:
         models = variables(recipe, best, frozen)
         rows = {name: models[name]["placeholder"]["embeddings"]["token_embedding"]["rows"] for name in frozen["rows"]}
-    adapters = {
-        part: lora.add([(trees[part], 1.0) for trees in (below, trained) if part in trees])
-        for part in dict.fromkeys([*below, *trained])
-    }
+    try:
+        adapters = {
+            part: lora.add([(trees[part], 1.0) for trees in (below, trained) if part in trees])
+            for part in dict.fromkeys([*below, *trained])
+        }
+    except ConfigError as e:
+        raise ConfigError(
+            f"{e}: let lora_continue train that of the earlier stages further, or run this stage on its file in [base]"
+        ) from None
     return Results(adapters, earlier.weights | weights, rows)
 
 
@@ -148,6 +156,8 @@ def _new_adapter(stage: Stage, part: str, key: PRNGKeyArray, params: PyTree) -> 
         adapter = lora.init(
             key,
             params,
+            kind=stage.lora_kind,
+            factor=stage.lora_factor,
             rank=stage.lora_rank,
             alpha=stage.lora_alpha,
             which=stage.lora_targets,

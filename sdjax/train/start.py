@@ -18,7 +18,7 @@ from sdjax.outline import Outline
 from sdjax.text.textual_inversion import vector_counts
 from sdjax.train.config import RunConfig, Stage
 from sdjax.train.results import NOTHING, Results, Rows
-from sdjax.trees import layers
+from sdjax.trees import Tree, layers
 
 
 class Beneath(NamedTuple):
@@ -86,9 +86,11 @@ def first_adapters(stage: Stage, key: str, outline: Outline) -> dict[str, PyTree
     where = f"{key}.lora_init = {stage.lora_init!r}"
     if set(adapters) != set(stage.lora_parts):
         raise ConfigError(f"{where} adapts {', '.join(adapters)}: give lora_parts = {list(adapters)}")
-    others = {name for tree in adapters.values() for _, layer in layers(tree, "scale") for name in layer}
-    if others - {"down", "up", "scale", "magnitude"}:
-        raise ConfigError(f"{where}: only LoRA and DoRA can be trained further; [base] takes adapters of any kind")
+    if not all(_is_trainable(layer) for tree in adapters.values() for _, layer in layers(tree, "scale")):
+        raise ConfigError(
+            f"{where}: only LoRA, LoHa, LoKr and DoRA by outputs can be trained further; [base] takes adapters of any "
+            "kind"
+        )
     defaults = {field.name: field.default for field in dataclasses.fields(Stage)}
     given = {name for name in _SET_BY_FILE if getattr(stage, name) not in (defaults[name], {})}
     for part, tree in adapters.items():
@@ -100,7 +102,15 @@ def first_adapters(stage: Stage, key: str, outline: Outline) -> dict[str, PyTree
     return adapters
 
 
-_SET_BY_FILE = ("lora_rank", "lora_ranks", "lora_alpha", "use_rslora", "use_dora", "lora_targets")
+def _is_trainable(adapter: Tree) -> bool:
+    magnitudes_of_outputs = np.ndim(adapter.get("magnitude", 0)) < 2
+    return lora.form(adapter).lower() in lora.NEW and "bias" not in adapter and magnitudes_of_outputs
+
+
+_SET_BY_FILE = (
+    *("lora_kind", "lora_factor", "lora_rank", "lora_ranks"),
+    *("lora_alpha", "use_rslora", "use_dora", "lora_targets"),
+)
 """The settings of a stage whose values the file of `lora_init` sets."""
 
 
@@ -110,21 +120,30 @@ def _differences(stage: Stage, given: set[str], shapes: PyTree, adapters: PyTree
     def rank_of(name: str) -> int:
         return next((rank for pattern, rank in stage.lora_ranks.items() if re.search(pattern, name)), stage.lora_rank)
 
-    found = {"/".join(path): layer for path, layer in layers(adapters, "down")}
+    found = {"/".join(path): layer for path, layer in layers(adapters, "scale")}
+    kernels = {"/".join(path): layer["kernel"].shape for path, layer in layers(shapes, "kernel")}
     if "lora_targets" in given:
         names = map("/".join, lora.targets(shapes, stage.lora_targets))
         wanted = {name for name in names if rank_of(name) > 0}
         yield from (("lora_targets", f"{name} without an adapter") for name in wanted - found.keys())
         yield from (("lora_targets", f"{name} with an adapter") for name in found.keys() - wanted)
     for name, layer in found.items():
-        rank, scale = layer["down"].shape[-1], float(layer["scale"])
+        if "lora_kind" in given and lora.form(layer).lower() != stage.lora_kind:
+            yield "lora_kind", f"{name} of kind {lora.form(layer)}"
+        if "lora_factor" in given:
+            expected = tuple(lora.factors(size, stage.lora_factor)[0] for size in kernels[name][-2:])
+            if (factor := np.shape(layer.get("w1", ()))) != expected:
+                yield "lora_factor", f"{name} with a first factor {list(factor)} in place of {list(expected)}"
+        rank, scale = lora.rank(layer), float(layer["scale"])
+        if "use_dora" in given and "magnitude" not in layer:
+            yield "use_dora", f"{name} without a DoRA magnitude"
+        if rank is None:  # a LoKr of two whole factors, which has neither rank nor alpha
+            continue
         if given & {"lora_rank", "lora_ranks"} and rank != rank_of(name):
             yield max(given & {"lora_rank", "lora_ranks"}), f"{name} of rank {rank}"  # lora_ranks, if it is given
         alpha = scale * (math.sqrt(rank) if stage.use_rslora else rank)
         if given & {"lora_alpha", "use_rslora"} and not math.isclose(alpha, stage.lora_alpha or rank, rel_tol=1e-3):
             yield min(given & {"lora_alpha", "use_rslora"}), f"{name} of rank {rank} and alpha {alpha:g}"
-        if "use_dora" in given and "magnitude" not in layer:
-            yield "use_dora", f"{name} without a DoRA magnitude"
 
 
 def digest(path: str) -> str:
