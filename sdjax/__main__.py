@@ -64,6 +64,12 @@ def _push(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _report(argv: Sequence[str]) -> int:
+    from sdjax.report import main
+
+    return main(argv)
+
+
 def _upscale(argv: Sequence[str]) -> int:
     from sdjax.enlarge import main
 
@@ -78,6 +84,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": _plan,
     "pick": _pick,
     "push": _push,
+    "report": _report,
     "upscale": _upscale,
 }
 """Each imports its module when it is called, so no command waits for the imports of another."""
