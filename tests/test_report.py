@@ -92,9 +92,9 @@ def test_the_page_loads_nothing(run, capsys):
 
 
 def report_style(found: Tags) -> list[str]:
-    from sdjax.train.report import _STYLE
+    from sdjax.train.report import _STYLE, CURVES
 
-    return [_STYLE, *(attrs["style"] for _, attrs in found.tags if "style" in attrs)]
+    return [_STYLE, CURVES, *(attrs["style"] for _, attrs in found.tags if "style" in attrs)]
 
 
 def test_the_page_shows_curves_numbers_files_and_settings(run, capsys):

@@ -24,7 +24,6 @@ from sdjax.train.curves import CLASSES, read_metrics, smoothed, stage_curves, sv
 NAME = "report.html"
 """The file in the folder of the run."""
 
-_MOST_SHEETS = 12
 _WIDEST, _LARGEST = 1600, 400_000
 """A picture that is wider (pixels) or larger (bytes) is embedded as WebP of this width."""
 _WHAT = {
@@ -60,7 +59,7 @@ def html(run: Path) -> str:
     for stage in config.stages:
         parts += _stage(run, config, stage, lines)
     parts += ["<section>", *_settings("Settings of the run", _of_run(config)), "</section>"]
-    return _PAGE.format(title=title, style=_STYLE, body="\n".join(parts))
+    return _PAGE.format(title=title, style=_STYLE + CURVES, body="\n".join(parts))
 
 
 def _head(config: RunConfig, lines: Sequence[Mapping[str, Any]], title: str) -> Iterator[str]:
@@ -85,10 +84,7 @@ def _stage(run: Path, config: RunConfig, stage: Stage, lines: Sequence[Mapping[s
         yield "<p>No step has been taken yet.</p>"
     samples = run / "samples"
     yield from _picture(samples / f"{name}-before-after.png", "Before and after")
-    sheets = _sheets(samples, name)
-    if sheets:
-        figures = "".join(_figure(path, f"step {step}") for step, path in sheets.items())
-        yield f'<h3>Pictures over time</h3><div class="strip" tabindex="0">{figures}</div>'
+    yield from sheets(run, name)
     files = [path for path in sorted((run / "export" / name).glob("*")) if path.is_file()]
     if files:
         rows = "".join(f"<tr><td>{escape(path.name)}</td><td>{_size(path)}</td></tr>" for path in files)
@@ -126,14 +122,17 @@ def _steps_done(lines: Sequence[Mapping[str, Any]], stage: str) -> int:
     return max((line["step"] for line in lines if line["stage"] == stage), default=0)
 
 
-def _sheets(samples: Path, stage: str) -> dict[int, Path]:
-    """Returns step -> the sheet of a validation, of at most `_MOST_SHEETS` steps, the first and the last among them."""
+def sheets(run: Path, stage: str, most: int = 12) -> Iterator[str]:
+    """Yields HTML of the pictures of a stage over time: sheets of at most so many steps, the last among them."""
     pattern = re.compile(re.escape(stage) + r"-(\d+)\.png")
-    found = {int(match[1]): path for path in samples.glob("*.png") if (match := pattern.fullmatch(path.name))}
+    files = (run / "samples").glob("*.png")
+    found = {int(match[1]): path for path in files if (match := pattern.fullmatch(path.name))}
     steps = sorted(found)
-    if len(steps) > _MOST_SHEETS:
-        steps = [steps[round(i * (len(steps) - 1) / (_MOST_SHEETS - 1))] for i in range(_MOST_SHEETS)]
-    return {step: found[step] for step in steps}
+    if len(steps) > most:
+        steps = [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+    if steps:
+        figures = "".join(_figure(found[step], f"step {step}") for step in steps)
+        yield f'<h3>Pictures over time</h3><div class="strip" tabindex="0">{figures}</div>'
 
 
 def _of_run(config: RunConfig) -> dict[str, Any]:
@@ -198,20 +197,10 @@ def _size(path: Path) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
-_STYLE = """
-:root { color-scheme: light dark; --text: #1c2430; --soft: #5b6675; --page: #f6f7f9; --card: #ffffff; --line: #dfe3e8;
-  --each: #9fb3cc; --smoothed: #2563a8; --held-out: #c2410c; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6e9ee; --soft: #9aa5b4; --page: #12161c; --card: #1b212a;
-  --line: #323b47; --each: #54698a; --smoothed: #6aa9ee; --held-out: #f59352; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1000px; padding: 24px 16px 64px; background: var(--page); color: var(--text);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { margin: 0 0 8px; font-size: 28px; } h2 { margin: 0; font-size: 21px; } h3 { margin: 28px 0 8px; font-size: 16px; }
-section, header { margin-bottom: 20px; padding: 20px; background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px; }
-.what { margin: 2px 0 14px; color: var(--soft); }
-dl { display: flex; flex-wrap: wrap; gap: 10px 32px; margin: 0; } dt { color: var(--soft); font-size: 13px; }
-dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
+CURVES = """
+:root { --line: #dfe3e8; --soft: #5b6675; --each: #9fb3cc; --smoothed: #2563a8; --held-out: #c2410c; }
+@media (prefers-color-scheme: dark) { :root { --line: #323b47; --soft: #9aa5b4; --each: #54698a; --smoothed: #6aa9ee;
+  --held-out: #f59352; } }
 .scroll { overflow-x: auto; } .curves { display: block; width: 100%; min-width: 560px; height: auto; margin-top: 4px; }
 .curves text { fill: var(--soft); font-size: 12px; }
 .curves polyline { fill: none; stroke-width: 2; stroke-linejoin: round; } .curves .each { stroke-width: 1; }
@@ -225,9 +214,25 @@ circle.each { fill: var(--each); } circle.smoothed { fill: var(--smoothed); } ci
   vertical-align: middle; background: currentColor; }
 .legend .each::before { background: var(--each); } .legend .smoothed::before { background: var(--smoothed); }
 .legend .held-out::before { background: var(--held-out); }
+.strip { display: flex; gap: 12px; overflow-x: auto; padding-bottom: 8px; } .strip figure { flex: 0 0 min(430px, 82%);
+  margin: 0; }
+.strip img { width: 100%; } .strip figcaption { color: var(--soft); font-size: 13px; }
+"""
+"""The style of curves and sheets, which the page of `sdjax app` shows too."""
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1c2430; --soft: #5b6675; --page: #f6f7f9; --card: #ffffff; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6e9ee; --soft: #9aa5b4; --page: #12161c; --card: #1b212a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1000px; padding: 24px 16px 64px; background: var(--page); color: var(--text);
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { margin: 0 0 8px; font-size: 28px; } h2 { margin: 0; font-size: 21px; } h3 { margin: 28px 0 8px; font-size: 16px; }
+section, header { margin-bottom: 20px; padding: 20px; background: var(--card); border: 1px solid var(--line);
+  border-radius: 10px; }
+.what { margin: 2px 0 14px; color: var(--soft); }
+dl { display: flex; flex-wrap: wrap; gap: 10px 32px; margin: 0; } dt { color: var(--soft); font-size: 13px; }
+dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
 figure { margin: 0; } img { max-width: 100%; max-height: 900px; border-radius: 6px; border: 1px solid var(--line); }
-figcaption { color: var(--soft); font-size: 13px; }
-.strip { display: flex; gap: 12px; overflow-x: auto; padding-bottom: 8px; } .strip figure { flex: 0 0 min(430px, 82%); }
 table { width: 100%; border-collapse: collapse; font-size: 14px; }
 td, th { padding: 4px 8px 4px 0; border-bottom: 1px solid var(--line); text-align: left; font-weight: 400;
   vertical-align: top; }
