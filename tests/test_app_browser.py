@@ -131,12 +131,12 @@ def test_paint_a_mask_and_inpaint_then_go_on_from_the_result(page, address):
     canvas = page.locator("#editor canvas").first
     canvas.wait_for()
     page.wait_for_timeout(2000)
-    box = canvas.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    box = page.locator("#editor").bounding_box()
+    x, y = box["x"] + 180, box["y"] + box["height"] / 2
     page.mouse.move(x - 15, y)
     page.mouse.down()
     for step in range(12):
-        page.mouse.move(x - 15 + 3 * step, y + (step % 3))
+        page.mouse.move(x - 15 + 3 * step, y + step % 3)
     page.mouse.up()
     page.wait_for_timeout(500)
     look(page, "redraw-painted")
@@ -163,9 +163,9 @@ def test_train_stop_resume_and_draw_with_the_result(page, address, browser):
     set_text(page, "#run-name", "first")
     set_text(page, "#run-prompts", "red heart\na cat")
     page.get_by_text("Numbers", exact=True).click()
-    set_text(page, "#run-steps", "60")
+    set_text(page, "#run-steps", "30")
     set_text(page, "#run-batch_size", "2")
-    set_text(page, "#run-every", "10")
+    set_text(page, "#run-every", "5")
     look(page, "train-form", full=True)
     page.click("#train")
     says(page, "#run-state", "training, step [1-9]")
@@ -182,10 +182,10 @@ def test_train_stop_resume_and_draw_with_the_result(page, address, browser):
     says(tab, "#run-state", "training, step")
     tab.click("#run-stop")
     says(tab, "#run-state", "stopped, step")
-    stopped = int(re.search(r"step (\d+) of 60", tab.inner_text("#run-state"))[1])
-    assert 0 < stopped < 60
+    stopped = int(re.search(r"step (\d+) of 30", tab.inner_text("#run-state"))[1])
+    assert 0 < stopped < 30
     tab.click("#run-resume")
-    says(tab, "#run-state", "finished, step 60 of 60")
+    says(tab, "#run-state", "finished, step 30 of 30")
     tab.wait_for_selector("#run-state .strip img")
     look(tab, "train-finished", full=True)
     tab.get_by_text("Try the result at several weights").click()

@@ -13,7 +13,8 @@ second line: yes
 Negative prompt: ugly, bad
 more
 Steps: 25, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: 12, Size: 512x768, Model hash: abc, \
-Denoising strength: 0.4, Hires upscale: 2, Hires upscaler: Latent, ENSD: 31337, Lora hashes: "x: 12, y: 2", Version: v1.6"""
+Denoising strength: 0.4, Hires upscale: 2, Hires upscaler: Latent, ENSD: 31337, \
+Lora hashes: "x: 12, y: 2", Version: v1.6"""
 
 
 def picture(text: str) -> Image.Image:

@@ -7,6 +7,7 @@ named here and nothing else. Runs go on when the page is closed.
 import argparse
 import importlib.util
 import os
+import re
 import secrets
 import sys
 import tempfile
@@ -29,8 +30,8 @@ def _run(argv: Sequence[str]) -> None:
     read_value(Dtype, args.dtype, "--dtype")
     read_value(Annotated[int, Range(1, 65535)], args.port, "--port")
     read_value(Annotated[int, Range(1)], args.batch_size, "--batch-size")
-    if args.token is not None and len(args.token) < 16:
-        raise ConfigError("--token is shorter than 16 characters, which can be guessed")
+    if args.token is not None and not re.fullmatch(r"[\w-]{16,}", args.token, re.ASCII):
+        raise ConfigError("--token: expected at least 16 letters, digits, '_' and '-', so that it cannot be guessed")
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError('the page needs Gradio: pip install "sdjax[app]"')
     from sdjax.draw.numbered import writable_folder

@@ -39,9 +39,12 @@ def pictures_field(label: str, **how: Any) -> Any:
 def loras_table(shared: Shared) -> tuple[Any, Any, Any]:
     """Returns the fields to choose LoRAs, with a weight each, and words."""
     with gr.Accordion("LoRAs and words", open=False):
-        names = gr.Dropdown(list(shared.folders.loras_by_name()), value=[], multiselect=True, label="LoRAs")
+        names = fields.names_field(shared.folders.loras_by_name(), "LoRAs", value=[], multiselect=True)
         weights = gr.Textbox("", label="Weights", placeholder="1", info="One for each LoRA, such as 0.8, 1")
-        words = gr.Dropdown(list(shared.folders.words_by_name()), value=[], multiselect=True, label="Words")
+        words = fields.names_field(shared.folders.words_by_name(), "Words", value=[], multiselect=True)
+    for field, listed in ((names, shared.folders.loras_by_name), (words, shared.folders.words_by_name)):
+        newest = lambda listed=listed: gr.update(choices=list(listed()))
+        field.focus(newest, None, field, show_progress="hidden", api_visibility="private")
     return names, weights, words
 
 

@@ -1,6 +1,7 @@
 """The fields of the page, made from the declarations of the settings, and the values that are read from them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import gradio as gr
@@ -40,6 +41,14 @@ def component(name: str, **how: Any) -> Any:
     return gr.Textbox(declared.default or "", placeholder=declared.unset.partition(",")[0], **how)
 
 
+def names_field(names: Iterable[str], label: str, **how: Any) -> Any:
+    """Returns a field to choose one of some names, which may become more.
+
+    Gradio would compare the choice with the names at the start. What is chosen is looked up where it is used.
+    """
+    return gr.Dropdown(list(names), label=label, **{"allow_custom_value": True, "value": None, **how})
+
+
 def label(name: str) -> str:
     """The name of a setting for people."""
     return _first_upper(name.replace("_", " "))
@@ -67,10 +76,13 @@ def value_of(name: str, setting: Any) -> Any:
 
 
 def checks(readers: Sequence[Read | None]) -> Callable[..., list[Any]]:
-    """Returns the validator of a button: a message beside each field that cannot be read."""
+    """Returns the validator of a button: a message beside each field that cannot be read.
+
+    readers: those of the first fields, None for a field without a rule; the fields behind them have none either.
+    """
 
     def check(*values: Any) -> list[Any]:
-        return [_problem(read, value) for read, value in zip(readers, values, strict=False)]
+        return [_problem(read, value) for read, value in zip_longest(readers, values)]
 
     return check
 

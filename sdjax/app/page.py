@@ -3,6 +3,7 @@
 from typing import Any
 
 import gradio as gr
+from gradio.themes import Default
 
 from sdjax.app.draw_tab import draw_tab
 from sdjax.app.redraw_tab import redraw_tab
@@ -26,9 +27,7 @@ footer { display: none !important; }
 
 def theme() -> Any:
     """Returns the looks of the page."""
-    return gr.themes.Default(
-        primary_hue="blue", neutral_hue="slate", font=list(FONTS), font_mono=["ui-monospace", "monospace"]
-    )
+    return Default(primary_hue="blue", neutral_hue="slate", font=list(FONTS), font_mono=["ui-monospace", "monospace"])
 
 
 def page(shared: Shared) -> gr.Blocks:

@@ -42,7 +42,7 @@ def redraw_tab(shared: Shared, drawn: Any) -> Any:
                 type="pil",
                 height=520,
                 sources=("upload", "clipboard"),
-                brush=gr.Brush(default_size=24, colors=["#ff3b30"], default_color="#ff3b30", color_mode="fixed"),
+                brush=gr.Brush(default_size="auto", colors=["#ff3b30"], default_color="#ff3b30", color_mode="fixed"),
                 transforms=("crop",),
                 layers=False,
                 elem_id="editor",
@@ -66,7 +66,7 @@ def redraw_tab(shared: Shared, drawn: Any) -> Any:
         with gr.Column(min_width=320):
             says = gr.HTML(bar("ready", 0), elem_id="redraw-says")
             preview = preview_field()
-            result = pictures_field("Result", columns=1, height=420, elem_id="redrawn")
+            result = pictures_field("Result", height=420, elem_id="redrawn")
             again = gr.Button("Go on from the result", size="sm")
         with gr.Column(min_width=320):
             both = gr.ImageSlider(label="Before and after", interactive=False, height=420, elem_id="both")
@@ -89,7 +89,7 @@ def redraw_tab(shared: Shared, drawn: Any) -> Any:
         except (ConfigError, DataError) as error:
             yield None, problem(str(error)), gr.skip(), gr.skip(), gr.skip()
             return
-        before = painted(image)[0].convert("RGB")
+        before = _on_white(painted(image)[0])
         for state in follow(shared, running):
             ended = running.done.is_set() and running.files
             after = shared.served(running.files[0]) if ended else None
@@ -108,6 +108,11 @@ def redraw_tab(shared: Shared, drawn: Any) -> Any:
     again.click(lambda shown: _first(shown), result, editor, show_progress="hidden")
     drawn.select(_selected, [drawn], chosen, show_progress="hidden", api_visibility="private")
     return editor, chosen
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The picture as the model sees it: transparent parts are white."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
 
 def _check_picture(image: Any) -> None:

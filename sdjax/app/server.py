@@ -98,8 +98,8 @@ class Guard:
         if (origin := headers.get("origin")) and _name(origin.partition("://")[2]) != host:
             return 403, "another site may not use this page"
         if self._token:
-            cookies = dict(part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";"))
-            shown = given or cookies.get(_COOKIE, "")
+            pairs = (part.strip().partition("=") for part in headers.get("cookie", "").split(";"))
+            shown = given or next((value for name, _, value in pairs if name == _COOKIE), "")
             if not hmac.compare_digest(shown.encode(), self._token.encode()):
                 return 401, "open the address with its token, as sdjax app printed it: /?token=..."
         under = path.removeprefix("/gradio_api/")

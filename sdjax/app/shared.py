@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from sdjax.app import folders, queue
 from sdjax.app.drawing import Order, Painter
-from sdjax.errors import ConfigError, DataError
+from sdjax.app.folders import Folders, chosen
+from sdjax.app.queue import Queue, Task
 from sdjax.settings import parse
 
 _BETWEEN_LOOKS = 0.2  # seconds
@@ -22,18 +22,18 @@ _BETWEEN_LOOKS = 0.2  # seconds
 class Shared:
     """One for all tabs and all people. temporary: a folder that only this process uses, for files that are sent."""
 
-    folders: folders.Folders
+    folders: Folders
     models: tuple[str, ...]
     dtype: str
-    queue: queue.Queue
+    queue: Queue
     painter: Painter
     temporary: Path
 
-    def put(self, order: Order) -> queue.Task:
+    def put(self, order: Order) -> Task:
         """Puts an order in the queue."""
         return self.queue.put(self.painter.work(order))
 
-    def follow(self, task: queue.Task) -> Iterator[str]:
+    def follow(self, task: Task) -> Iterator[str]:
         """Yields the state of a task as HTML, again and again until it is done."""
         while not task.done.wait(_BETWEEN_LOOKS):
             ahead = self.queue.ahead(task)
@@ -61,13 +61,13 @@ class Shared:
         out = []
         for name, weight in rows:
             weight = parse(float, str(weight), f"the weight of {name}")
-            out.append(f"{folders.chosen(listed, name, 'a LoRA')}:{weight}")
+            out.append(f"{chosen(listed, name, 'a LoRA')}:{weight}")
         return tuple(out)
 
     def word_files(self, names: list[str] | None) -> tuple[Path, ...]:
         """The files of words. Raises ConfigError for a name that is not listed."""
         listed = self.folders.words_by_name()
-        return tuple(folders.chosen(listed, name, "a word") for name in names or ())
+        return tuple(chosen(listed, name, "a word") for name in names or ())
 
 
 def bar(says: str, share: float) -> str:
@@ -81,8 +81,3 @@ def bar(says: str, share: float) -> str:
 def problem(text: str) -> str:
     """An error."""
     return f'<div class="problem" role="alert">{escape(text)}</div>'
-
-
-def as_problem(error: ConfigError | DataError) -> str:
-    """An error that a setting or a file caused."""
-    return problem(str(error))

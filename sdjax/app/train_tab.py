@@ -16,7 +16,7 @@ import gradio as gr
 from sdjax.app import lessons, training
 from sdjax.app.draw_tab import follow, pictures_field, preview_field
 from sdjax.app.drawing import Order
-from sdjax.app.fields import Read, checks
+from sdjax.app.fields import Read, checks, names_field
 from sdjax.app.folders import KOHYA_FILE, chosen, new_folder, pictures_in
 from sdjax.app.queue import Task
 from sdjax.app.shared import Shared, bar, problem
@@ -91,15 +91,15 @@ def _data_part(shared: Shared) -> tuple[Any, Any]:
                 label="Pictures", file_count="multiple", file_types=["image"], height=120, elem_id="set-files"
             )
         add = gr.Button("Add these pictures", elem_id="set-add")
-        edited = gr.Dropdown(list(folders.data_by_name()), value=None, label="Captions of", elem_id="set-edited")
+        edited = names_field(folders.data_by_name(), "Captions of", elem_id="set-edited")
         table = gr.Dataframe(
             headers=["file", "caption"], type="array", interactive=True, static_columns=[0], wrap=True, max_height=260,
             row_count=1, column_count=2, elem_id="captions",
         )  # fmt: skip
         save = gr.Button("Save captions", size="sm")
         says = gr.HTML()
-    style = gr.Dropdown(list(folders.data_by_name()), label="Pictures of the style", elem_id="style-data")
-    thing = gr.Dropdown(list(folders.data_by_name()), label="Pictures of the thing", visible=False)
+    style = names_field(folders.data_by_name(), "Pictures of the style", elem_id="style-data")
+    thing = names_field(folders.data_by_name(), "Pictures of the thing", visible=False)
 
     def on_add(name: str, files: list[str] | None) -> list[Any]:
         try:
@@ -234,7 +234,7 @@ def _runs_part(shared: Shared) -> Any:
     """Builds the list of runs, and what is seen of the chosen one. Returns the list."""
     folders = shared.folders
     names = list(folders.runs_by_name())
-    run = gr.Dropdown(names, value=names[0] if names else None, label="Run", elem_id="run")
+    run = names_field(names, "Run", value=names[0] if names else None, elem_id="run")
     state = gr.HTML(elem_id="run-state")
     with gr.Row():
         stop = gr.Button("Save and stop", variant="stop", elem_id="run-stop")
