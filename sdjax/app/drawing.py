@@ -100,11 +100,12 @@ class Painter:
     def _model(self, order: Order, wanted: Sequence[Any]) -> Any:
         """The model with the words of an order, after a check that it can draw the jobs."""
         from sdjax.draw import jobs
-        from sdjax.model import Model, Outline
+        from sdjax.model import Model
+        from sdjax.outline import Outline
 
         if self._kept.get("model", (None,))[0] != (order.model, self._dtype):
             self.forget()
-        load = lambda: Outline.load(order.model, self._dtype).with_weights()
+        load = lambda: Model.of(Outline.load(order.model, self._dtype))
         model = self._keep("model", (order.model, self._dtype), load)
         words = [model.outline.load_words(path) for path in order.words]
         model = functools.reduce(Model.with_embedding, words, model)

@@ -69,7 +69,7 @@ class State(NamedTuple):
 
 def lesson_config(lesson: Lesson, model: str, dtype: str, output: Path) -> RunConfig:
     """Returns the settings of a run. Raises ConfigError, which names the setting."""
-    from sdjax.model import Outline
+    from sdjax.outline import Outline
 
     side = Outline.load(model, weights=False).native_size
     small = side <= 128  # such as the embedded model

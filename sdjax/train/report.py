@@ -210,6 +210,7 @@ polyline.held-out { stroke: var(--held-out); }
 circle.each { fill: var(--each); } circle.smoothed { fill: var(--smoothed); } circle.held-out { fill: var(--held-out); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 18px 0 0; padding: 0; list-style: none;
   font-size: 13px; }
+.legend li { list-style: none; }
 .legend li::before { content: ""; display: inline-block; width: 18px; height: 3px; margin-right: 6px;
   vertical-align: middle; background: currentColor; }
 .legend .each::before { background: var(--each); } .legend .smoothed::before { background: var(--smoothed); }
