@@ -45,11 +45,6 @@ class Folders:
         found = [path.parent for path in _below(self.runs, "*/config.toml")]
         return {path.name: path for path in sorted(found, key=lambda path: -path.stat().st_mtime)}
 
-    def newest_pictures(self, most: int) -> list[Path]:
-        """The newest pictures that were drawn, the newest first."""
-        found = [path for path in _files(self.pictures, (".png",)) if path.parent == self.pictures]
-        return sorted(found, reverse=True)[:most]
-
 
 def pictures_in(folder: Path) -> list[Path]:
     """The training pictures of a folder."""

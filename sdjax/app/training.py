@@ -168,7 +168,10 @@ def running(folders: Folders) -> list[str]:
 
 
 def _process(run: Path) -> int | None:
-    """The process that holds the lock of a run; see `train.checkpoint.locked`."""
+    """The process that holds the lock of a run; see `train.checkpoint.locked`.
+
+    The lock is tried only if the process that it names exists, since a run that starts just then would find it taken.
+    """
     import fcntl
 
     for process in list(_started.values()):
@@ -178,12 +181,13 @@ def _process(run: Path) -> int | None:
     except OSError:
         return None
     try:
+        number = int(os.read(descriptor, 32).decode(errors="replace"))
+        os.kill(number, 0)
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return None
     except BlockingIOError:
-        number = os.read(descriptor, 32).decode(errors="replace").strip()
-        return int(number) if number.isdigit() else None
-    except OSError:
+        return number
+    except (OSError, ValueError):
         return None
     finally:
         os.close(descriptor)
