@@ -15,6 +15,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.browser
 
@@ -145,9 +146,8 @@ def test_paint_a_mask_and_inpaint_then_go_on_from_the_result(page, address):
     page.wait_for_selector("#redrawn img")
     look(page, "redraw-done", full=True)
     newest = sorted((home / "outputs").glob("*green-apple*.png"))[-1]
-    from PIL import Image
-
-    assert "Mask blur" in Image.open(newest).info["parameters"]
+    with Image.open(newest) as image:
+        assert "Mask blur" in image.info["parameters"]
 
 
 def test_train_stop_resume_and_draw_with_the_result(page, address, browser):

@@ -92,8 +92,7 @@ def redraw_tab(shared: Shared, drawn: Any) -> Any:
         before = _on_white(painted(image)[0])
         for state in follow(shared, running):
             ended = running.done.is_set() and running.files
-            after = shared.served(running.files[0]) if ended else None
-            yield *state, (shared.saved(before.resize(Image.open(after).size)), after) if after else gr.skip()
+            yield *state, _both(shared, before, shared.served(running.files[0])) if ended else gr.skip()
 
     go.click(
         on_go,
@@ -108,6 +107,12 @@ def redraw_tab(shared: Shared, drawn: Any) -> Any:
     again.click(lambda shown: _first(shown), result, editor, show_progress="hidden")
     drawn.select(_selected, [drawn], chosen, show_progress="hidden", api_visibility="private")
     return editor, chosen
+
+
+def _both(shared: Shared, before: Image.Image, after: str) -> tuple[str, str]:
+    """The files of the picture before, as large as the one after, and of the one after."""
+    with Image.open(after) as image:
+        return shared.saved(before.resize(image.size)), after
 
 
 def _on_white(image: Image.Image) -> Image.Image:

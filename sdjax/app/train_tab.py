@@ -251,8 +251,10 @@ def _runs_part(shared: Shared) -> Any:
 
     def refresh(name: str | None) -> list[Any]:
         listed = folders.runs_by_name()
-        shown = _shown(listed[name]) if name in listed else "<p>No run yet.</p>"
-        return [gr.update(choices=list(listed)), shown]
+        if name not in listed and listed:
+            newest = next(iter(listed))
+            return [gr.update(choices=list(listed), value=newest), _shown(listed[newest])]
+        return [gr.update(choices=list(listed)), _shown(listed[name]) if name in listed else "<p>No run yet.</p>"]
 
     def on_stop(name: str | None) -> str:
         try:
