@@ -64,6 +64,18 @@ def _push(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _report(argv: Sequence[str]) -> int:
+    from sdjax.report import main
+
+    return main(argv)
+
+
+def _app(argv: Sequence[str]) -> int:
+    from sdjax.app.__main__ import main
+
+    return main(argv)
+
+
 def _upscale(argv: Sequence[str]) -> int:
     from sdjax.enlarge import main
 
@@ -78,7 +90,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": _plan,
     "pick": _pick,
     "push": _push,
+    "report": _report,
     "upscale": _upscale,
+    "app": _app,
 }
 """Each imports its module when it is called, so no command waits for the imports of another."""
 

@@ -4,20 +4,17 @@ JAX is imported only after the command line has been checked, so `--help` and mi
 """
 
 import argparse
-import contextlib
 import functools
 import itertools
-import os
-import re
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from PIL import Image
 
-from sdjax.draw import grids
+from sdjax.draw import grids, numbered
+from sdjax.draw.adapters import Lora, found_below, mention, merged, read_lora, tagged
 from sdjax.draw.settings import (
     Adapters,
     Enlarging,
@@ -27,7 +24,6 @@ from sdjax.draw.settings import (
     SecondPass,
     Source,
     Subject,
-    complete_job,
     declarations,
     from_text,
     help_text,
@@ -35,22 +31,7 @@ from sdjax.draw.settings import (
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.png_parameters import save_png
 from sdjax.runtime import command
-from sdjax.settings import Dtype, Range, Seed, choices, parse, plain_type, read_value
-
-_LONGEST_NAME = 80  # bytes of a prompt kept in a file name; file systems allow 255 in all
-
-
-class Lora(NamedTuple):
-    """A LoRA to merge in, from `--lora FILE[:WEIGHT]`, from the line of a job or from a prompt."""
-
-    path: Path
-    unet_weight: float
-    text_weight: float
-
-    @property
-    def tag(self) -> str:
-        """The LoRA as A1111 writes it in a prompt."""
-        return f"<lora:{self.path.stem}:{self.unet_weight:g}>"
+from sdjax.settings import Dtype, Range, Seed, choices, plain_type, read_value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,16 +57,16 @@ def _run(argv: Sequence[str]) -> None:
 
     wanted = _jobs(args, settings, prompts, axes)
     jobs.check_alone(wanted)
-    named = _loras_below(args.lora_dir)
+    named = found_below(args.lora_dir)
     given: list[tuple[Lora, ...]] = []  # the LoRAs in the settings of each job
     loras: list[tuple[Lora, ...]] = []  # these and the LoRAs that the prompt of the job names
     for job in wanted:
         with jobs.blaming(job.origin):
-            given.append(tuple(_lora(text) for text in job.settings["lora"] if text != "none"))
-            loras.append((*given[-1], *(_tagged(tag, args.lora_dir, named) for tag in job.words[1])))
+            given.append(tuple(read_lora(text) for text in job.settings["lora"] if text != "none"))
+            loras.append((*given[-1], *(tagged(tag, args.lora_dir, named) for tag in job.words[1])))
     devices.divide_cpu(args.devices)
     devices.check_count(args.devices)
-    out = _writable_folder(args.out)
+    out = numbered.writable_folder(args.out)
     compilation_cache.enable()
     host_memory.keep()
 
@@ -103,7 +84,7 @@ def _run(argv: Sequence[str]) -> None:
     words = [outline.load_words(path, token) for path, token in embeddings]
     bare = [job.replace(prompt=job.words[0]) for job in wanted]
     jobs.check(functools.reduce(Outline.with_embedding, words, outline), bare)
-    adapters = {path: load_lora(path, outline.shapes) for path in {lora.path for lora in itertools.chain(*loras)}}
+    trees = {path: load_lora(path, outline.shapes) for path in {lora.path for lora in itertools.chain(*loras)}}
 
     model = functools.reduce(Model.with_embedding, words, Model.of(outline))
     if args.devices > 1:
@@ -112,9 +93,9 @@ def _run(argv: Sequence[str]) -> None:
         model = model.with_tiled_vae(args.tiled_vae, args.tiled_vae // 8)
     pictures: dict[int, Image.Image] = {}
     groups = jobs.grouped(loras)
-    with _numbers(out, len(wanted)) as number:
-        for n, (merged, places) in enumerate(groups.items(), 1):
-            adapted = _with_loras(model, merged, adapters)
+    with numbered.claimed(out, len(wanted)) as number:
+        for n, (chosen_loras, places) in enumerate(groups.items(), 1):
+            adapted = merged(model, chosen_loras, trees)
             if n == len(groups):
                 del model  # or the weights without LoRAs stay in memory beside those with them
             for chosen, batch in jobs.batches([bare[i] for i in places], args.batch_size):
@@ -122,51 +103,22 @@ def _run(argv: Sequence[str]) -> None:
                     drawn = jobs.draw(adapted, batch)
                 for i, picture in zip((places[n] for n in chosen), drawn, strict=False):
                     job, prompt = wanted[i], bare[i].settings["prompt"]
-                    _mention(picture, prompt, job.settings["prompt"], given[i])
-                    _save(picture, out / f"{number + i:05d}-{job.settings['seed']}-{safe_name(prompt)}.png")
+                    mention(picture, prompt, job.settings["prompt"], given[i])
+                    _save(picture, out / f"{number + i:05d}-{job.settings['seed']}-{numbered.safe_name(prompt)}.png")
                     pictures[i] = picture
         in_order = [pictures[i] for i in range(len(pictures))]
-        for name, sheet in _sheets(in_order, axes, args.num_images):
+        for name, sheet in grids.sheets(in_order, axes, args.num_images):
             _save(sheet, _free(out, name, number))
-
-
-def _with_loras(model: Any, loras: Sequence[Lora], adapters: Mapping[Path, Mapping[str, Any]]) -> Any:
-    """The model with LoRAs merged in. adapters: file -> part -> adapter tree."""
-    for lora in loras:
-        for part, tree in adapters[lora.path].items():
-            model = model.with_lora({part: tree}, lora.unet_weight if part == "unet" else lora.text_weight)
-    return model
 
 
 def _jobs(args: argparse.Namespace, settings: Mapping[str, Any], prompts: Sequence[str], axes: Sequence[grids.Axis]):
     """The jobs of the flags and of --jobs, with every combination of the values of the axes. x varies fastest."""
     from sdjax.draw import jobs
 
-    drawn = []
-    counting = "variation_seed" if settings.get("variation_strength") else "seed"  # see `draw.settings.Settings`
-    first = settings.get(counting, 0)
-    for i, prompt in enumerate(prompt for prompt in prompts for _ in range(args.num_images)):
-        drawn.append(jobs.Job(complete_job({**settings, "prompt": prompt, counting: first + i})))
+    drawn = jobs.of_prompts(settings, prompts, args.num_images)
     if args.jobs is not None:
         drawn += jobs.read_jobs(_lines("--jobs", args.jobs), settings, f"--jobs {args.jobs}")
-    for axis in reversed(axes):  # y outside, x inside
-        drawn = [job.replace(**{axis.name: value}) for job in drawn for value in axis.values]
-    return drawn
-
-
-def _sheets(
-    pictures: Sequence[Image.Image], axes: Sequence[grids.Axis], columns: int
-) -> Iterator[tuple[str, Image.Image]]:
-    """Yields (file name, sheet): a sheet of all pictures if they have one size or, with axes, a grid for each job."""
-    if not axes:
-        if len(pictures) > 1 and len({picture.size for picture in pictures}) == 1:
-            yield "grid.png", grids.sheet(pictures, columns=columns if columns > 1 else None)
-        return
-    x, y = (*(axis.labels for axis in axes), [])[:2]
-    size = len(x) * max(len(y), 1)
-    for i in range(0, len(pictures), size):
-        name = "grid.png" if len(pictures) == size else f"grid-{i // size}.png"
-        yield name, grids.labelled(pictures[i : i + size], x, y)
+    return jobs.varied(drawn, axes)
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -285,28 +237,6 @@ def _lines(flag: str, path: Path) -> list[str]:
         raise DataError(f"{flag} {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def _lora(text: str) -> Lora:
-    """Reads FILE or FILE:WEIGHT."""
-    path, rest = command.file_and_rest("--lora", text)
-    weight = 1.0 if rest is None else parse(float, rest, f"the weight of --lora {path}")
-    return Lora(path, weight, weight)
-
-
-def _loras_below(folder: Path | None) -> dict[str, Path]:
-    """Name -> file of the LoRAs in a folder and the folders below it."""
-    files = sorted(folder.rglob("*")) if folder is not None else []
-    return {path.stem: path for path in files if path.suffix in (".safetensors", ".pt", ".ckpt")}
-
-
-def _tagged(tag: Any, folder: Path | None, files: Mapping[str, Path]) -> Lora:
-    """Finds the file of a prompt's `<lora:NAME:WEIGHT>`. tag: a `text.syntax.LoraTag`."""
-    if folder is None:
-        raise ConfigError(f"the prompt names the LoRA {tag.name!r}: give --lora-dir DIR, the folder it lies in")
-    if tag.name not in files:
-        raise DataError(f"--lora-dir {folder}: no LoRA {tag.name!r} in it; there are {', '.join(files) or 'none'}")
-    return Lora(files[tag.name], tag.unet_weight, tag.text_weight)
-
-
 def _check_values(args: argparse.Namespace, prompts: int, settings: Mapping[str, Any]) -> None:
     """Checks the flags that are not settings of a picture. Raises ConfigError."""
     read_value(Dtype, args.dtype, "--dtype")
@@ -322,46 +252,7 @@ def _check_values(args: argparse.Namespace, prompts: int, settings: Mapping[str,
     read_value(Seed, max(last, 0), "the seed of the last picture")
 
 
-def _writable_folder(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise ConfigError(f"--out {path}: cannot be written to: {error.strerror or error}") from None
-    return path
-
-
 # ------------------------------------------------------------------------------------------------ what comes out
-
-
-def safe_name(prompt: str) -> str:
-    """Makes a prompt part of a file name: letters and digits of any script and hyphens, 1 to 80 bytes."""
-    words = re.sub(r"[\W_]+", "-", prompt).strip("-")
-    return words.encode()[:_LONGEST_NAME].decode(errors="ignore").strip("-") or "picture"
-
-
-@contextlib.contextmanager
-def _numbers(folder: Path, count: int) -> Iterator[int]:
-    """Yields the first of `count` numbers for the names of pictures, which no other run gets during the block.
-
-    They follow the highest number in the folder, so that no picture is overwritten. A hidden file holds the last one.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError, ImportError):  # network drives may have no locks, and Windows has no fcntl
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        matches = (re.match(r"\.?(\d{5,})-.*\.png$", name) for name in os.listdir(folder))
-        first = max((int(match[1]) + 1 for match in matches if match), default=0)
-        claim = folder / f".{first + count - 1:05d}-claimed.png"
-        claim.touch()
-    finally:
-        os.close(descriptor)
-    try:
-        yield first
-    finally:
-        claim.unlink(missing_ok=True)
 
 
 def _free(folder: Path, name: str, number: int) -> Path:
@@ -371,12 +262,6 @@ def _free(folder: Path, name: str, number: int) -> Path:
     except FileExistsError:
         return folder / f"{Path(name).stem}-of-{number:05d}.png"
     return folder / name
-
-
-def _mention(picture: Image.Image, drawn: str, prompt: str, loras: Sequence[Lora]) -> None:
-    """Writes `prompt` and the LoRAs in place of the prompt `drawn` in a picture's text, where A1111 looks for them."""
-    text = picture.info["parameters"]
-    picture.info["parameters"] = " ".join([prompt, *(lora.tag for lora in loras)]) + text.removeprefix(drawn)
 
 
 def _save(picture: Image.Image, path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 import sdjax
 from sdjax import generate, lora
-from sdjax.draw import jobs
+from sdjax.draw import jobs, numbered
 from sdjax.draw.settings import complete_job, declarations
 from sdjax.formats.embedding_file import save_embedding
 from sdjax.formats.lora_file import save_lora
@@ -68,11 +68,11 @@ def test_nothing_is_overwritten_and_one_picture_makes_no_grid(tmp_path):
 
 def test_two_runs_in_one_folder_take_different_numbers(tmp_path):
     """The second one begins before the first has written anything."""
-    with generate._numbers(tmp_path, 3) as first, generate._numbers(tmp_path, 2) as second:
+    with numbered.claimed(tmp_path, 3) as first, numbered.claimed(tmp_path, 2) as second:
         assert (first, second) == (0, 3)
         (tmp_path / "00004-0-x.png").touch()
     assert os.listdir(tmp_path) == ["00004-0-x.png"]
-    with generate._numbers(tmp_path, 1) as third:
+    with numbered.claimed(tmp_path, 1) as third:
         assert third == 5
 
 
@@ -237,7 +237,7 @@ def test_debug_shows_the_traceback(tmp_path):
     ],
 )
 def test_file_names_are_safe(prompt, name):
-    assert generate.safe_name(prompt) == name
+    assert numbered.safe_name(prompt) == name
 
 
 def test_a_very_long_prompt_can_be_saved(tmp_path):

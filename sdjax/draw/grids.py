@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
@@ -48,6 +48,19 @@ def parse_axis(text: str) -> Axis:
         raise ConfigError(f"grid {text!r}: give NAME=VALUE,VALUE with a name of {', '.join(names)}")
     parts = [part.replace("\\,", ",").strip() for part in re.split(r"(?<!\\),", values)]
     return Axis(name, tuple(from_text(name, part, f"grid {text!r}: {name}") for part in parts))
+
+
+def sheets(pictures: Sequence[Image.Image], axes: Sequence[Axis], columns: int) -> Iterator[tuple[str, Image.Image]]:
+    """Yields (file name, sheet): a sheet of all pictures if they have one size or, with axes, a grid for each job."""
+    if not axes:
+        if len(pictures) > 1 and len({picture.size for picture in pictures}) == 1:
+            yield "grid.png", sheet(pictures, columns=columns if columns > 1 else None)
+        return
+    x, y = (*(axis.labels for axis in axes), [])[:2]
+    size = len(x) * max(len(y), 1)
+    for i in range(0, len(pictures), size):
+        name = "grid.png" if len(pictures) == size else f"grid-{i // size}.png"
+        yield name, labelled(pictures[i : i + size], x, y)
 
 
 def sheet(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:

@@ -13,9 +13,10 @@ from PIL import Image
 
 from sdjax.data import images
 from sdjax.draw import loop, upscaling
+from sdjax.draw.grids import Axis
 from sdjax.draw.inpainting import Frame, outpainted
 from sdjax.draw.request import Request, img2img_request, inpaint_request, text2image_request
-from sdjax.draw.settings import JobSettings, Masking, SecondPass, Shared, Subject, complete_job
+from sdjax.draw.settings import JobSettings, Masking, SecondPass, Shared, Subject, Watch, complete_job
 from sdjax.errors import ConfigError, DataError
 from sdjax.model import Model
 from sdjax.outline import Outline
@@ -70,6 +71,22 @@ def blaming(origin: str) -> Iterator[None]:
         if not origin:
             raise
         raise type(error)(f"{origin}: {error}") from error
+
+
+def of_prompts(settings: Mapping[str, Any], prompts: Sequence[str], count: int) -> list[Job]:
+    """Returns `count` jobs of each prompt. The seed counts up; with a variation strength, the variation seed."""
+    counting = "variation_seed" if settings.get("variation_strength") else "seed"  # see `draw.settings.Settings`
+    first = settings.get(counting, 0)
+    each = enumerate(prompt for prompt in prompts for _ in range(count))
+    return [Job(complete_job({**settings, "prompt": prompt, counting: first + i})) for i, prompt in each]
+
+
+def varied(jobs: Sequence[Job], axes: Sequence[Axis]) -> list[Job]:
+    """Returns the jobs with every combination of the values of the axes. The first axis, x, varies fastest."""
+    varied = list(jobs)
+    for axis in reversed(axes):  # y outside, x inside
+        varied = [job.replace(**{axis.name: value}) for job in varied for value in axis.values]
+    return varied
 
 
 def read_jobs(lines: Sequence[str], base: Mapping[str, Any], source: str) -> list[Job]:
@@ -165,9 +182,10 @@ def check(outline: Outline, jobs: Sequence[Job]) -> None:
                 loop.check(outline, dataclasses.replace(request, **words))
 
 
-def draw(model: Model, batch: Sequence[Job]) -> list[Image.Image]:
-    """Draws the picture of each job of a batch."""
+def draw(model: Model, batch: Sequence[Job], watch: Watch | None = None) -> list[Image.Image]:
+    """Draws the picture of each job of a batch. watch: see `draw.settings.Settings`; it takes the place of the bar."""
     request, given = _request(model.outline, batch)
+    request = dataclasses.replace(request, watch=watch, progress=watch is None)
     if not given:
         return loop.text2image(model, request)
     if isinstance(given[0], Frame):

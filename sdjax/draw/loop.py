@@ -272,6 +272,8 @@ def _sample_group(
                         keys, condition, weights, guidance, rescale, given,
                     )  # fmt: skip
                 bar.update()
+                if request.watch is not None:
+                    request.watch(i + 1, length, state.latents)
     return np.asarray(state.latents)
 
 

@@ -20,6 +20,7 @@ from sdjax.draw.settings import (
     Settings,
     Strength,
     TextToImageSettings,
+    Watch,
     complete,
 )
 from sdjax.errors import ConfigError
@@ -38,6 +39,7 @@ class Request:
     strength: the share of the noise schedule that is run, in (0, 1].
     latents: unit noise in place of the noise of the seeds.
     earlier_steps: the number of steps of the pass before this one; the steps in prompts count on from there.
+    watch: called after each evaluation of the U-Net; see `draw.settings.Settings`.
     """
 
     prompts: tuple[str, ...]
@@ -49,6 +51,7 @@ class Request:
     latents: Float[Array, "B h w 4"] | None = None
     progress: bool = True
     earlier_steps: int = 0
+    watch: Watch | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -273,7 +276,7 @@ def _request(
     varied = bool(settings.get("variation_strength"))
     seeds = _seeds("seed", settings.pop("seed", 0), total, counting=not varied)
     variation_seeds = _seeds("variation_seed", settings.pop("variation_seed", 0), total, counting=True)
-    call = {name: settings.pop(name) for name in ("latents", "progress") if name in settings}
+    call = {name: settings.pop(name) for name in ("latents", "progress", "watch") if name in settings}
     strength = read_value(Strength, strength, "strength")
     completed = complete(settings)
     upscaling.check(completed)

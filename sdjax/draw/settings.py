@@ -7,7 +7,7 @@ Settings are plain dictionaries. `complete` checks every value and adds the defa
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict, cast, get_type_hints
 
 from sdjax.settings import Fraction, Guidance, Range, Seed, Text, choices, metadata, parse, read_record
@@ -60,6 +60,7 @@ Side = Annotated[int, Range(8, LARGEST_SIDE, multiple=8)]
 Strength = Annotated[float, Range(0, 1, above=True)]
 Pixels = Annotated[int, Range(0, 1024)]
 SIZE_CONDITIONS = ("original_size", "crops_coords_top_left", "target_size")
+Watch = Callable[[int, int, Any], None]
 UpscaleFactor = Annotated[float, Range(0, 16, above=True)]
 
 
@@ -291,6 +292,8 @@ class Settings(Shared, total=False):
     num_images: the number of pictures of each prompt.
     latents: unit noise [B, h, w, 4] in place of the noise of the seeds.
     progress: whether to show a progress bar.
+    watch: called after each evaluation of the U-Net with the number of evaluations done, that of all, and the latents
+    [B, h, w, 4] so far. A second pass counts anew. The call ends with whatever it raises.
     """
 
     seed: int | Sequence[int]
@@ -298,6 +301,7 @@ class Settings(Shared, total=False):
     num_images: int
     latents: Any
     progress: bool
+    watch: Watch
 
 
 class TextToImageSettings(Settings, SecondPass, total=False):

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from sdjax.errors import DataError, TrainingStopped
 from sdjax.runtime import processes
 from sdjax.runtime.whole_file import replacing
-from sdjax.train.curves import loss_curves
+from sdjax.train.curves import loss_curves, read_metrics
 from sdjax.train.progress import Progress
 from sdjax.train.stages import Run, StagePlan
 from sdjax.train.trackers import Course, Place, Trackers
@@ -116,10 +116,7 @@ class Metrics:
 
     def draw_losses(self) -> Path | None:
         """Draws the losses so far beside metrics.jsonl. Returns the path of the picture, or None before a step."""
-        if not self._path.exists():
-            return None
-        lines = [json.loads(line) for line in self._path.read_text("utf-8").splitlines()]
-        picture = loss_curves(lines)
+        picture = loss_curves(read_metrics(self._path))
         if picture is None:
             return None
         path = self._path.with_name("loss.png")

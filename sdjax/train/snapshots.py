@@ -5,13 +5,13 @@ would be after 100 steps. `steps.md` is a table of them that marks the best by h
 writes them.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from sdjax.runtime.whole_file import replacing
+from sdjax.train.curves import read_metrics
 
 CARD, GRID = "README.md", "samples.png"
 _NAME = re.compile(r"(?P<stem>.+)-(?P<step>\d{6,})(?P<suffix>\.\w+)")
@@ -37,10 +37,9 @@ def found(folder: Path) -> dict[int, dict[str, Path]]:
 
 def losses(metrics: Path, stage: str) -> dict[int, float]:
     """Returns step -> held-out loss of a stage, from metrics.jsonl."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
     return {
         line["step"]: line["held_out_loss"]
-        for line in lines
+        for line in read_metrics(metrics)
         if line["stage"] == stage and line.get("held_out_loss") is not None
     }
 
