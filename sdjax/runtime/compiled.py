@@ -99,7 +99,7 @@ def bytes_on_a_device(tree: PyTree) -> int:
 
 
 def compile_for(target: Target, programs: Iterable[Program]) -> list[Planned]:
-    """Compiles programs one after the other, and says on stderr which."""
+    """Compiles programs one after the other, and says on stderr which, and what each needs as soon as that is known."""
     planned, first = [], target.devices[0]
     cache = compilation_cache.disabled if target.described else contextlib.nullcontext
     for program in programs:
@@ -116,7 +116,20 @@ def compile_for(target: Target, programs: Iterable[Program]) -> list[Planned]:
                 planned.append(Planned(program, figures, figures.memory + beside))
             except OutOfMemory as error:
                 planned.append(Planned(program, None, error.needed + beside))
+        print(_said(planned[-1]), file=sys.stderr, flush=True)
     return planned
+
+
+def _said(planned: Planned) -> str:
+    """What a program needs, in a line."""
+    words = [f"{_short(planned.memory / 1e9)} GB"]
+    if planned.figures is None:
+        return f"  {words[0]}, more than the device has"
+    if planned.figures.cycles is not None:
+        words.append(f"{_short(planned.figures.cycles / 1e6)} million cycles beside {planned.figures.kernels} kernels")
+    if planned.figures.moved is not None:
+        words.append(f"{_short(planned.figures.moved / 1e9)} GB moved")
+    return f"  {', '.join(words)}, compiled in {planned.figures.compile_seconds:.0f} s"
 
 
 def fits(planned: Planned, target: Target) -> bool:
