@@ -185,7 +185,7 @@ def test_train_stop_resume_and_draw_with_the_result(page, address, browser):
     stopped = int(re.search(r"step (\d+) of 400", tab.inner_text("#run-state"))[1])
     assert 0 < stopped < 400
     tab.click("#run-resume")
-    says(tab, "#run-state", "finished, step 30 of 400")
+    says(tab, "#run-state", "finished, step 400 of 400")
     tab.wait_for_selector("#run-state .strip img")
     look(tab, "train-finished", full=True)
     tab.get_by_text("Try the result at several weights").click()
