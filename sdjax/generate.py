@@ -77,9 +77,10 @@ def _run(argv: Sequence[str]) -> None:
         vae=args.vae,
         tokenizer=args.tokenizer,
         prediction_type=args.prediction_type,
+        base_dtype=args.base_dtype,
     )
     if args.refiner is not None:
-        refiner = Outline.load(args.refiner, args.dtype, variant=args.variant)
+        refiner = Outline.load(args.refiner, args.dtype, variant=args.variant, base_dtype=args.base_dtype)
         outline = outline.with_refiner(refiner, args.refiner_switch)
     words = [outline.load_words(path, token) for path, token in embeddings]
     bare = [job.replace(prompt=job.words[0]) for job in wanted]
@@ -162,6 +163,7 @@ def _parser() -> command.Parser:
         metavar="TYPE",
         help=f"number type: {', '.join(get_args(Dtype))} (default: float32)",
     )
+    add("--base-dtype", default="", metavar="TYPE", help="int8: the U-Net's weights in eight bits (default: dtype)")
     add("--variant", metavar="NAME", help="variant of the weight files, such as fp16")
     add("--refiner", metavar="MODEL", help="second model for the last steps, such as SDXL's refiner")
     add(

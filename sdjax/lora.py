@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
+from sdjax import quantization
 from sdjax.errors import ConfigError
 from sdjax.settings import LoraKind, LoraTargets, read_value
 from sdjax.trees import Path, Tree, layers, leaves, nest, replaced
@@ -71,7 +72,7 @@ def adapted(
             down, up, scale = (weights[name].astype(y.dtype) for name in ("down", "up", "scale"))
             y = y + apply(x, down) @ up * scale
         else:
-            y = y + apply(x, jax.checkpoint(delta)(weights).astype(y.dtype))
+            y = y + jax.checkpoint(lambda x, weights: apply(x, delta(weights).astype(y.dtype)))(x, weights)
         if "magnitude" not in weights:
             return y
         norm = jax.lax.stop_gradient(dora_norm(kernel, weights))
@@ -173,13 +174,15 @@ def merge(params: Mapping[str, Any], lora: Mapping[str, Any], weight: float = 1.
     """Returns the parameters with an adapter tree merged: `W + weight * scale * down up`, computed in float32.
 
     A DoRA layer becomes `W + weight * (m V / |V| - W)` with `V = W + scale * down up`: weight 0 gives the base model,
-    weight 1 the trained one. Raises ConfigError for a layer that the parameters lack.
+    weight 1 the trained one. Raises ConfigError for a layer that the parameters lack, and for a kernel in int8.
     """
     found = adaptable(params)
     merged = {}
     for path, adapter in layers(lora, "scale"):
         if path not in found:
             raise ConfigError(f"the adapter has a layer the model lacks: {'/'.join(path)}")
+        if quantization.STEP in found[path]:
+            raise ConfigError(f"{'/'.join(path)} is in int8, which would lose the change: keep the adapter beside it")
         for leaf, change in changes(found[path], adapter, "/".join(path)).items():
             merged[*path, leaf] = merge_leaf(found[path][leaf], change, weight)
     return replaced(params, merged)
@@ -262,7 +265,7 @@ def targets(params: Mapping[str, Any], which: str | Sequence[str] = "attention")
     for path, layer in layers(params, "kernel"):
         linear = layer["kernel"].ndim == 2
         if (linear or convolutions) and any(matcher.search("/".join(path)) for matcher in matchers):
-            kernels[path] = layer["kernel"]
+            kernels[path] = quantization.weights(layer)
     if not kernels:
         raise ConfigError(f"lora_targets = {which!r} matches no layer")
     return kernels
@@ -448,6 +451,12 @@ def stack(loras: Sequence[Mapping[str, Any]]) -> Tree:
         padded = [_pad_rank(adapters[path], rank) if path in adapters else empty for adapters in flat]
         stacked[path] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *padded)
     return nest(stacked)
+
+
+def stacked(lora: Mapping[str, Any]) -> int:
+    """Returns for how many examples `stack` made an adapter tree; 0 for one of a single adapter, or an empty one."""
+    scales = [jnp.shape(adapter["scale"]) for _, adapter in layers(lora, "scale")]
+    return scales[0][0] if scales and scales[0] else 0
 
 
 def _pad_rank(adapter: Tree, rank: int) -> Tree:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from PIL import Image
 
-from sdjax import lora
+from sdjax import lora, quantization
 from sdjax.data.images import Size, pixels
 from sdjax.errors import ConfigError
 from sdjax.formats.diffusers_folder import save_folder
@@ -48,7 +48,8 @@ class Model:
 
     params: part -> parameter tree.
     placeholders: text model -> vectors [K, D] of the new words in its tokenizer.
-    adapters: part -> LoRA tree with a leading axis, one adapter for each picture of a call (see `with_loras`).
+    adapters: part -> LoRA tree beside the weights: with a leading axis, one adapter for each picture of a call (see
+    `with_loras`); without, one for all (see `with_lora`).
     tiling: how the autoencoder divides large pictures; None computes them whole.
     mesh: the devices that pictures are drawn on, see `on_devices`; None: one.
     refiner: the second model that takes over for the last steps, see `with_refiner`.
@@ -81,11 +82,12 @@ class Model:
     def variables(self, part: str, pictures: Sequence[int] | None = None) -> dict[str, Any]:
         """The Flax variables of a part.
 
-        pictures: for each example of the batch, the number of the picture whose adapter it uses. None: no adapters.
+        pictures: for each example of the batch, the number of the picture whose adapter it uses. None: none of those.
         """
-        adapter = self.adapters.get(part) if pictures is not None else None
-        if adapter is not None:
-            adapter = jax.tree.map(lambda leaf: leaf[np.array(pictures)], adapter)
+        adapter = self.adapters.get(part)
+        if adapter is not None and lora.stacked(adapter):
+            chosen = None if pictures is None else np.array(pictures)
+            adapter = None if chosen is None else jax.tree.map(lambda leaf: leaf[chosen], adapter)
         return variables(self.params[part], rows=self.placeholders.get(part), lora=adapter)
 
     def encode_text(self, prompts: str | Sequence[str], clip_skip: int | None = None) -> Float[Array, "B T D"]:
@@ -171,7 +173,7 @@ class Model:
         added: SDXL's conditions `text_embeds` and `time_ids`.
         """
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps, jnp.float32), (latents.shape[0],))
-        return _predict(self.outline.unet, self.params["unet"], latents, timesteps, context, added or None)
+        return _predict(self.outline.unet, self.variables("unet"), latents, timesteps, context, added or None)
 
     # ------------------------------------------------------------------------------------------------ changing
 
@@ -216,11 +218,24 @@ class Model:
     def with_lora(self, path: str | os.PathLike | Mapping[str, Any], weight: float = 1.0) -> "Model":
         """Returns the model with a LoRA merged into its weights: `W + weight * scale * down up`.
 
-        path: a file (kohya or PEFT keys), or part -> adapter tree. Raises DataError for a file that does not fit.
+        path: a file (kohya or PEFT keys), or part -> adapter tree. Weights in int8 would lose the change, so a LoRA of
+        theirs stays beside them, as the sum of all that were given. Raises DataError for a file that does not fit, and
+        ConfigError for several that have no sum (see `lora.add`).
         """
-        adapters = path if isinstance(path, Mapping) else load_lora(path, self.params)
-        merged = {part: lora.merge(self.params[part], tree, weight) for part, tree in adapters.items()}
-        return dataclasses.replace(self, params={**self.params, **merged})
+        given = path if isinstance(path, Mapping) else load_lora(path, self.params)
+        params, adapters = dict(self.params), dict(self.adapters)
+        for part, tree in given.items():
+            if quantization.is_quantized(params[part]):
+                adapters[part] = self._sum_beside(part, tree, weight)
+            else:
+                params[part] = lora.merge(params[part], tree, weight)
+        return dataclasses.replace(self, params=params, adapters=adapters)
+
+    def _sum_beside(self, part: str, tree: Mapping[str, Any], weight: float) -> dict[str, Any]:
+        earlier = self.adapters.get(part, {})
+        if lora.stacked(earlier):
+            raise ConfigError("with_lora comes before with_loras where the weights are in int8")
+        return lora.add([(earlier, 1.0), (tree, weight)])
 
     def with_loras(
         self, paths: Sequence[str | os.PathLike | Mapping[str, Any] | None], weights: Sequence[float] | None = None
@@ -235,10 +250,11 @@ class Model:
         if len(weights) != len(loras) or not loras:
             raise ConfigError(f"{len(loras)} LoRAs with {len(weights)} weights: give one weight each, or none")
         parts = dict.fromkeys(part for tree in loras for part in tree)
-        weighted = lambda tree, weight: lora.add([(tree, weight)]) if tree else {}
         adapters = {
-            part: lora.stack([weighted(tree.get(part), w) for tree, w in zip(loras, weights, strict=True)])
-            for part in parts
+            part: lora.stack(
+                [self._sum_beside(part, tree.get(part, {}), w) for tree, w in zip(loras, weights, strict=True)]
+            )
+            for part in dict.fromkeys([*self.adapters, *parts])
         }
         return dataclasses.replace(self, adapters=adapters)
 
@@ -298,9 +314,11 @@ class Model:
         folder: a path that ends in .safetensors gives a single file with CompVis' parameter names instead, the form
         that A1111 and ComfyUI read. A single file holds no tokenizer, so a model with new words raises ConfigError.
         dtype: the number type of the written weights; by default that of the model. metadata: entries for the header of
-        the single file, or of the U-Net's file in the folder.
+        the single file, or of the U-Net's file in the folder. Raises ConfigError for weights in int8.
         """
         outline, source = self.outline, self.outline.folder
+        if quantization.is_quantized(self.params["unet"]):
+            raise ConfigError(f"{folder}: weights in int8 are rounded: load the model without base_dtype to save it")
         if Path(folder).suffix.lower() in (".safetensors", ".sft"):
             if words := [word for tokenizer in outline.tokenizers.values() for word in tokenizer.placeholders]:
                 raise ConfigError(
@@ -344,8 +362,8 @@ def _refining(outline: Outline) -> Model:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _predict(model, params, latents, timesteps, context, added):
-    return model.apply({"params": params}, latents, timesteps, context, added)
+def _predict(model, variables, latents, timesteps, context, added):
+    return model.apply(variables, latents, timesteps, context, added)
 
 
 @functools.partial(jax.jit, static_argnums=0)

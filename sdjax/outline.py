@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sdjax import diffusion, lora
+from sdjax import diffusion, lora, quantization
 from sdjax.errors import ConfigError, DataError, SdjaxError
 from sdjax.formats.diffusers_folder import ModelFolder, read_folder
 from sdjax.formats.embedding_file import load_embedding
@@ -30,7 +30,8 @@ from sdjax.models.layers import Compute, variables
 from sdjax.models.vae import AutoencoderKL, VAEConfig
 from sdjax.models.vae import abstract_params as vae_shapes
 from sdjax.runtime.chips import check_dtype
-from sdjax.settings import Dtype, Guidance, Range, read_value
+from sdjax.runtime.devices import in_host_memory
+from sdjax.settings import BaseDtype, Dtype, Guidance, Range, read_value
 from sdjax.text import textual_inversion
 from sdjax.text.encoding import TEXT_ENCODERS, HiddenState, encode_ids
 from sdjax.text.syntax import Sections
@@ -51,6 +52,7 @@ class Options(TypedDict, total=False):
     By default the tokenizer of Stable Diffusion, from the hub or its cache.
     prediction_type: "epsilon" or "v_prediction", if the model's setting is wrong. A single file of Stable Diffusion 2
     does not say which of them it is.
+    base_dtype: "int8" to keep the weights of the U-Net in eight bits, see `sdjax.quantization`.
     """
 
     variant: str | None
@@ -58,6 +60,7 @@ class Options(TypedDict, total=False):
     platform: str | None
     tokenizer: str | os.PathLike | None
     prediction_type: str
+    base_dtype: str
 
 
 class Refiner(NamedTuple):
@@ -75,7 +78,7 @@ class Outline:
     shapes: part -> tree of `jax.ShapeDtypeStruct`. The parts are `unet`, `vae`, `text_encoder` and, for SDXL,
     `text_encoder_2`. folder: the configs and files of the model. name: the source it was loaded from. refiner: see
     `with_refiner`. loras: LoRA trees with their weights, which are merged in this order into the weights of a part when
-    they are loaded.
+    they are loaded. base_dtype: see `Options`.
     """
 
     unet: unet.UNet
@@ -88,6 +91,7 @@ class Outline:
     name: str
     refiner: Refiner | None = None
     loras: tuple[tuple[Mapping[str, Any], float], ...] = ()
+    base_dtype: str = ""
 
     @classmethod
     def load(
@@ -100,6 +104,7 @@ class Outline:
         platform: str | None = None,
         tokenizer: str | os.PathLike | None = None,
         prediction_type: str = "",
+        base_dtype: str = "",
         weights: bool = True,
     ) -> "Outline":
         """Loads a model without its weights, none of which is read.
@@ -113,6 +118,7 @@ class Outline:
         missing, damaged or of another kind.
         """
         read_value(Dtype, str(dtype), "dtype")
+        read_value(BaseDtype, base_dtype, "base_dtype")
         check_dtype(str(dtype), platform)
         folder = _find(source, variant, tokenizer, prediction_type, weights)
         if vae is not None:
@@ -151,19 +157,39 @@ class Outline:
             schedule=schedule,
             folder=folder,
             name=str(source),
+            base_dtype=base_dtype,
         )
 
     def load_weights(self, part: str, *, dtype: Any = None) -> dict[str, Any]:
-        """Loads the parameters of one part, such as `unet`. dtype: by default the number type of the computation."""
-        params = load_params(
-            self.folder.tensors(part),
-            self.shapes[part],
-            dtype=dtype or self.dtype(part),
-            what=f"{self.name}: {part}",
-        )
-        for adapters, weight in self.loras:
-            params = lora.merge(params, adapters[part], weight) if part in adapters else params
-        return params
+        """Loads the parameters of one part, such as `unet`.
+
+        dtype: by default the number type of the computation, and int8 for what `base_dtype` names.
+        """
+        reduced = dtype is None and self._is_reduced(part)
+        with in_host_memory() if reduced else contextlib.nullcontext():
+            params = load_params(
+                self.folder.tensors(part),
+                self.shapes[part],
+                dtype=dtype or self.dtype(part),
+                what=f"{self.name}: {part}",
+            )
+            for adapters, weight in self.loras:
+                params = lora.merge(params, adapters[part], weight) if part in adapters else params
+        return self.stored(part, params) if reduced else params
+
+    def stored(self, part: str, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters of one part as weights that are not trained are kept: in int8 if `base_dtype` says so.
+
+        They are rounded in the memory of the host. So the device never holds them in a wider type.
+        """
+        if not self._is_reduced(part):
+            return dict(params)
+        with in_host_memory():
+            kept = quantization.quantized(jax.device_get(params))
+        return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), kept)
+
+    def _is_reduced(self, part: str) -> bool:
+        return self.base_dtype == "int8" and part == "unet"
 
     def view_weights(self, part: str) -> dict[str, Any]:
         """The parameters of one part, in their dtypes, which are read from the disk when they are written.
@@ -259,8 +285,9 @@ class Outline:
         return {name: jax.ShapeDtypeStruct((count, chunks, window), jnp.int32) for name, window in windows.items()}
 
     def abstract_params(self, part: str) -> Any:
-        """The shapes of the parameters of a part in the number type that they are loaded in."""
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype(part)), self.shapes[part])
+        """The shapes of the parameters of a part in the number types that they are loaded in."""
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype(part)), self.shapes[part])
+        return jax.eval_shape(quantization.quantized, shapes) if self._is_reduced(part) else shapes
 
     def added_conditions(
         self,

@@ -34,7 +34,7 @@ def _run(argv: Sequence[str]) -> None:
         raise ConfigError("give CONFIG.toml of a training run, or --draw --model MODEL")
     if args.target is not None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs on the devices of this machine
-    both = {"--model": args.model, "--dtype": args.dtype}  # settings of a run too
+    both = {"--model": args.model, "--dtype": args.dtype, "--base-dtype": args.base_dtype}  # settings of a run too
     flags += [text for flag, value in both.items() if value for text in (flag, value)]
     report = _drawing(args) if args.draw else _training(args, [str(args.config), *flags])
     print(json.dumps(report) if args.json else "\n".join(_table(report)))
@@ -75,7 +75,15 @@ def _drawing(args: argparse.Namespace) -> dict[str, Any]:
     if not target.described:
         target = target._replace(devices=target.devices[:1])
     dtype = args.dtype or "bfloat16"
-    programs = drawing_with(args.model, dtype, target.devices, side=args.size, count=args.count, steps=args.steps)
+    programs = drawing_with(
+        args.model,
+        dtype,
+        target.devices,
+        side=args.size,
+        count=args.count,
+        steps=args.steps,
+        base_dtype=args.base_dtype or "",
+    )
     return compiled.report(target, compiled.compile_for(target, programs)) | {"advice": []}
 
 
@@ -99,6 +107,7 @@ def _parser() -> command.Parser:
     add("--count", type=int, default=1, metavar="N", help="with --draw: pictures drawn at once (default: 1)")
     add("--steps", type=int, default=20, metavar="N", help="with --draw: sampler steps (default: 20)")
     add("--dtype", metavar="TYPE", help="with --draw: number type (default: bfloat16)")
+    add("--base-dtype", choices=["int8"], help="with --draw: keep the U-Net's weights in eight bits")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

@@ -24,6 +24,9 @@ from sdjax.runtime.strict_json import is_text
 Dtype = Literal["float32", "bfloat16", "float16"]
 """Number types that weights can be loaded, computed with and written in."""
 
+BaseDtype = Literal["", "int8"]
+"""How the weights of a U-Net that are not trained can be kept: in the number type of the computation, or in int8."""
+
 RematPolicy = Literal["attention", "blocks", "levels"]
 """What the backward pass computes again, in place of keeping its activations: from little to much."""
 

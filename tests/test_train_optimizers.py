@@ -181,6 +181,7 @@ def numpy_schedule_free(values, gradients, rates, decays, s, averages=None):
 
 REFERENCES = {
     "adamw": numpy_adamw,
+    "adamw8bit": numpy_adamw,  # arrays as small as these stay float32
     "lion": numpy_lion,
     "adafactor": numpy_adafactor,
     "prodigy": numpy_prodigy,
@@ -188,6 +189,7 @@ REFERENCES = {
 }
 RATES = {
     "adamw": {"unet": 1e-2, "text_encoder": 3e-3},
+    "adamw8bit": {"unet": 1e-2, "text_encoder": 3e-3},
     "lion": {"unet": 1e-3, "text_encoder": 3e-4},
     "adafactor": {"unet": 1e-2, "text_encoder": 3e-3},
     "prodigy": {"unet": 1.0, "text_encoder": 0.5},
@@ -424,7 +426,7 @@ def test_moments_are_kept_once_for_each_trained_value():
         counts[kind] = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim and leaf.size > 1)
     trained = sum(leaf.size for leaf in jax.tree.leaves(start))
     assert {kind: count / trained for kind, count in counts.items()} == {
-        "adamw": 2, "adafactor": 1, "lion": 1, "prodigy": 4, "schedule_free": 2
+        "adamw": 2, "adamw8bit": 2, "adafactor": 1, "lion": 1, "prodigy": 4, "schedule_free": 2
     }  # fmt: skip
 
 

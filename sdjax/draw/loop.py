@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
-from sdjax import diffusion
+from sdjax import diffusion, lora
 from sdjax.data.images import Size, picture, pixels
 from sdjax.draw import conditioning, inpainting, sampling, upscaling
 from sdjax.draw.conditioning import Condition
@@ -108,7 +108,8 @@ def inpaint(model: Model, request: Request, frames: Sequence[Frame]) -> list[Ima
 def _table(model: Model, request: Request) -> sampling.Table:
     """The table of the sampler. Raises ConfigError for a request that the model cannot draw."""
     count = len(request.prompts)
-    if model.adapters and count != (adapters := len(jax.tree.leaves(model.adapters)[0])):
+    adapters = max(map(lora.stacked, model.adapters.values()), default=0)
+    if adapters and count != adapters:
         raise ConfigError(f"{adapters} LoRAs for {count} pictures: one each is needed")
     return request.sampler_table(model.outline)
 

@@ -24,14 +24,21 @@ from sdjax.text.encoding import compiled_encode_ids
 
 
 def drawing_with(
-    source: str, dtype: str, devices: Sequence[Any], *, side: int | None, count: int, steps: int
+    source: str,
+    dtype: str,
+    devices: Sequence[Any],
+    *,
+    side: int | None,
+    count: int,
+    steps: int,
+    base_dtype: str = "",
 ) -> list[Program]:
     """Returns the programs that draw square pictures with a model, which needs no weights.
 
-    source, dtype: see `Outline.load`. devices: share the pictures. side: in pixels; None: the model's.
+    source, dtype, base_dtype: see `Outline.load`. devices: share the pictures. side: in pixels; None: the model's.
     """
     read_value(Count, count, "--count")
-    outline = Outline.load(source, dtype, platform=devices[0].platform, weights=False)
+    outline = Outline.load(source, dtype, platform=devices[0].platform, base_dtype=base_dtype, weights=False)
     side = side or outline.native_size
     if side < 8 or side % outline.size_multiple:
         raise ConfigError(f"--size {side}: expected a multiple of {outline.size_multiple}")

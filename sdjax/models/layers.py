@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from sdjax import lora
+from sdjax import lora, quantization
 from sdjax.models.kernels.attention import attention
 from sdjax.models.kernels.convolution import Padding, convolution
 from sdjax.models.kernels.norms import group_norm, layer_norm
@@ -77,6 +77,14 @@ def parameter(module: nn.Module, name: str, initializer: nn.initializers.Initial
     return module.param(name, initializer, shape)
 
 
+def _kernel(module: nn.Module, shape: tuple[int, ...]) -> dict[str, Array]:
+    """Returns the kernel of a layer, with its steps if it is in int8."""
+    layer = {"kernel": parameter(module, "kernel", nn.initializers.lecun_normal(), shape)}
+    if module.has_variable("params", quantization.STEP):
+        layer[quantization.STEP] = module.get_variable("params", quantization.STEP)
+    return layer
+
+
 class Dense(nn.Module):
     """Linear layer, `[..., in] -> [..., features]`, with its LoRA adapter."""
 
@@ -88,13 +96,13 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "B ... C"], parts: int = 1) -> Any:
         """Returns `[..., features]`; or, if parts > 1, a list of so many arrays, which are computed one by one."""
         dtype = self.compute.dtype
-        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        kernel = _kernel(self, (x.shape[-1], self.features))
         bias = parameter(self, "bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         x = x.astype(dtype)
 
         def layer(kernel, bias, adapter):
-            y = x @ kernel.astype(dtype)
-            y = lora.adapted(adapter, x, y, kernel)
+            y = quantization.applied(jnp.matmul, x, kernel, dtype)
+            y = lora.adapted(adapter, x, y, quantization.weights(kernel))
             return y if bias is None else y + bias.astype(dtype)
 
         adapter = self.variables.get("lora", {})
@@ -102,9 +110,10 @@ class Dense(nn.Module):
             return layer(kernel, bias, adapter)
 
         cut = lambda leaf: jnp.split(leaf, parts, axis=-1)
+        kernels = [dict(zip(kernel, pieces, strict=True)) for pieces in zip(*map(cut, kernel.values()), strict=True)]
         biases = [None] * parts if bias is None else cut(bias)
         adapters = lora.outputs(adapter, parts) if adapter else [adapter] * parts
-        return list(map(layer, cut(kernel), biases, adapters))
+        return list(map(layer, kernels, biases, adapters))
 
 
 class Conv(nn.Module):
@@ -123,7 +132,7 @@ class Conv(nn.Module):
         """half: x before `upsample_nearest` doubled its sides, if it did."""
         dtype = self.compute.dtype
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape)
+        kernel = _kernel(self, shape)
         bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
         margin = (self.size // 2, self.size // 2)
         padding = self.padding or (margin, margin)
@@ -132,8 +141,8 @@ class Conv(nn.Module):
         def convolve(x, kernel, half=None):
             return convolution(x, kernel.astype(dtype), self.stride, padding, self.compute.target, half)
 
-        y = convolve(x, kernel, half)
-        y = lora.adapted(self.variables.get("lora", {}), x, y, kernel, convolve)
+        y = quantization.applied(functools.partial(convolve, half=half), x, kernel, dtype)
+        y = lora.adapted(self.variables.get("lora", {}), x, y, quantization.weights(kernel), convolve)
         return y + bias.astype(dtype)
 
 

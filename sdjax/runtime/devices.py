@@ -34,6 +34,14 @@ def check_count(count: int) -> None:
         raise ConfigError(f"{count} devices: JAX has {jax.device_count()}")
 
 
+def in_host_memory() -> AbstractContextManager:
+    """Returns a context within which new arrays lie in the memory of the host, if JAX has the CPU among its devices."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return contextlib.nullcontext()
+
+
 BATCH = ("data", "fsdp")
 """The axes of a mesh that a batch is split over."""
 

@@ -15,6 +15,7 @@ from sdjax.data.order import MOST_REPEATS
 from sdjax.draw.settings import SamplerName, Steps
 from sdjax.errors import ConfigError
 from sdjax.settings import (
+    BaseDtype,
     Count,
     Dtype,
     FileName,
@@ -179,7 +180,7 @@ class Stage:
     """LoRA: multiply the learning rate of the up matrices by this number (LoRA+)."""
     ema_decay: Annotated[float, Range(0, 0.999999)] = 0.0
     """Decay of a moving average of what is trained; pictures and exports use the average (0.999 is usual). 0: none."""
-    optimizer: Literal["adamw", "adafactor", "lion", "prodigy", "schedule_free"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedule_free"] = "adamw"
     """Optimizer."""
     schedule: Logged[Schedule] = "constant"
     """Course of the learning rate after the warm-up. All but the constant ones end at 0."""
@@ -419,6 +420,8 @@ class RunConfig:
     """Seed of all randomness."""
     dtype: Logged[Dtype] = "float32"
     """Number type of the computation. What is trained stays float32. float16 is for GPUs without bfloat16."""
+    base_dtype: Logged[BaseDtype] = ""
+    """int8 keeps the U-Net's weights in eight bits while LoRA or words are trained. Empty: in dtype."""
     export_dtype: Free[Dtype] = "float32"
     """Number type of the weights of models that are exported as a whole."""
     license: Free[str] = ""
@@ -522,6 +525,10 @@ def check(config: RunConfig) -> None:
     if config.export.every and not any(map(config.file_steps, range(len(config.stages)))):
         raise ConfigError(
             "export.every writes LoRAs and new words, and every stage trains a whole model or follows one"
+        )
+    if config.base_dtype and not any({"lora", "textual_inversion"} & set(stage.train) for stage in config.stages):
+        raise ConfigError(
+            f"base_dtype = {config.base_dtype!r} is for weights beneath LoRA or words, and no stage trains these"
         )
     if config.push_to_hub and not config.license:
         raise ConfigError("push_to_hub needs license: say under which licence the files may be used")

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from sdjax import trees
 from sdjax.errors import ConfigError
+from sdjax.train import eight_bit
 from sdjax.train.config import Stage
 
 log = logging.getLogger(__name__)
@@ -171,6 +172,12 @@ def _adamw(stage: Stage, schedule: Schedule, up_ratio: float) -> optax.GradientT
     return _gathered(optax.chain(optax.scale_by_adam(b1, b2, stage.eps), _descent(stage, schedule, up_ratio)))
 
 
+def _adamw8bit(stage: Stage, schedule: Schedule, up_ratio: float) -> optax.GradientTransformation:
+    """AdamW whose moments take a byte each (arXiv:2110.02861)."""
+    b1, b2 = stage.betas
+    return _gathered(optax.chain(eight_bit.scale_by_adam(b1, b2, stage.eps), _descent(stage, schedule, up_ratio)))
+
+
 def _lion(stage: Stage, schedule: Schedule, up_ratio: float) -> optax.GradientTransformation:
     """Lion (arXiv:2302.06675): steps of one size. It needs a rate 3 to 10 times below AdamW's, and betas 0.9, 0.99."""
     b1, b2 = stage.betas
@@ -236,6 +243,7 @@ def _schedule_free(stage: Stage, schedule: Schedule, up_ratio: float) -> optax.G
 
 OPTIMIZERS: dict[str, Callable[[Stage, Schedule, float], optax.GradientTransformation]] = {
     "adamw": _adamw,
+    "adamw8bit": _adamw8bit,
     "adafactor": _adafactor,
     "lion": _lion,
     "prodigy": _prodigy,

@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 
 from sdjax.errors import ConfigError
 from sdjax.runtime.compiler_options import compiler_options
-from sdjax.runtime.devices import BATCH, held, is_shape, mesh_of, put, within
+from sdjax.runtime.devices import BATCH, held, in_host_memory, is_shape, mesh_of, put, within
 from sdjax.train.partition import mesh_sizes, spec, written
 
 
@@ -133,7 +133,7 @@ def _under_jit(step_of: TrainStep, devices: list[Any], fsdp: int, tensor: int, o
         return {name: put(array, parts) for name, array in batch.items()}
 
     step = jax.jit(train_step, donate_argnums=0, compiler_options=options)
-    several = _in_host_memory, functools.partial(place_frozen, mesh=own_mesh), own_mesh
+    several = in_host_memory, functools.partial(place_frozen, mesh=own_mesh), own_mesh
     one = contextlib.nullcontext, jax.device_put, None
     placed = place_state, place_frozen, place_batch, held_here, fetch
     return Parallel(len(devices), step, *placed, *(several if len(devices) > 1 else one))
@@ -155,13 +155,6 @@ def _own(devices: Sequence[Any], parts: int) -> list[Any]:
     if (most := counts.pop()) % parts:
         raise ConfigError(f"parallel.mesh: fsdp x tensor = {parts} must divide the {most} devices of a process")
     return by_process[jax.process_index()]
-
-
-def _in_host_memory() -> AbstractContextManager:
-    try:
-        return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
-        return contextlib.nullcontext()
 
 
 def together(train_step: TrainStep) -> TrainStep:

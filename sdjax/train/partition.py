@@ -25,7 +25,7 @@ _FIRST = r"(attn\d/to_[qkv]|[qkv]_proj|mlp/fc1|resnets_\d+/(conv1|time_emb_proj)
 _SECOND = r"(attn\d/to_out_0|out_proj|ff/net_2|mlp/fc2|resnets_\d+/conv2)"
 
 RULES: tuple[tuple[str, int | None, str], ...] = (
-    (_FIRST + r"/(.*/)?(kernel|bias|up|up_2|magnitude)$", -1, "tensor"),
+    (_FIRST + r"/(.*/)?(kernel|kernel_step|bias|up|up_2|magnitude)$", -1, "tensor"),
     (r"resnets_\d+/norm2/.*(scale|bias)$", -1, "tensor"),
     (_SECOND + r"/(.*/)?(kernel|down|down_2)$", -2, "tensor"),
     (r"", LONGEST, "fsdp"),

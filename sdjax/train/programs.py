@@ -19,7 +19,7 @@ from sdjax.runtime.chips import Target
 from sdjax.runtime.compiled import Program, compile_for, fits, on_mesh
 from sdjax.settings import RematPolicy
 from sdjax.text.encoding import compiled_encode_ids
-from sdjax.train.config import RunConfig
+from sdjax.train.config import RunConfig, check
 from sdjax.train.encoding import compiled_moments, images_at_once
 from sdjax.train.parallel import stack, together
 from sdjax.train.partition import mesh_sizes
@@ -156,6 +156,7 @@ def _advised(name: str, changed: dict[str, Any], config: RunConfig, target: Targ
     """Returns a line if the training steps fit with changed settings, else an empty text."""
     config = dataclasses.replace(config, **changed)
     try:
+        check(config)
         runs = plan_runs(config, target.devices)
     except ConfigError:  # such a run is not possible
         return ""
@@ -190,6 +191,7 @@ def _changes(config: RunConfig, devices: int) -> list[dict[str, dict[str, Any]]]
     stronger = policies[policies.index(config.remat_policy) + 1 if config.remat else 0 :]
     changes: list[dict[str, dict[str, Any]]] = [
         {"dtype = 'bfloat16'": {"dtype": "bfloat16"}},
+        {"base_dtype = 'int8'": {"base_dtype": "int8"}},
         {"optimizer = 'adafactor'": {"stages": stages}},
         {f"data.batch_size = {size}, data.accumulation = {data.accumulation}": {"data": data}},
         {f"remat = true, remat_policy = '{policy}'": {"remat": True, "remat_policy": policy} for policy in stronger},

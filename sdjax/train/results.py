@@ -1,5 +1,6 @@
 """The results of stages: what a stage starts from, and what there is when it is done."""
 
+import dataclasses
 import hashlib
 import itertools
 import logging
@@ -48,9 +49,17 @@ NOTHING = Results({}, {}, {})
 
 
 def base_weights(outline: Outline, part: str, earlier: Results, *, dtype: Any = None) -> dict[str, Any]:
-    """Returns the weights of a part after some stages: from its file or trained, with the adapter merged in."""
-    weights = earlier.weights[part] if part in earlier.weights else outline.load_weights(part, dtype=dtype)
-    return lora.merge(weights, earlier.adapters[part]) if part in earlier.adapters else weights
+    """Returns the weights of a part after some stages: from its file or trained, with the adapter merged in.
+
+    dtype: see `Outline.load_weights`.
+    """
+    if part in earlier.weights:
+        adapter = earlier.adapters.get(part, {})
+        weights = lora.merge(earlier.weights[part], adapter)
+        return weights if dtype else outline.stored(part, weights)
+    if part in earlier.adapters:
+        outline = dataclasses.replace(outline, loras=(*outline.loras, (earlier.adapters, 1.0)))
+    return outline.load_weights(part, dtype=dtype)
 
 
 def beneath(stage: Stage, earlier: Results) -> Results:

@@ -232,6 +232,7 @@ def plan_run(config: RunConfig, scan: Scan = _scan, devices: Sequence[Any] | Non
         variant=config.variant or None,
         vae=config.vae or None,
         platform=platform,
+        base_dtype=config.base_dtype,
         weights=devices is None,
     )
     schedule = diffusion.altered(

@@ -1,5 +1,6 @@
 """Validation of a stage: the loss on held-out images, and pictures, with the same noise and seeds each time."""
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 from PIL import Image
 
-from sdjax import lora
 from sdjax.data.dataset import Bucket, Dataset
 from sdjax.data.images import Size, picture, read_image
 from sdjax.draw import grids
@@ -198,13 +198,12 @@ class Validator:
         """Returns the model as this state leaves it."""
         recipe = self._plan.recipe
         models = variables(recipe, evaluated(recipe, state), self._frozen)
-        params = {
-            part: lora.merge(trained["params"], trained["lora"]) if "lora" in trained else trained["params"]
-            for part, trained in models.items()
-        }
+        params = {part: trained["params"] for part, trained in models.items()}
         rows = after(recipe, self._earlier, state, self._frozen).rows
-        placed = self._parallel.place_model(params | self._untrained)
-        return Model(recipe.outline, placed, rows, mesh=self._parallel.mesh)
+        model = Model(recipe.outline, params | self._untrained, rows, mesh=self._parallel.mesh)
+        model = model.with_lora({part: trained["lora"] for part, trained in models.items() if "lora" in trained})
+        params, adapters = self._parallel.place_model((model.params, model.adapters))
+        return dataclasses.replace(model, params=params, adapters=adapters)
 
     @functools.cached_property
     def _untrained(self) -> dict[str, PyTree]:
