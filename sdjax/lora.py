@@ -57,8 +57,8 @@ def adapted(
     """Returns the output of a layer with its adapter: `y + scale * (x down) up`, or y if `adapter` is empty.
 
     x, y: the input of the layer and its output before the bias. kernel: W. apply(x, kernel): the product or convolution
-    that the layer computes. Of other kinds than LoRA the change of W is formed, and formed again in the backward pass
-    in place of being kept. With DoRA the result is `m / |W + change|` times as large, and the norm counts as a constant
+    that the layer computes. Of LoHa the change of W is formed, and formed again in the backward pass in place of being
+    kept. With DoRA the result is `m / |W + change|` times as large, and the norm counts as a constant
     in the gradient (Liu et al. 2024, eq. 11).
     """
     if not adapter:
@@ -71,6 +71,9 @@ def adapted(
         if form(weights) == "LoRA":
             down, up, scale = (weights[name].astype(y.dtype) for name in ("down", "up", "scale"))
             y = y + apply(x, down) @ up * scale
+        elif form(weights) == "LoKr":
+            factors = (factor.astype(y.dtype) for factor in _kronecker_factors(weights))
+            y = y + _kronecker(*factors, x, apply) * weights["scale"].astype(y.dtype)
         else:
             y = y + jax.checkpoint(lambda x, weights: apply(x, delta(weights).astype(y.dtype)))(x, weights)
         if "magnitude" not in weights:
@@ -141,10 +144,31 @@ def _loha(parts: Mapping[str, Array]) -> Array:
     return _product(parts["down"], parts["up"]) * _product(parts["down_2"], parts["up_2"])
 
 
-def _lokr(parts: Mapping[str, Array]) -> Array:
+def _kronecker_factors(parts: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Returns the factors w1 and w2 of LoKr, each of which may be a product."""
     w1, w2 = (
         parts[name] if name in parts else _product(parts[f"{name}_down"], parts[f"{name}_up"]) for name in ("w1", "w2")
     )
+    return w1, w2
+
+
+def _kronecker(
+    w1: Float[Array, "c a"],
+    w2: Float[Array, "*S d b"],
+    x: Float[Array, "B ... cd"],
+    apply: Callable[[Array, Array], Array],
+) -> Float[Array, "B ... ab"]:
+    """Returns `apply(x, kron(w1, w2))`: w2 is applied to each of the c blocks of x, and w1 combines the results."""
+    c, d = w1.shape[0], w2.shape[-2]
+    blocks = jnp.moveaxis(x.reshape(*x.shape[:-1], c, d), -2, 1)
+    done = apply(blocks.reshape(-1, *blocks.shape[2:]), w2)
+    done = done.reshape(x.shape[0], c, *done.shape[1:])
+    mixed = jnp.einsum("nc...b,ca->n...ab", done, w1)
+    return mixed.reshape(*mixed.shape[:-2], -1)
+
+
+def _lokr(parts: Mapping[str, Array]) -> Array:
+    w1, w2 = _kronecker_factors(parts)
     blocks = w1[:, None, :, None] * w2[..., None, :, None, :]  # [.., c, d, a, b]
     return blocks.reshape(*w2.shape[:-2], w1.shape[0] * w2.shape[-2], w1.shape[1] * w2.shape[-1])
 
