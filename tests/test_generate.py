@@ -113,6 +113,12 @@ def test_lora_is_merged_with_its_weight_and_recorded(tmp_path, tiny):
         assert np.abs(pixels(file).astype(int) - np.asarray(picture).astype(int)).max() <= 1
     assert recorded(without).startswith("red heart\n")
     assert recorded(with_lora).startswith("red heart <lora:my style:1.5>\n")
+    assert run("--prompt", "red heart", *flags, *STEPS, "--base-dtype", "int8", "--out", tmp_path / "int8") == 0
+    (name,) = os.listdir(tmp_path / "int8")
+    eight = sdjax.load("tiny", base_dtype="int8").with_lora(adapters, 1.5)
+    expected = eight.text2image("red heart", steps=2, guidance=3.0, progress=False)[0]
+    assert np.abs(pixels(tmp_path / "int8" / name).astype(int) - np.asarray(expected).astype(int)).max() <= 1
+    assert 0.1 < np.abs(pixels(tmp_path / "int8" / name).astype(int) - drawn).mean() < 4
 
 
 def test_loras_that_prompts_name_are_found_in_their_folder(tmp_path, tiny):
@@ -168,6 +174,7 @@ def test_an_image_is_redrawn_at_its_size_down_to_multiples_of_8(tmp_path):
         (["--prompt", "<lora:mine:1>", "--lora-dir", "nowhere"], 3, "--lora-dir nowhere: no LoRA 'mine' in it"),
         (["--prompt", "<lora:mine:x>", "--lora-dir", "nowhere"], 2, "the weights of a LoRA must be numbers"),
         (["--dtype", "float64"], 2, "--dtype = 'float64': expected one of float32"),
+        (["--base-dtype", "int4"], 2, "base_dtype = 'int4': expected one of"),
         (["--strength", "0.5"], 2, "--strength needs an --image to redraw"),
         (["--image", "IMAGE", "--strength", "0"], 2, "--strength = 0.0: expected above 0"),
         (["--image", "IMAGE", "--strength", "1.5"], 2, "--strength = 1.5: expected above 0"),
