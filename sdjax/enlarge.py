@@ -42,18 +42,16 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def _parser() -> command.Parser:
-    parser = command.Parser(
-        prog="sdjax upscale",
+    parser = command.parser(
+        "sdjax upscale",
         usage="%(prog)s FILE... --model MODEL [flags]",
         description="Enlarge pictures with an upscaler of the ESRGAN family.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("files", nargs="+", type=Path, metavar="FILE", help="pictures; a NAME.png is written for each")
     add("--model", required=True, help='"tiny" (embedded, 4 times), or the file of an RRDBNet or SRVGGNetCompact')
     add("--scale", type=float, metavar="N", help="how many times as long the sides become (default: the upscaler's)")
     add("--out", type=Path, default=Path("outputs"), metavar="DIR", help="folder for the pictures (default: outputs)")
-    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

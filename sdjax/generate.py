@@ -53,7 +53,7 @@ def _run(argv: Sequence[str]) -> None:
     from sdjax.formats.lora_file import load_lora
     from sdjax.model import Model
     from sdjax.outline import Outline
-    from sdjax.runtime import compilation_cache, devices, host_memory, out_of_memory
+    from sdjax.runtime import compilation_cache, devices, host_memory
 
     wanted = _jobs(args, settings, prompts, axes)
     jobs.check_alone(wanted)
@@ -92,21 +92,17 @@ def _run(argv: Sequence[str]) -> None:
         model = model.on_devices(args.devices)
     if args.tiled_vae is not None:
         model = model.with_tiled_vae(args.tiled_vae, args.tiled_vae // 8)
+    base = [model]
+    del model  # or the weights without LoRAs stay in memory beside those with them
+    adapted = lambda chosen, last: merged(base.pop() if last else base[0], chosen, trees)
+    advice = "try a smaller --batch-size, a smaller picture, --dtype bfloat16"
     pictures: dict[int, Image.Image] = {}
-    groups = jobs.grouped(loras)
     with numbered.claimed(out, len(wanted)) as number:
-        for n, (chosen_loras, places) in enumerate(groups.items(), 1):
-            adapted = merged(model, chosen_loras, trees)
-            if n == len(groups):
-                del model  # or the weights without LoRAs stay in memory beside those with them
-            for chosen, batch in jobs.batches([bare[i] for i in places], args.batch_size):
-                with out_of_memory.advice("try a smaller --batch-size, a smaller picture, --dtype bfloat16"):
-                    drawn = jobs.draw(adapted, batch)
-                for i, picture in zip((places[n] for n in chosen), drawn, strict=False):
-                    job, prompt = wanted[i], bare[i].settings["prompt"]
-                    mention(picture, prompt, job.settings["prompt"], given[i])
-                    _save(picture, out / f"{number + i:05d}-{job.settings['seed']}-{numbered.safe_name(prompt)}.png")
-                    pictures[i] = picture
+        for i, picture in jobs.draw_by_loras(bare, loras, args.batch_size, adapted, advice=advice):
+            job, prompt = wanted[i], bare[i].settings["prompt"]
+            mention(picture, prompt, job.settings["prompt"], given[i])
+            _save(picture, out / f"{number + i:05d}-{job.settings['seed']}-{numbered.safe_name(prompt)}.png")
+            pictures[i] = picture
         in_order = [pictures[i] for i in range(len(pictures))]
         for name, sheet in grids.sheets(in_order, axes, args.num_images):
             _save(sheet, _free(out, name, number))
@@ -130,18 +126,16 @@ FLAGS = tuple(name for name in declarations() if name != "prompt")
 
 
 def _parser() -> command.Parser:
-    parser = command.Parser(
-        prog="sdjax generate",
+    parser = command.parser(
+        "sdjax generate",
         usage="%(prog)s --model MODEL --prompt TEXT [flags]",
         description="Draw pictures from prompts.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", required=True, help='"tiny" (embedded), a diffusers folder, a model file, or a hub id')
     add("--out", type=Path, default=Path("outputs"), metavar="DIR", help="folder for the pictures (default: outputs)")
     add("--batch-size", type=int, default=4, metavar="N", help="most pictures to draw at once (default: 4)")
     add("--devices", type=int, default=1, metavar="N", help="devices that share the pictures of a batch (default: 1)")
-    add("--debug", action="store_true", help="show the traceback of an error")
     group = parser.add_argument_group("prompts and seeds")
     group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be repeated")
     group.add_argument("--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line, in UTF-8")

@@ -3,7 +3,6 @@
 It reads headers and, of LoRAs and embeddings, the values; a model's gigabytes stay on the disk.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,16 +28,14 @@ def _run(argv: Sequence[str]) -> None:
     print(command.printable("\n".join(lines)))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = command.Parser(
-        prog="sdjax inspect",
+def _parser() -> command.Parser:
+    parser = command.parser(
+        "sdjax inspect",
         description="Say what a file or folder is: a model, a LoRA or an embedding, and what is in it.",
-        allow_abbrev=False,
     )
     parser.add_argument("file", metavar="FILE", help="file, or folder of a model or LoRA")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, each layer included")
     parser.add_argument("--layers", action="store_true", help="list each layer of a LoRA: kind, rank, alpha and norm")
-    parser.add_argument("--debug", action="store_true", help="show the tracebacks of errors")
     return parser
 
 

@@ -4,7 +4,6 @@ A run with `export.every` writes its LoRA and words every so many steps, to RUN/
 step with the lowest held-out loss is taken. A later stage stands on the last step of this one, whatever is picked.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,19 +55,13 @@ def _pick(config: Any, export: Path, files: dict[str, Path]) -> None:
     snapshots.pick(export, files)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = command.Parser(
-        prog="sdjax pick",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser() -> command.Parser:
+    parser = command.parser("sdjax pick", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, metavar="N", help="optimizer steps of the stage")
     which.add_argument("--best", action="store_true", help="the step with the lowest held-out loss, as by default")
     parser.add_argument("--stage", metavar="NAME", help="the stage; by default the last that has such files")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

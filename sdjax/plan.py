@@ -88,14 +88,12 @@ def _drawing(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parser() -> command.Parser:
-    parser = command.Parser(
-        prog="sdjax plan",
+    parser = command.parser(
+        "sdjax plan",
         usage="%(prog)s CONFIG.toml [--key value ...] [--for DEVICES] [--json]\n"
         "       %(prog)s --draw --model MODEL [--size PIXELS] [--for DEVICES] [--json]",
         description="Say what a training run or a call to draw needs, and how fast it can be.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("config", nargs="?", metavar="CONFIG.toml", help="settings of a training run; --key value changes one")
@@ -108,7 +106,6 @@ def _parser() -> command.Parser:
     add("--steps", type=int, default=20, metavar="N", help="with --draw: sampler steps (default: 20)")
     add("--dtype", metavar="TYPE", help="with --draw: number type (default: bfloat16)")
     add("--base-dtype", choices=["int8"], help="with --draw: keep the U-Net's weights in eight bits")
-    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

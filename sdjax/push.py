@@ -4,7 +4,6 @@ The repository gets export/STAGE/: the LoRA in both namings, the new words, a wh
 and its pictures. The card gets the licence, which is never assumed: the licence of the base model may limit the choice.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,20 +35,14 @@ def _run(argv: Sequence[str]) -> None:
     print(push(args.run, args.stage or config.stages[-1].name, args.repository, licence, private=args.private))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = command.Parser(
-        prog="sdjax push",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser() -> command.Parser:
+    parser = command.parser("sdjax push", __doc__)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="folder of the run")
     add("repository", metavar="OWNER/NAME", help="model repository on the hub; it is made if there is none")
     add("--license", metavar="ID", help="licence of the files, an id of the hub (default: license of the run, if any)")
     add("--stage", metavar="NAME", help="the stage to upload (default: the last, whose export is the whole result)")
     add("--private", action="store_true", help="make a private repository")
-    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

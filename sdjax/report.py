@@ -4,7 +4,6 @@ RUN/report.html holds the loss curves, the pictures over time, before and after,
 server and loads nothing else. It can be written while the run trains.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,15 +24,9 @@ def _run(argv: Sequence[str]) -> None:
     print(report.write(args.run))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = command.Parser(
-        prog="sdjax report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser() -> command.Parser:
+    parser = command.parser("sdjax report", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

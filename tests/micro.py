@@ -9,12 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from PIL import Image, ImageDraw
 
 import sdjax.tiny
 from sdjax.formats.diffusers_folder import save_folder
 from sdjax.models import clip, unet, vae
 from sdjax.outline import Outline
+from sdjax.runtime.compiler_options import compiler_options
 from sdjax.train import checkpoint
 from sdjax.train.config import RunConfig
 from sdjax.train.config_file import from_table
@@ -185,8 +187,15 @@ def remove_checkpoints_after(output: Path, step: int) -> None:
 
 
 def quick_compilation():
-    """Yields while XLA optimises little, for a fixture: tests of training mostly compile."""
+    """Yields while XLA optimises little, for a fixture: tests of training mostly compile.
+
+    Steps of training and of drawing are compiled as for large models, by the emitters that then take half the time.
+    """
     former = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        as_large = lambda platform, **how: compiler_options(platform, **(how | {"large": True}))
+        patch.setattr("sdjax.train.parallel.compiler_options", as_large)
+        patch.setattr("sdjax.draw.loop.is_large", lambda params: True)
+        yield
     jax.config.update("jax_disable_most_optimizations", former)

@@ -15,6 +15,13 @@ from sdjax.formats.parameter_names import load_params
 from sdjax.formats.weights_file import read_tensors
 from sdjax.models import clip, unet, vae
 from sdjax.models.layers import Compute
+from sdjax.runtime.compiler_options import compiler_options
+
+
+def quick_jit(function, **options):
+    """`jax.jit` for what runs once: without optimisation, and with the emitters that are then quicker to compile."""
+    quick = {"xla_backend_optimization_level": 0} | compiler_options("cpu", large=True, save_memory=False)
+    return jax.jit(function, compiler_options=quick, **options)
 
 
 class Read(NamedTuple):
@@ -24,12 +31,12 @@ class Read(NamedTuple):
     params: dict[str, Any]
 
     def __call__(self, *inputs, **options):
-        """The output of the model. It is compiled without optimisation, since it runs only once."""
+        """The output of the model."""
 
         def apply(params, *inputs):
             return self.module.apply({"params": params}, *inputs, **options)
 
-        return jax.jit(apply, compiler_options={"xla_backend_optimization_level": 0})(self.params, *inputs)
+        return quick_jit(apply)(self.params, *inputs)
 
 
 def randomised(model, seed=0):

@@ -10,7 +10,7 @@ from PIL import Image
 from sdjax.draw import jobs
 from sdjax.draw.jobs import Job
 from sdjax.draw.settings import Subject, complete_job, declarations
-from sdjax.errors import ConfigError, DataError, SdjaxError
+from sdjax.errors import ConfigError, DataError, SdjaxError, TrainingStopped
 from sdjax.text.syntax import LoraTag
 
 
@@ -48,6 +48,33 @@ def test_a_batch_holds_jobs_that_differ_in_prompts_and_seeds_alone():
     mixed = [job(prompt="a"), job(prompt="a", steps=3), job(**other), job(prompt="b", steps=3), job(lora=("x",))]
     assert [places for places, _ in jobs.batches(mixed, 8)] == [[0, 2], [1, 3], [4]]
     assert jobs.grouped("abca") == {"a": [0, 3], "b": [1], "c": [2]}
+
+
+def test_jobs_with_the_same_loras_are_drawn_together(monkeypatch):
+    """Each model is made once, watched batches come one by one, and pictures know their jobs."""
+    told = []
+
+    def adapted(loras, last):
+        told.append((loras, last))
+        return f"model with {loras}"
+
+    def draw(model, batch, watch):
+        told.append(watch)
+        return [f"{job.settings['prompt']} by the {model}" for job in batch]
+
+    monkeypatch.setattr(jobs, "draw", draw)
+    wanted = [job(prompt=letter) for letter in "abcde"]
+    watch = iter(range(10)).__next__
+    pictures = list(jobs.draw_by_loras(wanted, ["x", "y", "x", "y", "x"], 2, adapted, watch, advice="less"))
+    assert pictures == [(i, f"{'abcde'[i]} by the model with {'xyxyx'[i]}") for i in (0, 2, 4, 1, 3)]
+    assert told == [("x", False), 0, 1, ("y", True), 2]
+
+    def fail(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(jobs, "draw", fail)
+    with pytest.raises(TrainingStopped, match="out of memory: less"):
+        next(jobs.draw_by_loras(wanted, ["x"] * 5, 2, adapted, advice="less"))
 
 
 def test_a_line_takes_the_place_of_the_settings_of_the_flags():

@@ -37,11 +37,7 @@ def write(path, tensors, wrapping="alone"):
 
 def output(config, params, pixels):
     network = make_network(config, Compute(platform="cpu"))
-    compute = jax.jit(
-        lambda params, pixels: network.apply({"params": params}, pixels),
-        compiler_options={"xla_backend_optimization_level": 0},  # runs once
-    )
-    return compute(params, pixels)
+    return oracle.quick_jit(lambda params, pixels: network.apply({"params": params}, pixels))(params, pixels)
 
 
 @pytest.mark.parity

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 from PIL import Image
 
-from sdjax.errors import DataError
+from sdjax.errors import ConfigError, DataError
 from sdjax.runtime import command
 
 
@@ -33,6 +33,15 @@ def test_an_error_is_told_without_a_traceback(capsys, error, code, expected):
     assert capsys.readouterr().err.splitlines()[0] == expected
     with pytest.raises(type(error)):
         command.run(raising(error), ["--debug"])
+
+
+def test_a_parser_has_debug_and_takes_whole_flags_only():
+    parser = command.parser("sdjax x", "first\nsecond")
+    parser.add_argument("--steps")
+    assert parser.parse_args([]).debug is False and parser.parse_args(["--debug"]).debug
+    assert "first\nsecond" in parser.format_help()
+    with pytest.raises(ConfigError, match=r"unrecognized arguments: --step 3; `sdjax x --help` lists the flags"):
+        parser.parse_args(["--step", "3"])
 
 
 def test_log_messages_do_not_control_the_terminal():

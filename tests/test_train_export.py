@@ -76,6 +76,7 @@ def test_pictures_of_several_shapes(micro_models, tmp_path):
         tmp_path / "run",
         stages=[{"steps": 4, **stage} for stage in both],
         data={**data, "bucket_step": 8, "bucket_max_aspect": 4.0},
+        validation={},
         checkpoint={"every": 10},
     )
     assert train(run) == 0

@@ -48,7 +48,6 @@ class Painter:
     def _draw(self, order: Order, task: Task) -> None:
         from sdjax.draw import jobs
         from sdjax.formats.lora_file import load_lora
-        from sdjax.runtime import out_of_memory
 
         self._wait_for_training(task)
         wanted = jobs.varied(jobs.of_prompts(order.settings, [order.settings["prompt"]], order.count), order.axes)
@@ -67,22 +66,24 @@ class Painter:
         model = self._model(order, bare)
         trees = {path: load_lora(path, model.outline.shapes) for path in {lora.path for each in loras for lora in each}}
         pictures: dict[int, Any] = {}
+
+        def adapted(chosen: Any, last: bool) -> Any:
+            return self._keep("adapted", (order.model, order.words, chosen), lambda: merged(model, chosen, trees))
+
+        def watch() -> Callable[[int, int, Any], None]:
+            watching = self._watch(task, model, (order.model,), len(pictures), len(wanted))
+            task.says = f"compiling, or drawing picture {len(pictures) + 1} of {len(wanted)}"
+            return watching
+
+        advice = "try a smaller picture, or start the page with --dtype bfloat16"
         with numbered.claimed(self._folders.pictures, len(wanted)) as number:
-            for chosen, places in jobs.grouped(loras).items():
-                key = (order.model, order.words, chosen)
-                adapted = self._keep("adapted", key, lambda chosen=chosen: merged(model, chosen, trees))
-                for numbers, batch in jobs.batches([bare[i] for i in places], self._batch_size):
-                    watch = self._watch(task, model, (order.model,), len(pictures), len(wanted))
-                    task.says = f"compiling, or drawing picture {len(pictures) + 1} of {len(wanted)}"
-                    with out_of_memory.advice("try a smaller picture, or start the page with --dtype bfloat16"):
-                        drawn = jobs.draw(adapted, batch, watch)
-                    for i, picture in zip((places[n] for n in numbers), drawn, strict=False):
-                        mention(picture, bare[i].settings["prompt"], wanted[i].settings["prompt"], given[i])
-                        name = numbered.safe_name(bare[i].settings["prompt"])
-                        path = self._folders.pictures / f"{number + i:05d}-{wanted[i].settings['seed']}-{name}.png"
-                        save_png(picture, path)
-                        pictures[i] = picture
-                        task.files.append(path)
+            for i, picture in jobs.draw_by_loras(bare, loras, self._batch_size, adapted, watch, advice=advice):
+                mention(picture, bare[i].settings["prompt"], wanted[i].settings["prompt"], given[i])
+                name = numbered.safe_name(bare[i].settings["prompt"])
+                path = self._folders.pictures / f"{number + i:05d}-{wanted[i].settings['seed']}-{name}.png"
+                save_png(picture, path)
+                pictures[i] = picture
+                task.files.append(path)
         task.preview = None
         if order.axes:
             for i, (_, sheet) in enumerate(grids.sheets([pictures[i] for i in sorted(pictures)], order.axes, 1)):

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -20,7 +20,7 @@ from sdjax.draw.settings import JobSettings, Masking, SecondPass, Shared, Subjec
 from sdjax.errors import ConfigError, DataError
 from sdjax.model import Model
 from sdjax.outline import Outline
-from sdjax.runtime import strict_json
+from sdjax.runtime import out_of_memory, strict_json
 from sdjax.text.syntax import LoraTag, without_loras
 
 log = logging.getLogger(__name__)
@@ -191,6 +191,32 @@ def draw(model: Model, batch: Sequence[Job], watch: Watch | None = None) -> list
     if isinstance(given[0], Frame):
         return loop.inpaint(model, request, given)
     return loop.img2img(model, request, given)
+
+
+def draw_by_loras(
+    jobs: Sequence[Job],
+    loras: Sequence[Hashable],
+    most: int,
+    adapted: Callable[[Any, bool], Model],
+    watch: Callable[[], Watch | None] = lambda: None,
+    *,
+    advice: str,
+) -> Iterator[tuple[int, Image.Image]]:
+    """Yields (number of the job, picture), batch by batch, those of jobs with the same LoRAs one after the other.
+
+    loras: those of each job. most: jobs in a batch. adapted: called with LoRAs, and whether they are the last, for the
+    model with them. watch: called before each batch, for what watches it; see `draw`. Raises TrainingStopped with the
+    advice if there is not enough memory.
+    """
+    groups = grouped(loras)
+    for n, (chosen, places) in enumerate(groups.items(), 1):
+        model = adapted(chosen, n == len(groups))
+        for numbers, batch in batches([jobs[place] for place in places], most):
+            watching = watch()
+            with out_of_memory.advice(advice):
+                pictures = draw(model, batch, watching)
+            yield from zip((places[number] for number in numbers), pictures, strict=False)
+        del model  # before the next one is made
 
 
 def _request(outline: Outline, batch: Sequence[Job]) -> tuple[Request, list[Any]]:

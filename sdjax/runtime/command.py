@@ -24,6 +24,20 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; `{self.prog} --help` lists the flags")
 
 
+def parser(prog: str, description: str | None, *, usage: str | None = None, epilog: str | None = None) -> Parser:
+    """The parser of a command. It has --debug, takes no shortened flags and shows texts with their line breaks."""
+    made = Parser(
+        prog=prog,
+        description=description,
+        usage=usage,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
+
+
 def file_and_rest(flag: str, text: str) -> tuple[Path, str | None]:
     """The two parts of FILE:REST. Without a colon, or if the whole text is the name of a file, REST is None.
 

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,23 +22,18 @@ import numpy as np
 from jaxtyping import Int32, PRNGKeyArray, PyTree
 
 from sdjax import diffusion
-from sdjax.data import buckets, captions, records
+from sdjax.data import records
 from sdjax.data.buckets import Buckets
 from sdjax.data.files import file_digest
-from sdjax.data.folder import takes_all_below
-from sdjax.data.images import Size
 from sdjax.data.order import Order, describe
-from sdjax.data.records import Record, Records
-from sdjax.data.shards import Columns
-from sdjax.draw import sampling
-from sdjax.errors import ConfigError, DataError
-from sdjax.formats.embedding_file import file_name, load_embedding
-from sdjax.formats.lora_file import KOHYA_FILE, PEFT_FILE
-from sdjax.models.unet import DOWN_BLOCKS
+from sdjax.data.records import Record
+from sdjax.errors import ConfigError
+from sdjax.formats.embedding_file import load_embedding
 from sdjax.outline import Outline
 from sdjax.runtime.compiler_options import is_large
-from sdjax.settings import LONGEST_NAME, RematPolicy
+from sdjax.settings import RematPolicy
 from sdjax.text import textual_inversion
+from sdjax.train import checks, stage_images
 from sdjax.train.config import Data, RunConfig, Stage
 from sdjax.train.config_file import flatten
 from sdjax.train.optimizers import make_optimizer, peak_rates
@@ -48,10 +43,6 @@ from sdjax.train.start import Beneath, digest, first_adapters, read_base
 from sdjax.train.step import Frozen, Recipe, State, make_train_step
 
 log = logging.getLogger(__name__)
-
-
-MOST_CHUNKS = 16
-"""Most windows of the text model that a caption may take in training."""
 
 
 class StagePlan(NamedTuple):
@@ -97,7 +88,7 @@ class StagePlan(NamedTuple):
     @property
     def holes(self) -> int:
         """Masks of each crop in training for inpainting; 0 in other training."""
-        return _holes(self.data, self.stage)
+        return stage_images.holes(self.data, self.stage)
 
     @property
     def examples(self) -> int:
@@ -147,30 +138,13 @@ class Run(NamedTuple):
         return self.stages[number - 1].result if number else self.beneath.results
 
 
-Scan = Callable[[str, tuple[tuple[str, int], ...], tuple[tuple[str, Any], ...]], Records]
-"""`records.scan` of (folder, repeats, other settings), each of which is scanned once for all stages and copies."""
-
-
-def _scan(folder: str, repeats: tuple[tuple[str, int], ...], how: tuple[tuple[str, Any], ...]) -> Records:
-    return records.scan(folder, repeats=dict(repeats), **dict(how))
-
-
-class Images(NamedTuple):
-    """The images of one stage."""
-
-    training: Sequence[Record]
-    held_out: Sequence[Record]
-    fingerprint: dict[str, str]
-    """Name of an image -> digest; see `records.fingerprint`."""
-
-
 def plan_runs(config: RunConfig, devices: Sequence[Any] | None = None) -> tuple[Run, ...]:
     """Checks everything that can be checked before weights are read. Raises ConfigError and DataError.
 
     Returns one run, or a run for each copy. Copies step in one program, so their shapes must agree.
     devices: those of another machine, to plan a run for it, which needs no weights; by default JAX's devices.
     """
-    scan = functools.cache(_scan)
+    scan = functools.cache(stage_images.scan_folder)
     runs = tuple(plan_run(member, scan, devices) for member in config.members())
     plans = []
     shared = len(runs) > 1
@@ -217,14 +191,17 @@ def _shapes(tree: PyTree) -> Any:
     return jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)]
 
 
-def plan_run(config: RunConfig, scan: Scan = _scan, devices: Sequence[Any] | None = None) -> Run:
+def plan_run(
+    config: RunConfig, scan: stage_images.Scan = stage_images.scan_folder, devices: Sequence[Any] | None = None
+) -> Run:
     """Checks one run; see `plan_runs`. scan: what reads the folders of images."""
+    weights = devices is None
     data = [config.data_of(stage) for stage in config.stages]
     images = [
-        _find_images(own, stage, f"stages.{i}", config.seed, scan, None if devices is not None else _cache(config, own))
+        stage_images.find(own, stage, f"stages.{i}", config.seed, scan, _cache(config, own) if weights else None)
         for i, (own, stage) in enumerate(zip(data, config.stages, strict=True))
     ]
-    _check_output(config, data)
+    checks.check_output(config, data)
     platform = None if devices is None else devices[0].platform
     outline = Outline.load(
         config.model,
@@ -233,15 +210,15 @@ def plan_run(config: RunConfig, scan: Scan = _scan, devices: Sequence[Any] | Non
         vae=config.vae or None,
         platform=platform,
         base_dtype=config.base_dtype,
-        weights=devices is None,
+        weights=weights,
     )
     schedule = diffusion.altered(
         outline.schedule, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr
     )
     outline = dataclasses.replace(outline, schedule=schedule)
     outline = _with_remat(outline, config.remat_policy) if config.remat else outline
-    _check_model(config, outline)
-    fingerprint = "" if devices is not None else _fingerprint(outline)
+    checks.check_model(config, outline)
+    fingerprint = _fingerprint(outline) if weights else ""
     below = read_base(config, outline)
     outline = dataclasses.replace(outline.with_embedding(below.words), loras=below.loras)
     stages: list[StagePlan] = []
@@ -278,89 +255,8 @@ def prepare(
     return state, {"params": left, "scales": scales, "rows": rows, "norms": norms, "numbers": plan.numbers}
 
 
-# ---------------------------------------------------------------------------------------------- checks, without weights
-
-
 def _cache(config: RunConfig, data: Data) -> Path:
     return Path(data.cache or Path(config.output) / "cache")
-
-
-def _find_images(data: Data, stage: Stage, key: str, seed: int, scan: Scan, keep: Path | None) -> Images:
-    """Returns the images of a stage. keep: see `sources.find`; None if no weights are read, and so no picture."""
-    templated = bool(stage.placeholder_tokens) and stage.template != "caption"
-    unused = (templated or "vae" in stage.parts) and data.missing_caption in ("fail", "empty")
-    how = (
-        ("caption", data.caption),
-        ("missing_caption", "unused" if unused else data.missing_caption),
-        ("columns", Columns(data.image_column, data.caption_column)),
-        ("keep", keep),
-    )
-    everything = scan(data.path, tuple(data.repeats.items()), how)
-    if _holes(data, stage) and data.inpaint_mask_path:
-        everything = records.with_masks(everything, data.inpaint_mask_path, "hole")
-    training, held_out = everything, everything[:0]
-    if data.validation_path:
-        held_out = scan(data.validation_path, (), (*how, ("setting", f"{key}: data.validation_path")))
-    elif data.validation_count or data.validation_fraction:
-        training, held_out = records.split(everything, count=data.validation_count, fraction=data.validation_fraction)
-    if stage.masked_loss and data.mask_path:
-        training = records.with_masks(training, data.mask_path)
-    shown = functools.partial(_with_versions, data=data, stage=stage, seed=seed)
-    others = f"{Path(data.validation_path).name}: " if data.validation_path else ""  # both folders may hold a name
-    fingerprint: dict[str, str] = {}
-    if keep is not None:
-        fingerprint = records.fingerprint(training)
-        fingerprint |= {others + name: digest for name, digest in records.fingerprint(held_out).items()}
-    return Images(shown(training), shown(held_out, vary=False), fingerprint)
-
-
-def _check_output(config: RunConfig, data: Sequence[Data]) -> None:
-    """Raises ConfigError if the pictures that the run writes would become training pictures when it is resumed."""
-    for stage, own in zip(config.stages, data, strict=True):
-        for key, folder in (
-            ("data.path", own.path),
-            ("data.validation_path", own.validation_path),
-            ("prior_path", stage.prior_path),
-        ):
-            if folder and takes_all_below(folder, config.output):
-                raise ConfigError(
-                    f"output = {config.output!r} lies in {key} = {folder!r}: its samples would become training "
-                    "pictures; choose an output outside"
-                )
-
-
-def _holes(data: Data, stage: Stage) -> int:
-    return 0 if "vae" in stage.parts else data.inpaint_masks or bool(data.inpaint_mask_path)
-
-
-def _with_versions(images: Records, *, data: Data, stage: Stage, seed: int, vary: bool = True) -> Records:
-    """Returns the images with the versions of their captions that the stage shows; one version unless `vary`."""
-    words = stage.placeholder_tokens
-    if words and stage.template != "caption":
-        versions = captions.from_templates(textual_inversion.templates(stage.template), words)
-        return dataclasses.replace(images, versions=lambda _: versions if vary else versions[:1])
-    tags = functools.partial(
-        captions.tag_versions,
-        count=data.caption_variants,
-        seed=seed,
-        shuffle=data.shuffle_tags and vary,
-        keep=data.keep_tags,
-        dropout=data.tag_dropout if vary else 0.0,
-    )
-    return dataclasses.replace(
-        images, versions=lambda caption: tuple(captions.with_words(version, words) for version in tags(caption))
-    )
-
-
-def _check_model(config: RunConfig, outline: Outline) -> None:
-    _ = outline.is_inpainting  # or else a standard model: others are refused
-    if outline.takes_score:
-        raise ConfigError(f"{config.model} is SDXL's refiner, which takes aesthetic scores that pictures do not have")
-    outline.hidden_state(config.clip_skip)
-    if config.validation.prompts or any(_holes(config.data_of(stage), stage) for stage in config.stages):
-        sampling.tabulate(outline.schedule, config.validation.sampler, config.validation.steps)
-    for part in outline.folder.weights:  # none if the run is only planned
-        outline.folder.tensors(part)  # a truncated or foreign file is refused by its header
 
 
 def _with_remat(outline: Outline, policy: RematPolicy) -> Outline:
@@ -375,7 +271,7 @@ def _plan_stage(
     config: RunConfig,
     number: int,
     data: Data,
-    images: Images,
+    images: stage_images.Images,
     outline: Outline,
     below: Beneath,
     before: StagePlan | None,
@@ -383,21 +279,11 @@ def _plan_stage(
 ) -> StagePlan:
     stage = config.stages[number]
     key = f"stages.{number}"
-    for part in (*stage.parts, *(stage.lora_parts if "lora" in stage.train else ())):
-        if part not in (*outline.shapes, "textual_inversion"):
-            choices = ", ".join(name for name in outline.shapes if name != "vae")
-            raise ConfigError(f"{key}: {config.model} has no {part}; it has {choices}")
-    if stage.vae_normalise and not (outline.vae.config.use_quant_conv and outline.vae.config.use_post_quant_conv):
-        raise ConfigError(f"{key}.vae_normalise needs an autoencoder with quant_conv and post_quant_conv")
-    _check_resolution(config, key, data, outline)
-    if outline.is_inpainting and "vae" not in stage.parts and not _holes(data, stage):
-        raise ConfigError(
-            f"{key}: {config.model} is made for inpainting: give data.inpaint_masks (4, say) or data.inpaint_mask_path"
-        )
+    checks.check_stage(config, stage, key, data, outline)
     earlier_words = before.words if before else textual_inversion.vector_counts(below.words)
     new_words = _new_words(stage, key, earlier_words, outline)
     words = earlier_words | {word: _vectors(given) for word, given in new_words.items()}
-    _check_file_names(words, key)
+    checks.check_file_names(words, key)
     rows = places(words)
     own = {word: count for word, count in words.items() if word not in below.words}  # the outline knows the others
     recipe = Recipe(
@@ -409,15 +295,15 @@ def _plan_stage(
         rows=tuple(row for word in stage.placeholder_tokens for row in rows[word]),
     )
     parallel = parallelize_stage(config, data, make_train_step(recipe), recipe, devices)
-    _check_tensor(parallel, outline, config.model)
+    checks.check_tensor(parallel, outline, config.model)
     earlier = before.result if before else below.results
     adapters = first_adapters(stage, key, outline)
     try:
         state, frozen, total = _result_shapes(recipe, earlier, sum(map(_vectors, new_words.values())), adapters)
     except ConfigError as e:
         raise ConfigError(f"{key}: {e}") from None
-    assigned = _assign(data, images.training, key, outline)
-    chunks = _chunks(images, stage.prior_prompt, recipe.outline, key)
+    assigned = stage_images.assign(data, images.training, key, outline)
+    chunks = checks.count_chunks(images.training, images.held_out, stage.prior_prompt, recipe.outline, key)
     return StagePlan(
         *(number, data, assigned, images.held_out, chunks, recipe),
         *(parallel, state, frozen, words, new_words, adapters, total),
@@ -476,67 +362,6 @@ def parallelize_stage(
     )
 
 
-def _check_tensor(parallel: Parallel, outline: Outline, model: str) -> None:
-    """Raises ConfigError if the axis tensor divides the heads of no attention of the U-Net."""
-    size = parallel.mesh.shape["tensor"] if parallel.mesh is not None else 1
-    config = outline.unet.config
-    levels = zip(config.down_block_types, config.heads, strict=True)
-    heads = sorted({heads for block, heads in levels if DOWN_BLOCKS[block]})
-    if heads and all(count % size for count in heads):
-        fitting = [n for n in range(2, heads[-1] + 1) if any(count % n == 0 for count in heads)]
-        raise ConfigError(
-            f"parallel.mesh.tensor = {size} divides the heads of no attention of {model} "
-            f"({', '.join(map(str, heads))} heads); choices: {', '.join(map(str, fitting)) or 1}"
-        )
-
-
-def _assign(data: Data, training: Sequence[Record], key: str, outline: Outline) -> Buckets:
-    """Returns the training images by the size they are trained at."""
-    if not data.buckets:
-        return {Size(data.resolution, data.resolution): training}
-    factor = outline.vae.config.factor
-    if data.bucket_step % factor:
-        raise ConfigError(
-            f"{key}: data.bucket_step = {data.bucket_step} must be a multiple of {factor} for {outline.name}"
-        )
-    sizes = buckets.sizes(data.resolution, step=data.bucket_step, max_aspect=data.bucket_max_aspect)
-    return buckets.assign(training, sizes)
-
-
-def _check_resolution(config: RunConfig, key: str, data: Data, outline: Outline) -> None:
-    factor, native = outline.vae.config.factor, outline.native_size
-    if data.resolution % factor:
-        raise ConfigError(
-            f"{key}: data.resolution = {data.resolution} must be a multiple of {factor} for {config.model}"
-        )
-    if not native / 4 <= data.resolution <= native * 4:
-        raise ConfigError(
-            f"{key}: data.resolution = {data.resolution} is far from the {native} pixels of {config.model}"
-        )
-    if data.resolution != native:
-        log.warning("%s: resolution %d, but the model was trained at %d", key, data.resolution, native)
-
-
-def _chunks(images: Images, prior_prompt: str, outline: Outline, key: str) -> int:
-    """Returns the number of chunks of the longest caption. All captions are encoded with as many.
-
-    Warns of a caption of more than 4 chunks; raises DataError for one of more than MOST_CHUNKS. Both name its image.
-    """
-    count = functools.lru_cache(4096)(lambda text: outline.chunks([text]))  # templates come again and again
-    longest, name, chunks = prior_prompt, "prior_prompt", count(prior_prompt)
-    for several in (images.training, images.held_out):
-        for number, texts in enumerate(records.captions_of(several)):
-            for text in texts:
-                if count(text) > chunks:
-                    longest, name, chunks = text, several[number].name, count(text)
-    words = f"the caption of {name} ({len(longest)} characters: {longest[:40]!r}...) takes {chunks} windows"
-    if chunks > MOST_CHUNKS:
-        raise DataError(f"{key}: {words} of the text model; at most {MOST_CHUNKS} are possible: shorten it")
-    if chunks > 4:
-        log.warning("%s: %s of the text model, and so every caption is encoded with %d", key, words, chunks)
-    return chunks
-
-
 def _new_words(stage: Stage, key: str, earlier: Mapping[str, int], outline: Outline) -> dict[str, Rows | int]:
     """Returns the words that a stage adds to earlier ones: the number of vectors of each, or the vectors of a file."""
     counts = stage.vectors_per_token * (len(stage.placeholder_tokens) if len(stage.vectors_per_token) == 1 else 1)
@@ -567,18 +392,6 @@ def _first_files(config: RunConfig) -> dict[str, str]:
         inits |= {f"init_tokens.{i}": init for i, init in enumerate(stage.init_tokens) if _is_file(init)}
         digests |= {f"fingerprint.files.stages.{number}.{name}": digest(init) for name, init in inits.items()}
     return digests
-
-
-def _check_file_names(words: Mapping[str, int], key: str) -> None:
-    """Raises ConfigError if two words, or a word and the LoRA, would have the same file in the export."""
-    taken = {name: "the LoRA" for name in (PEFT_FILE, KOHYA_FILE)}
-    for word in words:
-        name = file_name(word).lower()  # some file systems do not tell capitals apart
-        if len(name.encode()) > LONGEST_NAME:
-            raise ConfigError(f"{key}.placeholder_tokens: {word[:40]}... is too long for the name of a file")
-        if name in taken:
-            raise ConfigError(f"{key}.placeholder_tokens: {word} and {taken[name]} would both be exported as {name}")
-        taken[name] = word
 
 
 def _vectors(given: Rows | int) -> int:

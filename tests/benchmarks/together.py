@@ -7,19 +7,14 @@ with the embedded model on seven pictures of one sub-category. Each way runs in 
 of compiled programs, which a run of one step has filled for each.
 """
 
-import argparse
 import json
-import resource
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
+import two_ways
 from safetensors.numpy import load_file
 
-from sdjax.runtime import compilation_cache, host_memory
 from sdjax.train import config_file
 
 CONCEPTS = ("cat-face", "time", "zodiac", "keycap", "family", "animal-bug", "face-tongue", "alphanum")
@@ -61,47 +56,27 @@ def settings(args, steps):
 
 
 def run(args):
-    from sdjax.train.loop import train
-
-    host_memory.keep()
-    compilation_cache.enable(args.out / "compiled")
-    config = settings(args, args.steps)
-    start = time.perf_counter()
-    for each in [config] if args.way == "together" else config.members():
-        assert train(each) == 0
-    seconds = time.perf_counter() - start
-    rates = []
-    for member in config.members():
-        lines = (json.loads(line) for line in (Path(member.output) / "metrics.jsonl").read_text().splitlines())
-        rates += [line["examples_per_second"] for line in lines if line.get("step", 0) > 1]
-    share = len(CONCEPTS) if args.way == "together" else 1  # the rate of a copy counts only the copy's pictures
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    line = {"way": args.way, "seconds": seconds, "peak_gb": peak}
-    print(json.dumps(line | {"pictures_per_second": share * float(np.median(rates)) if rates else None}))
+    line = two_ways.train(settings(args, args.steps), args.way, args.out / "compiled")
+    if args.way == "together" and line["pictures_per_second"]:
+        line["pictures_per_second"] *= len(CONCEPTS)  # the rate of a copy counts only the copy's pictures
+    print(json.dumps(line))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = two_ways.parser(__doc__)
     parser.add_argument("--pictures", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--way", choices=["together", "apart"], help="run one of the two ways, in this process")
     args = parser.parse_args()
     if args.way:
         run(args)
         return
     for steps in (1, args.steps):
-        for way in ("together", "apart"):
-            shutil.rmtree(args.out / way, ignore_errors=True)
-            flags = [f"--pictures={args.pictures}", f"--out={args.out}", f"--steps={steps}", f"--batch={args.batch}"]
-            command = [sys.executable, __file__, *flags, f"--way={way}"]
-            line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            if steps > 1:
-                print(line, end="", flush=True)
+        flags = f"--pictures={args.pictures}", f"--steps={steps}", f"--batch={args.batch}"
+        lines = two_ways.start_both(args.out, *flags)
+    print(lines, end="")
     worst = 0.0
-    for file in sorted((args.out / "together").glob("*/export/word/*.safetensors")):
-        alone = args.out / "apart" / file.relative_to(args.out / "together")
+    for file, alone in two_ways.pairs(args.out, "*/export/word/*.safetensors"):
         (one,), (other,) = (load_file(path).values() for path in (file, alone))
         worst = max(worst, float(np.linalg.norm(one - other) / np.linalg.norm(other)))
     print(json.dumps({"largest_relative_difference": worst, "concepts": len(CONCEPTS)}))
