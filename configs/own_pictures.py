@@ -5,7 +5,6 @@
 A model that is distilled needs pictures like those it draws, and draws them itself where there are no others.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence

@@ -11,4 +11,4 @@ def test_the_pictures_have_their_subjects_as_captions(stand_in, tmp_path, monkey
     own_pictures.main([str(tmp_path / "pictures"), "--count", "3", "--steps", "1"])
     found = scan(tmp_path / "pictures")
     assert [record.caption for record in found] == ["grinning face", "grinning face with big eyes", found[2].caption]
-    assert {Image.open(path).size for path in (tmp_path / "pictures").glob("*.png")} == {(64, 64)}
+    assert {Image.open(path).copy().size for path in (tmp_path / "pictures").glob("*.png")} == {(64, 64)}
