@@ -209,7 +209,7 @@ def add_noise(
     timesteps: Int[Array, " B"],
 ) -> Float[Array, "B ..."]:
     """Returns the noised latents `alpha latents + sigma noise`, in their dtype (Ho et al. 2020, equation 4)."""
-    alpha, sigma = _levels(schedule, timesteps)
+    alpha, sigma = levels(schedule, timesteps)
     return _combine(alpha, latents, sigma, noise)
 
 
@@ -227,7 +227,7 @@ def target(
         return noise
     if schedule.prediction_type == "sample":
         return latents
-    alpha, sigma = _levels(schedule, timesteps)
+    alpha, sigma = levels(schedule, timesteps)
     return _combine(-sigma, latents, alpha, noise)
 
 
@@ -291,7 +291,7 @@ def huber_threshold(
         log_c = jnp.log(c) if isinstance(c, jax.Array) else float(np.log(c))
         return jnp.exp(log_c / len(schedule.alphas_cumprod) * timesteps.astype(jnp.float32))
     if kind == "snr":
-        alpha, sigma = _levels(schedule, timesteps)
+        alpha, sigma = levels(schedule, timesteps)
         return (1 - c) * jnp.square(alpha / (alpha + sigma)) + c
     raise ConfigError(f"huber_schedule {kind!r} is not one of constant, exponential, snr")
 
@@ -387,7 +387,7 @@ def _cumprod(alphas: np.ndarray) -> np.ndarray:
     return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
 
 
-def _levels(schedule: NoiseSchedule, timesteps: Int[Array, " B"]) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+def levels(schedule: NoiseSchedule, timesteps: Int[Array, " B"]) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Returns alpha and sigma of each timestep, float32."""
     alphas_cumprod = jnp.asarray(schedule.alphas_cumprod)[timesteps]
     return jnp.sqrt(alphas_cumprod), jnp.sqrt(1 - alphas_cumprod)

@@ -52,16 +52,29 @@ def assert_kept(drawn, image, mask):
 
 
 @parity
-@pytest.mark.parametrize("strength", [1.0, 0.6])
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
-@pytest.mark.parametrize("channels", [4, 9])
-def test_latents_match_diffusers(models, nine, final_latents, monkeypatch, channels, sampler, strength):
+@pytest.mark.parametrize(
+    ("kind", "channels", "sampler", "strength"),
+    [
+        *(
+            ("sd1", channels, sampler, strength)
+            for channels in (4, 9)
+            for sampler in ("ddim", "euler", "dpmpp_2m")
+            for strength in (1.0, 0.6)
+        ),
+        ("sdxl", 9, "euler", 1.0),
+    ],
+)
+def test_latents_match_diffusers(models, nine, final_latents, monkeypatch, tmp_path, kind, channels, sampler, strength):
     """Our encoder returns the mean of the posterior, so theirs must too; both start from the same noise."""
     import diffusers
 
-    theirs, ours = nine if channels == 9 else models("sd1")
+    if channels == 4:
+        theirs, ours = models(kind)
+    else:
+        theirs, ours = nine if kind == "sd1" else pair("sdxl", tmp_path, in_channels=9)
     base = with_scheduler(theirs, sampler, monkeypatch)
-    pipeline = diffusers.StableDiffusionInpaintPipeline(**base.components, **settings_of(base))
+    name = "StableDiffusionXLInpaintPipeline" if kind == "sdxl" else "StableDiffusionInpaintPipeline"
+    pipeline = getattr(diffusers, name)(**base.components, **settings_of(base))
     module = sys.modules[type(pipeline).__module__]
     noise = start()
     monkeypatch.setattr(module, "retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode())

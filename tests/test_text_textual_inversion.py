@@ -306,7 +306,7 @@ def test_the_gradient_by_the_rows_is_that_of_pytorch(tmp_path, sdxl):
     ids = recipe.outline.tokenize(CAPTIONS)
     sizes = rng.integers(0, 64, (4, 6)).astype(np.float32)
     batch = {**ids, "moments": np.zeros((4, 8, 8, 8), np.float32), "sizes": sizes}
-    draws = Draws(latents, noise, jnp.asarray(timesteps), jnp.zeros(()), jnp.zeros(()))
+    draws = Draws(latents, noise, jnp.asarray(timesteps), jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
 
     @jax.jit
     @jax.value_and_grad

@@ -2,7 +2,8 @@
 
 The fifty steps are a whole run of ours, from a folder of pictures to its export. The loop begins with the weights of
 the same files, and in each step it is given the captions, latents, noise and time steps that our step takes. The runs
-also have the settings `clip_skip`, `prediction_type`, `zero_terminal_snr`, `on_nan` and `export_dtype`.
+also have the settings `clip_skip`, `prediction_type`, `zero_terminal_snr`, `on_nan` and `export_dtype`. SDXL and the
+distillation to a model of few steps take twenty steps.
 """
 
 import functools
@@ -54,6 +55,8 @@ class Given(NamedTuple):
     timesteps: Any
     sizes: Any
     """SDXL's numbers, [B, 6]."""
+    guidance: Any
+    """The teacher's, in consistency distillation, [B]."""
 
 
 def given(run: stages.Run, dataset: Dataset) -> Iterator[Given]:
@@ -68,7 +71,7 @@ def given(run: stages.Run, dataset: Dataset) -> Iterator[Given]:
         draws = drawn({name: batch[name] for name in ("moments", "index")}, jax.random.fold_in(key, number))
         images = map(oracle.channels_first, (draws.latents, draws.noise, draws.perturbation))
         sizes = oracle.tensor(batch["sizes"]) if "sizes" in batch else None
-        yield Given(captions, *images, oracle.tensor(draws.timesteps).long(), sizes)
+        yield Given(captions, *images, oracle.tensor(draws.timesteps).long(), sizes, oracle.tensor(draws.guidance))
 
 
 class Theirs:
@@ -154,7 +157,9 @@ class Theirs:
         import torch
         from diffusers.training_utils import compute_snr
 
-        captions, latents, noise, perturbation, timesteps, sizes = given
+        if self.stage.get("consistency_steps"):
+            return self.consistency_loss(given)
+        captions, latents, noise, perturbation, timesteps, sizes, _ = given
         perturbed = noise + self.stage.get("input_perturbation", 0.0) * perturbation
         noisy = self.schedule.add_noise(latents, perturbed, timesteps)
         context, pooled = self.conditions(captions)
@@ -167,6 +172,45 @@ class Theirs:
             snr = compute_snr(self.schedule, timesteps)
             error = error * torch.clamp(snr, max=gamma) / (snr + 1 if velocity else snr)
         return error.mean()
+
+    def consistency_loss(self, given: Given) -> Any:
+        """LCM's loss of a model that predicts noise, with diffusers' step of DDIM and the numbers of its sampler."""
+        import torch
+        from diffusers import DDIMScheduler, LCMScheduler
+
+        solver = DDIMScheduler.from_config(self.schedule.config, clip_sample=False, set_alpha_to_one=False)
+        solver.set_timesteps(self.stage["consistency_steps"])
+        scalings = LCMScheduler.from_config(self.schedule.config).get_scalings_for_boundary_condition_discrete
+        skip = self.schedule.config.num_train_timesteps // self.stage["consistency_steps"]
+        start = torch.div(given.timesteps, skip, rounding_mode="floor") * skip + skip - 1
+        end = (start - skip).clamp(min=0)
+        context, pooled = self.conditions(given.captions)
+        nothing, _ = self.conditions([""] * len(given.captions))
+
+        def unet(x, timesteps, context, pooled):
+            added = {"text_embeds": pooled, "time_ids": given.sizes} if self.is_sdxl else None
+            return self.unet(x, timesteps, context, added_cond_kwargs=added).sample
+
+        def result(x, timesteps):
+            output = unet(x, timesteps, context, pooled)
+            alpha = self.schedule.alphas_cumprod[timesteps].sqrt()[:, None, None, None]
+            sigma = (1 - alpha**2).sqrt()
+            denoised = (x - sigma * output) / alpha
+            factors = [torch.stack(both)[:, None, None, None] for both in zip(*map(scalings, timesteps), strict=True)]
+            return factors[0] * x + factors[1] * denoised
+
+        x = self.schedule.add_noise(given.latents, given.noise, start)
+        with torch.no_grad():
+            self.unet.disable_adapters()
+            # SDXL takes zeros for an empty caption, as its config says.
+            zeros = (torch.zeros_like(nothing), torch.zeros_like(pooled)) if self.is_sdxl else (nothing, pooled)
+            conditional, unconditional = unet(x, start, context, pooled), unet(x, start, *zeros)
+            self.unet.enable_adapters()
+            guided = unconditional + given.guidance[:, None, None, None] * (conditional - unconditional)
+            each = [solver.step(*one, eta=0.0).prev_sample for one in zip(guided, start.tolist(), x, strict=True)]
+            target = result(torch.stack(each), end)
+        c, difference = self.stage["huber_c"], result(x, start) - target
+        return 2 * c * (torch.sqrt(difference**2 + c**2) - c).mean()
 
     def train(self, steps: Iterable[Given]) -> list[dict[str, float | None]]:
         """Trains, and returns the loss, the learning rate and the norm of the gradient of each step."""
@@ -258,18 +302,21 @@ UNET = micro.UNET | {
 
 @pytest.fixture(scope="module")
 def model_of(micro_models, tmp_path_factory):
-    """`model_of(sdxl=False)` -> the folder of a model with a U-Net of diffusers and the scheduler of SD1, for noise."""
+    """`model_of(sdxl=False)` -> the folder of a model with a U-Net of diffusers and the scheduler of SD1, for noise.
+
+    velocity: the model predicts v.
+    """
     from diffusers import UNet2DConditionModel
 
     @functools.cache
-    def make(*, sdxl):
+    def make(*, sdxl, velocity=False):
         folder = shutil.copytree(
             micro_models(**({"sdxl": True} if sdxl else {})), tmp_path_factory.mktemp("model") / "model"
         )
         config = UNET | (micro.XL if sdxl else {})
         shutil.rmtree(folder / "unet")
         oracle.randomised(UNet2DConditionModel(**config)).save_pretrained(folder / "unet")
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(CONFIGS["sd1"]))
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(CONFIGS["sd2v" if velocity else "sd1"]))
         return folder
 
     return make
@@ -277,14 +324,15 @@ def model_of(micro_models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config_of(model_of, micro_images, tmp_path_factory):
-    """`config_of(output, stage, sdxl=False, **settings)` -> a run of one stage."""
+    """`config_of(output, stage, sdxl=False, velocity=False, **settings)` -> a run of one stage."""
     cache = tmp_path_factory.mktemp("cache")
 
-    def make(output, stage, *, sdxl=False, **settings):
+    def make(output, stage, *, sdxl=False, velocity=False, **settings):
         data = {"path": str(micro_images), "resolution": 16, "batch_size": 4, "cache": str(cache)}
         data |= {} if sdxl else {"caption_dropout": 0.1}
         settings = {"validation": {}, "checkpoint": {"every": 0}, **settings}
-        return micro.settings(model_of(sdxl=sdxl), micro_images, output, data=data, stages=[stage], **settings)
+        model = model_of(sdxl=sdxl, velocity=velocity)
+        return micro.settings(model, micro_images, output, data=data, stages=[stage], **settings)
 
     return make
 
@@ -345,15 +393,22 @@ KINDS: dict[str, dict[str, Any]] = {
     "words": {**WORDS, "learning_rate": 5e-3, "clip_norm": 0.02},
     "whole": {"train": ["unet"], "learning_rate": 1e-3, "clip_norm": 1.0},
 }
+TWENTY = {"steps": 20, "warmup_steps": 2}
+DISTILLED = {
+    **TWENTY, "consistency_steps": 50, "consistency_guidance": [1.5, 4.0],
+    "loss": "huber", "huber_c": 0.05, "huber_schedule": "constant", "clip_norm": 0.007,
+}  # fmt: skip
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora noise": ({}, {"clip_skip": 2}),
     "lora v": ({"lora_parts": ["unet", "text_encoder"], "min_snr_gamma": 5.0}, VELOCITY),
     "words noise": ({"min_snr_gamma": 5.0}, {"clip_skip": 2}),
     "words v": ({}, {**VELOCITY, "on_nan": "skip"}),
-    "whole noise": ({"input_perturbation": 0.1}, {"export_dtype": "float16"}),
+    "whole noise": ({"input_perturbation": 0.1}, {"export_dtype": "float16", "prediction_type": "epsilon"}),
     "whole v": ({"train": ["unet", "text_encoder"]}, {**VELOCITY, "export_dtype": "bfloat16"}),
+    "lora sdxl": (TWENTY, {}),
+    "lora distilled sdxl": (DISTILLED, {}),
 }
-"""What is trained and predicted -> settings of the stage and of the run."""
+"""What is trained and predicted -> settings of the stage and of the run. prediction_type: other than the model's."""
 NOT_FINITE = 20
 """The step of a run with on_nan = "skip" in which the latents are NaN."""
 
@@ -362,14 +417,15 @@ NOT_FINITE = 20
 def test_fifty_steps_are_those_of_pytorch(config_of, model_of, tmp_path, monkeypatch, case):
     """Losses, learning rates and norms of the gradients within 1e-4, what training changed within 1e-3."""
     stage, settings = CASES[case]
-    stage = {**COMMON, **KINDS[case.split()[0]], **stage}
-    theirs = Theirs(model_of(sdxl=False), stage, settings)
+    stage, sdxl = {**COMMON, **KINDS[case.split()[0]], **stage}, "sdxl" in case
+    velocity = settings.get("prediction_type") == "epsilon"
+    theirs = Theirs(model_of(sdxl=sdxl, velocity=velocity), stage, settings)
     begun = theirs.tensors()
     if stage["train"] == ["lora"]:
         stage["lora_init"] = theirs.save_adapters(tmp_path)
     if "on_nan" in settings:
         monkeypatch.setattr(loop, "make_batch", make_batch_with_a_fault)
-    config = config_of(tmp_path / "run", stage, **settings)
+    config = config_of(tmp_path / "run", stage, sdxl=sdxl, velocity=velocity, **settings)
     seen = []
 
     def encode_and_see(run, plan, earlier):
@@ -420,7 +476,8 @@ def results(run: stages.Run, train: list[str]) -> dict[str, np.ndarray]:
 
 def check_export(folder: Path, run: stages.Run, settings: dict[str, Any], trained: dict[str, np.ndarray]) -> None:
     """Asserts that the export says what the model predicts, from which layer, and has the number type asked for."""
-    velocity, clip_skip = "prediction_type" in settings, settings.get("clip_skip", 1)
+    velocity = settings.get("prediction_type") == "v_prediction"
+    clip_skip = settings.get("clip_skip", 2 if run.outline.is_sdxl else 1)
     if (folder / "model").exists():
         schedule = json.loads((folder / "model" / "scheduler" / "scheduler_config.json").read_text())
         assert schedule.get("prediction_type", "epsilon") == settings.get("prediction_type", "epsilon")

@@ -119,7 +119,9 @@ def asked(prepared):
         batch = batch_of(run, dataset)
         random = np.random.default_rng(0)
         latents, noise, answer = jnp.asarray(random.normal(size=(3, 4, 8, 8, 4)), jnp.float32)
-        draws = Draws(latents, noise, jnp.asarray([10, 300, 600, 900]), jnp.zeros(4), jnp.zeros_like(noise))
+        draws = Draws(
+            latents, noise, jnp.asarray([10, 300, 600, 900]), jnp.zeros(4), jnp.zeros_like(noise), jnp.zeros(4)
+        )
         unet = Answering(run.outline.unet.config, answer)
         stage = dataclasses.replace(plan.stage, **changes)
         recipe = plan.recipe._replace(outline=dataclasses.replace(run.outline, unet=unet), stage=stage)

@@ -41,12 +41,26 @@ def images(tmp_path):
             {"accumulation": 2},
             "float32",
         ),
+        ({}, {**LORA, "consistency_steps": 10}, {}, "bfloat16"),
+        ({"sdxl": True}, {**LORA, "consistency_steps": 10}, {}, "float32"),
         ({}, {**micro.WORDS, "clip_ti_decay": True}, {}, "bfloat16"),
         ({}, {**LORA, "masked_loss": True, "prior_prompt": "a circle", "prior_count": 2}, {}, "float32"),
         ({}, {"train": ["unet"], "ema_decay": 0.9}, {"flip": True}, "bfloat16"),
         ({}, {"train": ["vae"]}, {"flip": True}, "float32"),
     ],
-    ids=["lora", "sdxl", "inpainting", "holes", "text", "words", "masks", "whole", "vae"],
+    ids=[
+        "lora",
+        "sdxl",
+        "inpainting",
+        "holes",
+        "text",
+        "distilled",
+        "distilled sdxl",
+        "words",
+        "masks",
+        "whole",
+        "vae",
+    ],
 )
 def test_the_shapes_are_those_of_the_run(micro_models, images, tmp_path, kind, stage, data, dtype):
     for path in images.glob("*.png"):  # masked_loss takes the alpha channel

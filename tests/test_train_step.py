@@ -138,6 +138,7 @@ def test_a_new_adapter_changes_nothing(prepared):
         timesteps=jnp.arange(8) * 120,
         dropout=jax.random.split(jax.random.key(0), 8),
         perturbation=jnp.zeros((8, 8, 8, 4), jnp.float32),
+        guidance=jnp.ones(8),
     )
     error = jax.jit(functools.partial(distance, plan.recipe))
     adapted = variables(plan.recipe, ready[0].trainable, ready[1])

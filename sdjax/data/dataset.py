@@ -17,6 +17,9 @@ T = TypeVar("T")
 
 Batch = dict[str, Shaped[np.ndarray, " B *S"]]
 
+NEGATIVE = "negative_"
+"""What the names of the texts of the empty caption begin with, beside those of the captions."""
+
 
 class Bucket(NamedTuple):
     """The images of one shape."""
@@ -51,6 +54,8 @@ class Dataset(NamedTuple):
     empty_row: int
     """Row of the empty caption in `texts`."""
     prior: Prior | None = None
+    with_empty: bool = False
+    """Whether batches hold the texts of the empty caption too, as a teacher with guidance needs them."""
 
     @property
     def repeats(self) -> tuple[Int32[np.ndarray, " N"], ...]:
@@ -100,8 +105,16 @@ def _gather(dataset: Dataset, bucket: Bucket, order: Order, choice: Choice) -> B
         batch[name] = np.asarray(array[choice.example, view])
     if dataset.texts:
         rows = bucket.text_rows[choice.example, choice.version]
-        rows = np.where(choice.drop, dataset.empty_row, rows)
-        batch |= {name: np.asarray(array[rows]) for name, array in dataset.texts.items()}
+        batch |= texts_of(dataset, np.where(choice.drop, dataset.empty_row, rows))
+    return batch
+
+
+def texts_of(dataset: Dataset, rows: Int64[np.ndarray, " B"]) -> Batch:
+    """The texts of some rows and, in a data set `with_empty`, those of the empty caption, as often."""
+    batch = {name: np.asarray(array[rows]) for name, array in dataset.texts.items()}
+    if dataset.with_empty:
+        empty = np.full_like(rows, dataset.empty_row)
+        batch |= {NEGATIVE + name: np.asarray(array[empty]) for name, array in dataset.texts.items()}
     return batch
 
 

@@ -63,6 +63,8 @@ def check_stage(config: RunConfig, stage: Stage, key: str, data: Data, outline: 
             raise ConfigError(f"{key}: {config.model} has no {part}; it has {choices}")
     if stage.vae_normalise and not (outline.vae.config.use_quant_conv and outline.vae.config.use_post_quant_conv):
         raise ConfigError(f"{key}.vae_normalise needs an autoencoder with quant_conv and post_quant_conv")
+    if stage.consistency_steps > (count := len(outline.schedule.alphas_cumprod)):
+        raise ConfigError(f"{key}.consistency_steps = {stage.consistency_steps}: {config.model} has {count} time steps")
     _check_resolution(config, key, data, outline)
     if outline.is_inpainting and "vae" not in stage.parts and not holes(data, stage):
         raise ConfigError(

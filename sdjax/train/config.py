@@ -206,6 +206,10 @@ class Stage:
     """Error at which the pseudo-Huber loss changes from squared to absolute."""
     huber_schedule: Logged[Literal["constant", "exponential", "snr"]] = "snr"
     """How huber_c falls as the noise grows."""
+    consistency_steps: Logged[Annotated[int, Range(0, 1000)]] = 0
+    """Latent consistency distillation (LCM-LoRA): time steps of the teacher's path (50 is usual). 0: off."""
+    consistency_guidance: Logged[tuple[Guidance, Guidance]] = (6.0, 16.0)
+    """Latent consistency distillation: lowest and highest guidance scale of the teacher, drawn for each example."""
     min_snr_gamma: Logged[NotNegative] = 0.0
     """Gamma of Min-SNR loss weighting (5 is usual). 0: off."""
     debiased: Logged[bool] = False
@@ -600,6 +604,7 @@ def _check_stage(stage: Stage, key: str) -> None:
             f"but the stage trains {', '.join(stage.parts)}: one rate for each"
         )
     _check_parts(stage, key)
+    _check_consistency(stage, key)
     if stage.min_snr_gamma and stage.debiased:
         raise ConfigError(f"{key}: min_snr_gamma and debiased are two weightings of the same loss: choose one")
     if stage.optimizer == "schedule_free" and stage.ema_decay:
@@ -641,6 +646,23 @@ def _check_parts(stage: Stage, key: str) -> None:
         raise ConfigError(f"{key}.template needs placeholder_tokens")
     if isinstance(stage.template, tuple) and not all("{}" in text for text in stage.template):
         raise wrong(f"{key}.template", list(stage.template), "texts with {} where the new words go")
+
+
+def _check_consistency(stage: Stage, key: str) -> None:
+    """Checks what goes together with latent consistency distillation."""
+    low, high = stage.consistency_guidance
+    if low > high:
+        raise wrong(f"{key}.consistency_guidance", [low, high], "the first not above the second")
+    if not stage.consistency_steps:
+        return
+    if stage.parts != {"unet": "lora"}:
+        raise ConfigError(
+            f"{key}.consistency_steps needs train = ['lora'] and lora_parts = ['unet']: its teacher is the model "
+            "without the adapter"
+        )
+    for name in ("min_snr_gamma", "debiased", "input_perturbation", "prior_prompt"):
+        if getattr(stage, name):
+            raise ConfigError(f"{key}: {name} has no meaning in consistency distillation: leave it out")
 
 
 def _check_data(data: Data, key: str) -> None:

@@ -78,7 +78,8 @@ def encode(run: Run, plan: StagePlan, earlier: Results) -> tuple[Dataset, Datase
     def buckets(images: Iterable[cache.Images]) -> tuple[Bucket, ...]:
         return tuple(join(bucket, texts) for bucket in images)
 
-    dataset = Dataset(buckets(training), texts.arrays, texts.rows[""])
+    with_empty = bool(stage.consistency_steps)
+    dataset = Dataset(buckets(training), texts.arrays, texts.rows[""], with_empty=with_empty)
     class_data = Prior(buckets(prior), stage.prior_weight) if prior else None
     return dataset._replace(prior=class_data), dataset._replace(buckets=buckets(held_out)) if held_out else None
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from sdjax.data.cache import TEXTS_AT_ONCE, storable
+from sdjax.data.dataset import NEGATIVE
 from sdjax.data.images import Size
 from sdjax.data.records import captions_of
 from sdjax.draw.programs import drawing
@@ -131,7 +132,10 @@ def batch_shapes(plan: StagePlan, size: Size) -> dict[str, PyTree]:
         return batch | outline.abstract_ids(count, plan.chunks)
     context, pooled = outline.abstract_context(count, plan.chunks, plan.recipe.hidden.clip_skip)
     texts = {"context": context} | ({"pooled": pooled} if outline.is_sdxl else {})
-    return batch | {name: array(storable(text.dtype), *text.shape[1:]) for name, text in texts.items()}
+    batch |= {name: array(storable(text.dtype), *text.shape[1:]) for name, text in texts.items()}
+    if stage.consistency_steps:
+        batch |= {NEGATIVE + name: batch[name] for name in ("context", "pooled", "empty") if name in batch}
+    return batch
 
 
 def advice(config: RunConfig, target: Target) -> list[str]:

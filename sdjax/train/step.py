@@ -26,11 +26,12 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from sdjax import diffusion, lora
+from sdjax.data.dataset import NEGATIVE
 from sdjax.models import layers, vae
 from sdjax.outline import Outline
 from sdjax.text import textual_inversion
 from sdjax.text.encoding import HiddenState, encode_ids, zeroed
-from sdjax.train import autoencoder, loss_scaling
+from sdjax.train import autoencoder, consistency, loss_scaling
 from sdjax.train.config import Stage
 from sdjax.train.optimizers import Optimizer, ema, make_optimizer, updates_done
 from sdjax.train.parallel import TrainStep
@@ -106,6 +107,8 @@ class Draws(NamedTuple):
     timesteps: Int[Array, " B"]
     dropout: Key[Array, " B"]
     perturbation: Float[Array, "B h w C"]
+    guidance: Float[Array, " B"]
+    """The teacher's guidance scale, in consistency distillation."""
 
 
 def init_state(recipe: Recipe, trainable: dict[str, PyTree]) -> State:
@@ -213,7 +216,7 @@ def distance(
 ) -> Float[Array, " B"]:
     """Returns each example's mean distance between the output of the U-Net and its target, float32.
 
-    The weight of the example in the loss is not in it.
+    In consistency distillation both are those of `consistency.pair`. The weight of the example is not in it.
     models: see `variables`. plain: squared distance, no mask and no input perturbation, whatever the stage says.
     A U-Net made for inpainting sees the hole and the kept image, and learns the whole picture. A standard U-Net does
     not see them, and drawing overwrites all but the hole after each step, so it learns the hole alone; elsewhere its
@@ -221,24 +224,52 @@ def distance(
     """
     stage, schedule = recipe.stage, recipe.outline.schedule
     noise = draws.noise
-    if diffusion.is_used(stage.input_perturbation) and not plain:
-        noise = noise + stage.input_perturbation * draws.perturbation
-    noisy = diffusion.add_noise(schedule, draws.latents, noise, draws.timesteps)
-    inputs = noisy
-    if "kept" in batch:
-        kept = vae.scale_latents(recipe.outline.vae.config, batch["kept"])
-        inputs = jnp.concatenate([noisy, batch["hole"], kept], axis=-1)
-    context, added = _conditions(recipe, models, batch)
-    output = recipe.outline.unet.apply(models["unet"], inputs, draws.timesteps.astype(jnp.float32), context, added)
-    target = diffusion.target(schedule, draws.latents, draws.noise, draws.timesteps)
+    if stage.consistency_steps:
+        output, target = _consistency_pair(recipe, models, batch, draws)
+    else:
+        if diffusion.is_used(stage.input_perturbation) and not plain:
+            noise = noise + stage.input_perturbation * draws.perturbation
+        noisy = diffusion.add_noise(schedule, draws.latents, noise, draws.timesteps)
+        output = _predict(recipe, models, batch, noisy, draws.timesteps)
+        target = diffusion.target(schedule, draws.latents, draws.noise, draws.timesteps)
     kind = "l2" if plain else stage.loss
     threshold = diffusion.huber_threshold(schedule, draws.timesteps, stage.huber_c, stage.huber_schedule)
-    error = diffusion.distance(jnp.asarray(output, jnp.float32), target, kind, threshold)
+    error = diffusion.distance(output, target, kind, threshold)
     regions = [batch["mask"]] if "mask" in batch and not plain else []
     regions += [batch["hole"]] if "hole" in batch and "kept" not in batch else []
     for region in regions:
         error = error * (region + (1 - region) * stage.unmasked_weight)
     return jnp.mean(error, axis=(1, 2, 3))
+
+
+def _predict(
+    recipe: Recipe, models: Mapping[str, Any], batch: Batch, noisy: Float[Array, "B h w C"], timesteps: Int[Array, " B"]
+) -> Float[Array, "B h w C"]:
+    """Returns the output of the U-Net for the texts of the batch, float32."""
+    if "kept" in batch:
+        kept = vae.scale_latents(recipe.outline.vae.config, batch["kept"])
+        noisy = jnp.concatenate([noisy, batch["hole"], kept], axis=-1)
+    context, added = _conditions(recipe, models, batch)
+    output = recipe.outline.unet.apply(models["unet"], noisy, timesteps.astype(jnp.float32), context, added)
+    return jnp.asarray(output, jnp.float32)
+
+
+def _consistency_pair(
+    recipe: Recipe, models: Mapping[str, Any], batch: Batch, draws: Draws
+) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
+    """Returns the result of the student and its target, see `consistency.pair`. The adapter makes the student."""
+    teacher = {"unet": {name: leaves for name, leaves in models["unet"].items() if name != "lora"}}
+    unguided = {**batch} | {name.removeprefix(NEGATIVE): batch[name] for name in batch if name.startswith(NEGATIVE)}
+    return consistency.pair(
+        recipe.outline.schedule,
+        lambda x, t: _predict(recipe, models, batch, x, t),
+        lambda x, t: (_predict(recipe, teacher, batch, x, t), _predict(recipe, teacher, unguided, x, t)),
+        draws.latents,
+        draws.noise,
+        draws.timesteps,
+        draws.guidance,
+        recipe.stage.consistency_steps,
+    )
 
 
 def diffusion_loss(
@@ -269,9 +300,10 @@ def draw(recipe: Recipe, batch: Batch, key: PRNGKeyArray) -> Draws:
     """Returns the random numbers of a step for a batch. key: that of the stage and the step."""
     low, high = timestep_bounds(recipe)
     stage = recipe.stage
+    weakest, strongest = stage.consistency_guidance
 
     def draw_example(moments: Float[Array, "h w C2"], index: Int[Array, ""]) -> Draws:
-        keys = jax.random.split(jax.random.fold_in(key, index), 5)
+        keys = jax.random.split(jax.random.fold_in(key, index), 6)
         height, width, channels = moments.shape
         shape = (height, width, channels // 2)
         latents = vae.posterior_sample(moments, jax.random.normal(keys[0], shape, jnp.float32))
@@ -294,6 +326,7 @@ def draw(recipe: Recipe, batch: Batch, key: PRNGKeyArray) -> Draws:
             ),
             keys[3],
             jax.random.normal(keys[4], shape, jnp.float32),
+            jax.random.uniform(keys[5], minval=weakest, maxval=strongest),
         )
 
     return jax.vmap(draw_example)(batch["moments"], batch["index"])

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 from PIL import Image
 
-from sdjax.data.dataset import Bucket, Dataset
+from sdjax.data.dataset import Bucket, Dataset, texts_of
 from sdjax.data.images import Size, picture, read_image
 from sdjax.draw import grids
 from sdjax.draw.pipeline import StableDiffusion
@@ -287,6 +287,7 @@ def make_held_out_errors(recipe: Recipe, settings: Validation) -> HeldOutErrors:
             timesteps=jnp.full(batch["index"].shape, timestep),
             dropout=jnp.zeros(()),  # not used: no dropout and no perturbation here
             perturbation=jnp.zeros(()),
+            guidance=jnp.full(batch["index"].shape, sum(recipe.stage.consistency_guidance) / 2),
         )
         return distance(recipe, variables(recipe, trainable, frozen), batch, draws, plain=True)
 
@@ -313,11 +314,10 @@ def make_held_out_loss(
         total = 0.0
         for start in range(0, count, size):
             rows = np.minimum(np.arange(start, start + size), count - 1)  # the last batch repeats its last image
-            texts = images.text_rows[rows, 0]
             batch = {
                 "index": rows.astype(np.int32),
                 **{name: np.asarray(array[rows, 0]) for name, array in images.arrays.items()},
-                **{name: np.asarray(array[texts]) for name, array in dataset.texts.items()},
+                **texts_of(dataset, images.text_rows[rows, 0]),
             }
             for timestep in timesteps:
                 total += float(np.sum(errors(trainable, frozen, batch, np.int32(timestep))[: count - start]))
