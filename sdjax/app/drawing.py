@@ -66,14 +66,14 @@ class Painter:
         task.says = f"loading {order.model}"
         model = self._model(order, bare)
         trees = {path: load_lora(path, model.outline.shapes) for path in {lora.path for each in loras for lora in each}}
-        pictures: dict[int, Any] = {}
+        pictures: dict[int, Any] = {}  # kept for a grid only
         with numbered.claimed(self._folders.pictures, len(wanted)) as number:
             for chosen, places in jobs.grouped(loras).items():
                 key = (order.model, order.words, chosen)
                 adapted = self._keep("adapted", key, lambda chosen=chosen: merged(model, chosen, trees))
                 for numbers, batch in jobs.batches([bare[i] for i in places], self._batch_size):
-                    watch = self._watch(task, model, (order.model,), len(pictures), len(wanted))
-                    task.says = f"compiling, or drawing picture {len(pictures) + 1} of {len(wanted)}"
+                    watch = self._watch(task, model, (order.model,), len(task.files), len(wanted))
+                    task.says = f"compiling, or drawing picture {len(task.files) + 1} of {len(wanted)}"
                     with out_of_memory.advice("try a smaller picture, or start the page with --dtype bfloat16"):
                         drawn = jobs.draw(adapted, batch, watch)
                     for i, picture in zip((places[n] for n in numbers), drawn, strict=False):
@@ -81,9 +81,9 @@ class Painter:
                         name = numbered.safe_name(bare[i].settings["prompt"])
                         path = self._folders.pictures / f"{number + i:05d}-{wanted[i].settings['seed']}-{name}.png"
                         save_png(picture, path)
-                        pictures[i] = picture
+                        if order.axes:
+                            pictures[i] = picture
                         task.files.append(path)
-        task.preview = None
         if order.axes:
             for i, (_, sheet) in enumerate(grids.sheets([pictures[i] for i in sorted(pictures)], order.axes, 1)):
                 path = self._folders.pictures / f"grid-of-{number:05d}-{i}.png"
