@@ -9,11 +9,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 import gradio
 import hub_server
@@ -472,6 +474,28 @@ print(sorted({"jax", "flax", "optax", "transformers"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_a_page_that_is_ended_leaves_no_temporary_files(tmp_path, ending):
+    (tmp_path / "tmp").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "sdjax", "app", "--port", str(port)]
+    own = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    with subprocess.Popen(command, cwd=tmp_path, env=own, stdout=subprocess.PIPE) as server:
+        assert b"http://127.0.0.1" in server.stdout.readline()
+        wait_for(lambda: answers(port))
+        assert list((tmp_path / "tmp").iterdir())
+        server.send_signal(ending)
+        assert server.wait(60) == 128 + ending
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def answers(port):
+    with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as answer:
+        return answer.status == 200
+    return False
 
 
 def test_a_port_that_is_taken_is_one_error(tmp_path, monkeypatch, capsys):

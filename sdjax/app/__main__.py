@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import secrets
+import signal
 import socket
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from sdjax.settings import Dtype, Range, read_value
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; see `command.run`."""
-    return command.run(_run, argv)
+    return command.run(_run, argv, (signal.SIGINT, signal.SIGTERM))
 
 
 def _run(argv: Sequence[str]) -> None:
