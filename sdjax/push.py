@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdjax.errors import ConfigError
 from sdjax.runtime import command
 
 
@@ -20,19 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     # Imported only now, so that --help is shown at once.
-    from sdjax.formats import hub
-    from sdjax.train import config_file
-    from sdjax.train.sharing import push
+    from sdjax.train.sharing import push_run
 
-    config = config_file.load_run(args.run, args.stage)
-    licence = args.license or config.license
-    if not licence:
-        raise ConfigError(
-            f"say under which licence the files may be used, as far as that of {config.model} allows: --license "
-            "creativeml-openrail-m, openrail++, apache-2.0, cc-by-4.0, other, ..."
-        )
-    hub.check_upload(args.repository)
-    print(push(args.run, args.stage or config.stages[-1].name, args.repository, licence, private=args.private))
+    print(push_run(args.run, args.repository, args.license or "", args.stage, private=args.private))
 
 
 def _parser() -> command.Parser:

@@ -2,18 +2,29 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import fcntl
 import gc
 import json
 import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
+import urllib.request
 
 import gradio
+import hub_server
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from sdjax.app import fields, folders, lessons, queue, training
+from sdjax.app import fields, folders, lessons, queue, train_tab, training
+from sdjax.app import shared as shared_module
 from sdjax.app.__main__ import main
 from sdjax.app.drawing import Painter
 from sdjax.app.server import application
@@ -49,6 +60,12 @@ def shared(tmp_path, monkeypatch):
 def client(shared):
     """Asks the page as a browser of this machine does."""
     return TestClient(application(shared, "127.0.0.1", ""), headers=LOCAL)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """See `hub_server.serve`."""
+    yield from hub_server.serve(monkeypatch)
 
 
 def picture(path, colour="red"):
@@ -240,13 +257,15 @@ def test_an_upload_that_is_no_picture_is_refused(shared, tmp_path, name, content
 @pytest.mark.parametrize("way", training.WAYS)
 def test_lessons_become_settings(shared, tmp_path, micro_models, way):
     made = lessons.add_pictures(shared.folders.data, "set", [picture(tmp_path / "cat.png")])
-    lesson = training.Lesson(way, made, made, "<cat>", "red", steps=7, prompts=("a <cat>",))
-    config = training.lesson_config(lesson, str(micro_models()), "float32", shared.folders.runs / "one")
+    model = str(micro_models())
+    lesson = training.Lesson(way, model, made, made, "<cat>", "red", steps=7, prompts=("a <cat>",))
+    config = training.lesson_config(lesson, "float32", shared.folders.runs / "one")
+    assert config.model == model
     assert tuple(stage.name for stage in config.stages) == training.WAYS[way]
     assert {stage.steps for stage in config.stages} == {7} and config.data.resolution == 16
     assert training.write(config).name == "one" and "one" in shared.folders.runs_by_name()
     with pytest.raises(ConfigError, match="choose the pictures"):
-        training.lesson_config(training.Lesson(way), str(micro_models()), "float32", shared.folders.runs / "two")
+        training.lesson_config(training.Lesson(way, model), "float32", shared.folders.runs / "two")
 
 
 def test_a_run_of_a_terminal_is_shown_with_its_process(shared, micro_models):
@@ -266,7 +285,225 @@ def test_the_report_of_a_run_is_served(client, shared, micro_models):
     assert got.status_code == 200 and "No step has been taken yet." in got.text
 
 
+def test_links_that_lead_out_of_a_run_hide_it(client, shared, micro_models, tmp_path):
+    run = run_folder(shared, micro_models())
+    (tmp_path / "secret.jsonl").write_text("{}")
+    (run / "metrics.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    assert shared.folders.runs_by_name() == {} and client.get("/report?run=one").status_code == 404
+
+
+def test_copies_are_shown_each(client, shared, micro_models):
+    model = micro_models()
+    (shared.folders.runs / "both").mkdir()
+    copies = [run_folder(shared, model, f"both/{name}") for name in ("a", "b")]
+    (run_folder(shared, model) / "inner").mkdir()
+    shutil.copy(copies[0] / "config.toml", shared.folders.runs / "one" / "inner")  # no copy: "one" is a run itself
+    assert set(shared.folders.runs_by_name()) == {"one", "both/a", "both/b"}
+    assert client.get("/report", params={"run": "both/a"}).status_code == 200
+    result(copies[1], "style", folders.KOHYA_FILE)
+    result(copies[1], "style", "cat.safetensors")
+    assert list(shared.folders.loras_by_name()) == ["runs/both/b/style"]
+    assert list(shared.folders.words_by_name()) == ["runs/both/b/cat"]
+    with locked(copies[1]):
+        assert training.running(shared.folders) == ["both/b"]
+    page = function(client, "run_state")
+    assert "step 0 of 9" in page("both/b")[1] and "No run yet" not in page("gone")[1]
+    (said,) = function(client, "resume_run")("both/a")
+    assert "resume them together" in said
+
+
+def test_results_are_downloaded_by_name(client, shared, micro_models, tmp_path):
+    run = run_folder(shared, micro_models())
+    result(run, "style", folders.KOHYA_FILE, b"weights")
+    (shared.folders.loras / "mine.safetensors").write_bytes(b"not a result")
+    got = client.get("/result", params={"name": "runs/one/style"})
+    assert got.content == b"weights" and 'filename="one-style.safetensors"' in got.headers["content-disposition"]
+    assert 'href="result?name=runs%2Fone%2Fstyle" download' in function(client, "run_state")("one")[1]
+    for name in ("mine", "runs/one/../one/style", "runs/one/config.toml", "/etc/passwd", ""):
+        assert client.get("/result", params={"name": name}).status_code == 404
+
+
+# ------------------------------------------------------------------------------------------------ plan and push
+
+
+def lesson_values(client, shared, **changes):
+    """The values of the fields of a lesson, in the order of the page."""
+    config = client.get("/config").json()
+    (start,) = (each for each in config["dependencies"] if each["api_name"] == "start")
+    props = {each["id"]: each["props"] for each in config["components"]}
+    given = {"Pictures of the style": "set", "Name of the run": "two", "Steps of each stage": "3"} | changes
+    return [given.get(props[number]["label"], props[number].get("value")) for number in start["inputs"]]
+
+
+@pytest.fixture
+def micro(shared, micro_models, tmp_path):
+    """The page with two models, of which the second is a micro model, and a set of pictures."""
+    lessons.add_pictures(shared.folders.data, "set", [picture(tmp_path / f"{name}.png") for name in ("cat", "dog")])
+    shared = dataclasses.replace(shared, models=("tiny", str(micro_models())))
+    return shared, TestClient(application(shared, "127.0.0.1", ""), headers=LOCAL)
+
+
+def test_the_page_says_what_a_run_will_take(micro):
+    shared, client = micro
+    values = lesson_values(client, shared, Model=shared.models[1], **{"Name of the run": ""})
+    *_, said = function(client, "plan")(*values)
+    assert re.search(r"It fits: \d+\.\d\d GB on ", said), said
+    assert not list(shared.folders.runs.iterdir())  # a plan makes no run
+    *_, said = function(client, "plan")(*lesson_values(client, shared, **{"Pictures of the style": "gone"}))
+    assert "problem" in said and "gone" in said
+    with train_tab._PLANNING:
+        *_, said = function(client, "plan")(*values)
+    assert "another plan is being made" in said
+
+
+def test_a_run_of_the_page_trains_the_chosen_model(micro):
+    shared, client = micro
+    values = lesson_values(client, shared, Model=shared.models[1])
+    training._started.clear()
+    *_, last = function(client, "start")(*values)
+    assert last[1]["value"] == "two"
+    assert training.state(shared.folders.runs / "two").config.model == shared.models[1]
+    (process,) = training._started.values()
+    assert process.wait(300) == 0 and "runs/two/style" in shared.folders.results_by_name()
+
+
+def test_the_fields_of_a_lesson_have_their_messages_beside_them(micro):
+    shared, client = micro
+    bad = {
+        **{"Pictures of the style": None, "Name of the run": "../x", "Steps of each stage": "none"},
+        **{"Rank of the LoRA": "0", "Pictures in a step": "-1", "Resolution": "65", "Held-out pictures": "1.5"},
+        **{"Steps between samples": "x", "The new word": "two words", "Teach": "A thing, then a style on top"},
+        **{"Pictures of the thing": None},
+    }
+    config = client.get("/config").json()
+    props = {each["id"]: each["props"] for each in config["components"]}
+    (start,) = (each for each in config["dependencies"] if each["api_name"] == "start")
+    labels = [props[number]["label"] for number in start["inputs"]]
+    check = validator(client, "start")
+    said = dict(zip(labels, check(*lesson_values(client, shared, **bad)), strict=True))
+    assert {label for label, message in said.items() if message} == set(bad) - {"Teach"}
+    assert all("\n" not in message["message"] for message in said.values() if message)
+    assert not any(check(*lesson_values(client, shared)))
+    assert not any(check(*lesson_values(client, shared, **{"The new word": ""})))  # the field is hidden
+
+
+def test_a_run_is_pushed_from_the_page(hub, client, shared, finished):
+    shutil.copytree(finished[0], shared.folders.runs / "done")
+    push = function(client, "push_run")
+    cases = [
+        (("done", "me/style", "", False), "say under which licence"),
+        (("done", "style", "openrail++", False), "no name of a repository: give OWNER/NAME"),
+        (("done", None, "openrail++", False), "no name of a repository"),
+        (("done", "no/entry", "openrail++", False), "the token may not write there"),
+        (("../done", "me/style", "openrail++", False), "there is none of this name"),
+        ((None, "me/style", "openrail++", False), "choose a run"),
+    ]
+    for given, message in cases:
+        *_, said = push(*given)
+        assert 'class="problem"' in said and message in said and str(shared.folders.runs) not in said, given
+    *_, said = push("done", " me/style ", "openrail++", True)
+    assert "/me/style</a>" in said and hub.private == {"me/style": True}
+    assert {"lora.safetensors", "README.md"} <= set(hub.repositories["me/style"])
+
+
+def test_a_wrong_token_of_the_hub_is_one_message(hub, client, shared, finished, monkeypatch):
+    shutil.copytree(finished[0], shared.folders.runs / "done")
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    *_, said = function(client, "push_run")("done", "me/style", "openrail++", False)
+    assert "the token is not valid: log in with" in said and not any(hub.repositories.values())
+
+
+# ------------------------------------------------------------------------------------------------ bounds
+
+
+def test_old_files_for_the_browser_are_removed(shared, monkeypatch):
+    monkeypatch.setattr(shared_module, "_KEPT_BYTES", 250)
+    paths = []
+    for age in (9000, 8000, 7000, 100, 0):  # seconds
+        path = shared.temporary / str(age) / "a.png"
+        path.parent.mkdir()
+        path.write_bytes(bytes(100))
+        os.utime(path, (time.time() - age,) * 2)
+        paths.append(path)
+    shared_module.tidy(shared.temporary)
+    assert [path.exists() for path in paths] == [False, False, False, True, True]
+    assert not paths[0].parent.exists()
+    shared_module.tidy(shared.temporary)
+    assert paths[3].exists()
+
+
+def test_requests_beyond_a_number_are_refused(monkeypatch):
+    monkeypatch.setattr(queue, "_MOST_WAITING", 2)
+    tasks, go = queue.Queue(), threading.Event()
+    waiting = [tasks.put(lambda task: go.wait(10)) for _ in range(2)]
+    with pytest.raises(DataError, match="2 requests wait already"):
+        tasks.put(lambda task: None)
+    go.set()
+    assert all(task.done.wait(10) for task in waiting)
+    assert tasks.put(lambda task: None).done.wait(10)
+
+
+def test_visitors_are_forgotten_beyond_a_number(client):
+    blocks = client.app.routes[-1].app.get_blocks()
+    for number in range(60):
+        blocks.state_holder[f"visitor {number}"]
+    assert len(blocks.state_holder.session_data) == 50
+
+
 # ------------------------------------------------------------------------------------------------ the command
+
+
+def test_the_page_starts_without_jax_and_without_the_stub_files_of_gradio(tmp_path):
+    script = """
+import sys
+from pathlib import Path
+from sdjax.app import gradio_import
+before = list(sys.meta_path)
+gradio_import.quickly()
+assert sys.meta_path == before
+import gradio.component_meta
+assert gradio.component_meta.create_or_modify_pyi.__module__ == "sdjax.app.gradio_import"
+from sdjax.app.drawing import Painter
+from sdjax.app.folders import Folders
+from sdjax.app.queue import Queue
+from sdjax.app.server import application
+from sdjax.app.shared import Shared
+here = Folders(*[Path(".")] * 5)
+application(Shared(here, ("tiny",), "float32", Queue(), Painter(here, "float32", 1), Path(".")), "127.0.0.1", "")
+print(sorted({"jax", "flax", "optax", "transformers"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_a_page_that_is_ended_leaves_no_temporary_files(tmp_path, ending):
+    (tmp_path / "tmp").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "sdjax", "app", "--port", str(port)]
+    own = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    with subprocess.Popen(command, cwd=tmp_path, env=own, stdout=subprocess.PIPE) as server:
+        assert b"http://127.0.0.1" in server.stdout.readline()
+        wait_for(lambda: answers(port))
+        assert list((tmp_path / "tmp").iterdir())
+        server.send_signal(ending)
+        assert server.wait(60) == 128 + ending
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def answers(port):
+    with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as answer:
+        return answer.status == 200
+    return False
+
+
+def test_a_port_that_is_taken_is_one_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["--port", str(taken.getsockname()[1])]) == 2
+    error = capsys.readouterr().err
+    assert "Address already in use" in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -285,9 +522,29 @@ def test_bad_flags_are_refused(flags, message, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-def run_folder(shared, model):
-    lesson = training.Lesson("A style, as a LoRA", shared.folders.data, steps=9, resolution=16)
-    return training.write(training.lesson_config(lesson, str(model), "float32", shared.folders.runs / "one"))
+def run_folder(shared, model, name="one"):
+    lesson = training.Lesson("A style, as a LoRA", str(model), shared.folders.data, steps=9, resolution=16)
+    return training.write(training.lesson_config(lesson, "float32", shared.folders.runs / name))
+
+
+def result(run, stage, name, content=b"x"):
+    (run / "export" / stage).mkdir(parents=True, exist_ok=True)
+    (run / "export" / stage / name).write_bytes(content)
+
+
+def _of(client, name):
+    blocks = client.app.routes[-1].app.get_blocks()
+    (found,) = (each for each in blocks.fns.values() if each.api_name == name)
+    return found
+
+
+def function(client, name):
+    """The function behind a button of the page."""
+    return _of(client, name).fn
+
+
+def validator(client, name):
+    return _of(client, name).validator
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from PIL import Image
 pytestmark = pytest.mark.browser
 
 TINY = Path(__file__).parent.parent / "sdjax" / "tiny"
-SLOW = 300_000  # ms; a machine of CI may be busy
+SLOW = 600_000  # ms; a machine of CI may be busy
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,52 @@ def test_a_bad_value_has_one_message_beside_its_field(page):
     look(page, "draw-bad")
 
 
+def test_everything_is_reached_by_keyboard_and_ctrl_enter_draws(page):
+    page.wait_for_timeout(500)
+    expected = page.evaluate(
+        """() => { let n = 0; return [...document.querySelectorAll("button, input, textarea, a[href]")]
+        .filter(each => each.checkVisibility({visibilityProperty: true}) && !each.disabled && each.tabIndex >= 0
+                        && each.type !== "file")
+        .map(each => { each.dataset.place = n++; return each.ariaLabel || each.innerText || each.tagName }) }"""
+    )
+    assert len(expected) > 20
+    reached, outlines = [], []
+    for _ in range(2 * len(expected)):
+        page.keyboard.press("Tab")
+        place, outline = page.evaluate(
+            "() => { const at = document.activeElement; return [at.dataset.place, getComputedStyle(at).outlineStyle] }"
+        )
+        if place is not None:
+            if int(place) in reached:
+                break
+            reached.append(int(place))
+            outlines.append(outline)
+    assert [expected[n] for n in range(len(expected)) if n not in reached] == []
+    assert reached == sorted(reached)  # as the page is read
+    assert "none" not in outlines
+    page.wait_for_function("document.querySelectorAll('[role=option]').length === 0")  # no list is left open
+    page.focus("#prompt textarea")
+    page.keyboard.type("red heart")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "draw"
+    look(page, "draw-focus")
+    page.focus("#prompt textarea")
+    page.keyboard.press("Control+Enter")
+    says(page, "#says", "done in")
+    assert page.input_value("#prompt textarea") == "red heart"
+
+
+def test_pictures_are_right_below_the_button_on_a_phone(browser, address):
+    tab = browser.new_page(viewport={"width": 390, "height": 844})
+    tab.goto(address[0])
+    tab.wait_for_selector("#drawn")
+    top, bottom = (tab.locator(place).bounding_box() for place in ("#draw", "#drawn"))
+    settings = tab.get_by_label("Steps").first.bounding_box()
+    assert top["y"] < bottom["y"] < 844 / 2 + 100 and bottom["y"] + bottom["height"] < settings["y"]
+    tab.close()
+
+
 def test_paint_a_mask_and_inpaint_then_go_on_from_the_result(page, address):
     _, home = address
     open_tab(page, "Redraw")
@@ -157,8 +203,13 @@ def test_train_stop_resume_and_draw_with_the_result(page, address, browser):
     pictures = sorted((TINY / "samples").glob("*.png"))[:6]
     page.set_input_files("#set-files input[type=file]", pictures)
     page.wait_for_timeout(1500)
+    look(page, "train-dropped")
+    assert pictures[0].stem in page.inner_text("#set-files")
     page.click("#set-add")
-    page.get_by_text("6 pictures in flat").wait_for()
+    page.get_by_text("None of them has a caption").wait_for()
+    assert "6 pictures in flat" in page.inner_text("#set-says")
+    page.wait_for_selector("#captions")
+    look(page, "train-captions", full=True)
     assert len(list((home / "data" / "flat").glob("*.png"))) == 6
     set_text(page, "#run-name", "first")
     set_text(page, "#run-prompts", "red heart\na cat")
@@ -188,6 +239,16 @@ def test_train_stop_resume_and_draw_with_the_result(page, address, browser):
     says(tab, "#run-state", "finished, step 400 of 400")
     tab.wait_for_selector("#run-state .strip img")
     look(tab, "train-finished", full=True)
+    with tab.expect_download() as download:
+        tab.get_by_text("Download style").click()
+    assert download.value.suggested_filename == "first-style.safetensors"
+    made = home / "runs" / "first" / "export" / "style" / "lora.safetensors"
+    assert Path(download.value.path()).read_bytes() == made.read_bytes()
+    tab.get_by_text("Push to the Hugging Face hub").click()
+    set_text(tab, "#push-repository", "me/first")
+    tab.click("#push-go")
+    tab.locator("#push-says .problem", has_text="say under which licence").wait_for()
+    look(tab, "train-push", full=True)
     tab.get_by_text("Try the result at several weights").click()
     set_text(tab, "#try-prompt", "red heart")
     tab.click("#try-draw")

@@ -5,10 +5,13 @@ named here and nothing else. Runs go on when the page is closed.
 """
 
 import argparse
+import gc
 import importlib.util
 import os
 import re
 import secrets
+import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +25,7 @@ from sdjax.settings import Dtype, Range, read_value
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; see `command.run`."""
-    return command.run(_run, argv)
+    return command.run(_run, argv, (signal.SIGINT, signal.SIGTERM))
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -46,11 +49,20 @@ def _run(argv: Sequence[str]) -> None:
 
 def _serve(args: argparse.Namespace, named: dict[str, Path], token: str, temporary: Path) -> None:
     """Serves the page until Ctrl-C. Gradio's settings are in the environment."""
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    try:
+        listening = socket.create_server((args.host, args.port), family=family, backlog=128)
+    except OSError as error:
+        raise ConfigError(f"--host {args.host} --port {args.port}: {error.strerror or error}") from None
+    gc.disable()  # Gradio's modules make objects that stay: looking through them takes half a second
+    from sdjax.app import gradio_import
+
+    gradio_import.quickly()
     import uvicorn
 
     from sdjax.app.drawing import Painter
     from sdjax.app.folders import Folders
-    from sdjax.app.queue import Queue
+    from sdjax.app.queue import Queue, Task
     from sdjax.app.server import application
     from sdjax.app.shared import Shared
     from sdjax.runtime import compilation_cache
@@ -62,14 +74,17 @@ def _serve(args: argparse.Namespace, named: dict[str, Path], token: str, tempora
     shown = f"[{args.host}]" if ":" in args.host else args.host
     print(f"http://{shown}:{args.port}/{f'?token={token}' if token else ''}", flush=True)
     quiet = {"log_level": "warning", "access_log": False, "ws": "none", "timeout_graceful_shutdown": 1}
-    config = uvicorn.Config(app, args.host, args.port, **quiet)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(uvicorn.Config(app, **quiet))
 
-    def prepare(task: object) -> None:
+    def prepare(task: Task) -> None:
+        while not server.started:
+            task.wait(0.05)
+        task.wait(1)  # the first page goes out before JAX is imported
+        gc.enable()
         compilation_cache.enable()
 
     shared.queue.put(prepare)
-    server.run()
+    server.run([listening])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 """The tab that draws pictures from a prompt."""
 
+import math
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from sdjax.app.shared import Shared, bar, problem
 from sdjax.draw import grids
 from sdjax.draw.settings import declarations
 from sdjax.errors import ConfigError, DataError
-from sdjax.settings import Count, read_value
+from sdjax.settings import Count, parse, read_value
 
 _MOST_PICTURES = 1000
 
@@ -50,11 +51,27 @@ def loras_table(shared: Shared) -> tuple[Any, Any, Any]:
 
 def with_weights(names: list[str] | None, weights: str) -> list[tuple[str, str]]:
     """Pairs of a LoRA and its weight. Raises ConfigError unless there is none, one, or one weight for each."""
-    given = [part.strip() for part in weights.split(",")] if weights.strip() else ["1"]
+    given = [str(weight) for weight in weights_of(weights)]
     names = names or []
     if len(given) not in (1, len(names)):
         raise ConfigError(f"{len(given)} weights for {len(names)} LoRAs: give one, or one for each")
     return list(zip(names, given * len(names) if len(given) == 1 else given, strict=True))
+
+
+def weights_of(text: str) -> list[float]:
+    """The weights in a field, with commas between them; an empty field is 1. Raises ConfigError."""
+    return [parse(float, part.strip(), "weight") for part in text.split(",")] if text.strip() else [1.0]
+
+
+def check_prompt(text: str) -> None:
+    """Raises ConfigError for a prompt of nothing."""
+    if not (text or "").strip():
+        raise ConfigError("write a prompt: what should the picture show?")
+
+
+def lora_checks(shared: Shared) -> list[fields.Read]:
+    """Those of the fields of `loras_table`."""
+    return [lambda names: shared.lora_texts([(name, 1) for name in names or ()]), weights_of, shared.word_files]
 
 
 def _axes(*texts: str) -> tuple[grids.Axis, ...]:
@@ -73,23 +90,29 @@ def _count(value: Any) -> int:
     return count
 
 
-def draw_tab(shared: Shared) -> Any:
-    """Builds the tab. Returns the gallery of what was drawn."""
+def draw_tab(shared: Shared) -> tuple[Any, Any]:
+    """Builds the tab. Returns the gallery of what was drawn, and the button that sends a picture of it to Redraw."""
     task = gr.State()
     groups = {title: names for title, names in fields.GROUPS.items() if title != "Mask"}
     parts: dict[str, Any] = {}
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=320):
+    with gr.Row(equal_height=False, elem_id="draw-parts"):
+        with gr.Column(min_width=280, elem_classes="asked"):
             parts["prompt"] = gr.Textbox(label="Prompt", lines=3, placeholder="red heart", elem_id="prompt")
             parts["negative_prompt"] = fields.component("negative_prompt", lines=1, info=None)
             with gr.Row():
-                draw = gr.Button("Draw", variant="primary", scale=3, elem_id="draw")
-                stop = gr.Button("Stop", variant="stop", scale=1, elem_id="stop")
+                draw = gr.Button("Draw", variant="primary", scale=3, min_width=120, elem_id="draw")
+                stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="stop")
+        with gr.Column(min_width=280, elem_classes="made"):
+            says = gr.HTML(bar("ready", 0), elem_id="says")
+            preview = preview_field(elem_id="preview")
+            gallery = pictures_field("Pictures", elem_id="drawn")
+            send = gr.Button("Redraw the chosen picture", size="sm", elem_id="send")
+        with gr.Column(min_width=280, elem_classes="settings"):
             model = model_field(shared)
             with gr.Row():
                 for name in fields.MAIN:
-                    parts[name] = fields.component(name, min_width=150, info=None)
-                count = gr.Number(1, label="Pictures", precision=0, min_width=160)
+                    parts[name] = fields.component(name, min_width=140, info=None)
+                count = gr.Number(1, label="Pictures", precision=0, min_width=140)
             fresh = gr.Button("Another seed", size="sm")
             names, weights, words = loras_table(shared)
             for title, group in groups.items():
@@ -102,16 +125,14 @@ def draw_tab(shared: Shared) -> Any:
             with gr.Accordion("Use the settings of a picture", open=False):
                 dropped = gr.File(label="PNG file", file_types=[".png"], type="filepath", elem_id="dropped")
                 reused = gr.HTML()
-        with gr.Column(scale=6, min_width=320):
-            says = gr.HTML(bar("ready", 0), elem_id="says")
-            preview = preview_field(elem_id="preview")
-            gallery = pictures_field("Pictures", elem_id="drawn")
 
     read = {name: fields.reader(name) for name in parts}
+    of_loras = zip((names, weights, words), lora_checks(shared), strict=True)
     extra = {
-        "model": (model, None), "count": (count, _count), "names": (names, None),
-        "weights": (weights, None), "words": (words, None), "x": (x, _axes), "y": (y, _axes),
-    }  # fmt: skip
+        **{"model": (model, None), "count": (count, _count)},
+        **dict(zip(("names", "weights", "words"), of_loras, strict=True)),
+        **{"x": (x, _axes), "y": (y, _axes)},
+    }
     inputs = [*parts.values(), *(part for part, _ in extra.values())]
 
     def order(values: tuple[Any, ...]) -> Order:
@@ -120,8 +141,11 @@ def draw_tab(shared: Shared) -> Any:
         settings = {name: read[name](value) for name, value in own.items()}
         settings["lora"] = shared.lora_texts(with_weights(more["names"], more["weights"]))
         axes = _axes(more["x"], more["y"])
-        if not settings["prompt"].strip() and all(axis.name != "prompt" for axis in axes):
-            raise ConfigError("write a prompt: what should the picture show?")
+        if all(axis.name != "prompt" for axis in axes):
+            check_prompt(settings["prompt"])
+        count = math.prod([_count(more["count"]), *(len(axis.values) for axis in axes)])
+        if count > _MOST_PICTURES:
+            raise ConfigError(f"this grid has {count} pictures: at most {_MOST_PICTURES} at once")
         return Order(more["model"], settings, _count(more["count"]), shared.word_files(more["words"]), axes)
 
     def on_draw(*values: Any) -> Iterator[Any]:
@@ -149,7 +173,7 @@ def draw_tab(shared: Shared) -> Any:
     stop.click(lambda running: running and running.stop(), task, None, show_progress="hidden", api_visibility="private")
     fresh.click(lambda: random.randrange(2**32), None, parts["seed"], show_progress="hidden")
     dropped.change(reuse, dropped, [reused, *parts.values()], show_progress="hidden", api_name="reuse")
-    return gallery
+    return gallery, send
 
 
 def follow(shared: Shared, running: Task) -> Iterator[Any]:

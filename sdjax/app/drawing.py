@@ -65,14 +65,14 @@ class Painter:
         task.says = f"loading {order.model}"
         model = self._model(order, bare)
         trees = {path: load_lora(path, model.outline.shapes) for path in {lora.path for each in loras for lora in each}}
-        pictures: dict[int, Any] = {}
+        pictures: dict[int, Any] = {}  # kept for a grid only
 
         def adapted(chosen: Any, last: bool) -> Any:
             return self._keep("adapted", (order.model, order.words, chosen), lambda: merged(model, chosen, trees))
 
         def watch() -> Callable[[int, int, Any], None]:
-            watching = self._watch(task, model, (order.model,), len(pictures), len(wanted))
-            task.says = f"compiling, or drawing picture {len(pictures) + 1} of {len(wanted)}"
+            watching = self._watch(task, model, (order.model,), len(task.files), len(wanted))
+            task.says = f"compiling, or drawing picture {len(task.files) + 1} of {len(wanted)}"
             return watching
 
         advice = "try a smaller picture, or start the page with --dtype bfloat16"
@@ -82,9 +82,9 @@ class Painter:
                 name = numbered.safe_name(bare[i].settings["prompt"])
                 path = self._folders.pictures / f"{number + i:05d}-{wanted[i].settings['seed']}-{name}.png"
                 save_png(picture, path)
-                pictures[i] = picture
+                if order.axes:
+                    pictures[i] = picture
                 task.files.append(path)
-        task.preview = None
         if order.axes:
             for i, (_, sheet) in enumerate(grids.sheets([pictures[i] for i in sorted(pictures)], order.axes, 1)):
                 path = self._folders.pictures / f"grid-of-{number:05d}-{i}.png"

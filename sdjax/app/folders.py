@@ -10,6 +10,7 @@ from sdjax.settings import FileName, read_value
 
 KOHYA_FILE, PEFT_FILE = "lora.safetensors", "pytorch_lora_weights.safetensors"
 """Those of `formats.lora_file`, which imports JAX: the page is up before that."""
+_RESULTS = "export/*/*.safetensors"
 _WEIGHTS = (".safetensors", ".pt", ".ckpt", ".bin")
 
 
@@ -26,24 +27,39 @@ class Folders:
     def loras_by_name(self) -> dict[str, Path]:
         """Name -> LoRA file: those of the folder, and those of runs as runs/RUN/STAGE."""
         own = {_name(self.loras, path): path for path in _files(self.loras, _WEIGHTS)}
-        files = _below(self.runs, f"*/export/*/{KOHYA_FILE}")
-        return own | {f"runs/{path.parts[-4]}/{path.parts[-2]}": path for path in files}
+        made = [(run, path) for run, path in self._exported() if path.name == KOHYA_FILE]
+        return own | {f"runs/{run}/{path.parent.name}": path for run, path in made}
 
     def words_by_name(self) -> dict[str, Path]:
         """Name -> embedding file: those of the folder, and those of runs as runs/RUN/WORD."""
         own = {_name(self.words, path): path for path in _files(self.words, _WEIGHTS)}
-        files = _below(self.runs, "*/export/*/*.safetensors")
-        made = [path for path in files if path.name not in (KOHYA_FILE, PEFT_FILE)]
-        return own | {f"runs/{path.parts[-4]}/{path.stem}": path for path in made}
+        made = [(run, path) for run, path in self._exported() if path.name not in (KOHYA_FILE, PEFT_FILE)]
+        return own | {f"runs/{run}/{path.stem}": path for run, path in made}
+
+    def results_by_name(self) -> dict[str, Path]:
+        """Name -> LoRA or embedding file of a run, to download."""
+        return {
+            name: path
+            for name, path in (self.loras_by_name() | self.words_by_name()).items()
+            if path.is_relative_to(self.runs)
+        }
+
+    def _exported(self) -> list[tuple[str, Path]]:
+        """(name of the run, file) of the weights that runs made."""
+        found = [(name, path) for name, run in self.runs_by_name().items() for path in _below(run, _RESULTS)]
+        return sorted(found)
 
     def data_by_name(self) -> dict[str, Path]:
         """Name -> folder of training pictures."""
         return {path.name: path for path in _below(self.data, "*") if path.is_dir()}
 
     def runs_by_name(self) -> dict[str, Path]:
-        """Name -> folder of a run, the newest first."""
-        found = [path.parent for path in _below(self.runs, "*/config.toml")]
-        return {path.name: path for path in sorted(found, key=lambda path: -path.stat().st_mtime)}
+        """Name -> folder of a run, the newest first. The copies of a run of a terminal are RUN/COPY."""
+        alone = {path.parent for path in _below(self.runs, "*/config.toml")}
+        copies = {path.parent for path in _below(self.runs, "*/*/config.toml") if path.parent.parent not in alone}
+        found = [run for run in alone | copies if not _leads_out(run)]
+        newest = sorted(found, key=lambda run: (-(run / "config.toml").stat().st_mtime, run))
+        return {run.relative_to(self.runs).as_posix(): run for run in newest}
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -64,6 +80,13 @@ def chosen(names: dict[str, Path], name: str | None, key: str) -> Path:
     if name not in names:
         raise ConfigError(f"{key} = {name!r}: there is none of this name" if name else f"choose {key}")
     return names[name]
+
+
+def _leads_out(run: Path) -> bool:
+    """Whether the folder of a run holds a link to elsewhere where its report would read it."""
+    root = run.resolve()
+    looked_at = (path for pattern in ("*", "samples/*", "export/*", "export/*/*") for path in run.glob(pattern))
+    return any(path.is_symlink() and not path.resolve().is_relative_to(root) for path in looked_at)
 
 
 def _name(folder: Path, path: Path) -> str:

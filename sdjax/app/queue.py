@@ -9,8 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdjax.errors import SdjaxError
+from sdjax.errors import DataError, SdjaxError
 
+_MOST_WAITING = 100
 log = logging.getLogger(__name__)
 
 
@@ -56,9 +57,11 @@ class Queue:
         threading.Thread(target=self._work, daemon=True, name="device").start()
 
     def put(self, work: Callable[[Task], None]) -> Task:
-        """Adds a task and returns it."""
+        """Adds a task and returns it. Raises DataError if too many wait."""
         task = Task()
         with self._changed:
+            if len(self._waiting) >= _MOST_WAITING:
+                raise DataError(f"{_MOST_WAITING} requests wait already: try again later")
             self._waiting.append((task, work))
             self._changed.notify()
         return task
@@ -85,6 +88,8 @@ class Queue:
             except Exception as error:
                 log.exception("a task failed")
                 task.error = f"sdjax did not expect this: {type(error).__name__}: {str(error)[:300]}"
+            task.preview = None
             with self._changed:
                 self._waiting.popleft()
+            del work  # what it holds is not kept until the next task
             task.done.set()

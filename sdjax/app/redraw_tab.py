@@ -8,7 +8,15 @@ import numpy as np
 from PIL import Image
 
 from sdjax.app import fields
-from sdjax.app.draw_tab import follow, loras_table, model_field, pictures_field, preview_field, with_weights
+from sdjax.app.draw_tab import (
+    follow,
+    lora_checks,
+    loras_table,
+    model_field,
+    pictures_field,
+    preview_field,
+    with_weights,
+)
 from sdjax.app.drawing import Order
 from sdjax.app.shared import Shared, bar, problem
 from sdjax.errors import ConfigError, DataError
@@ -34,8 +42,8 @@ def redraw_tab(shared: Shared, drawn: Any) -> Any:
     """Builds the tab. drawn: the gallery of the Draw tab. Returns the editor."""
     task, chosen = gr.State(), gr.State()
     parts: dict[str, Any] = {}
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=6, min_width=320):
+    with gr.Row(equal_height=False, elem_id="redraw-parts"):
+        with gr.Column(min_width=280, elem_classes="given"):
             gr.Markdown("Drop a picture and paint over what is to be drawn anew. Unpainted, all of it is redrawn.")
             editor = gr.ImageEditor(
                 label="Picture",
@@ -47,29 +55,32 @@ def redraw_tab(shared: Shared, drawn: Any) -> Any:
                 layers=False,
                 elem_id="editor",
             )
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(min_width=280, elem_classes="asked"):
             parts["prompt"] = gr.Textbox(label="Prompt", lines=2, elem_id="redraw-prompt")
             parts["negative_prompt"] = fields.component("negative_prompt", lines=1, info=None)
             with gr.Row():
-                go = gr.Button("Redraw", variant="primary", scale=3, elem_id="redraw")
-                stop = gr.Button("Stop", variant="stop", scale=1)
+                go = gr.Button("Redraw", variant="primary", scale=3, min_width=120, elem_id="redraw")
+                stop = gr.Button("Stop", variant="stop", scale=1, min_width=80)
+        with gr.Column(min_width=280, elem_classes="made"):
+            says = gr.HTML(bar("ready", 0), elem_id="redraw-says")
+            preview = preview_field()
+            with gr.Row(equal_height=False):
+                result = pictures_field("Result", columns=1, height=340, min_width=240, elem_id="redrawn")
+                both = gr.ImageSlider(
+                    **{"label": "Before and after", "interactive": False, "visible": False},
+                    **{"height": 340, "min_width": 240, "elem_id": "both"},
+                )
+            again = gr.Button("Go on from the result", size="sm")
+        with gr.Column(min_width=280, elem_classes="settings"):
             model = model_field(shared)
             parts["strength"] = fields.component("strength")
             with gr.Row():
                 for name in ("steps", "guidance", "sampler", "seed", "width", "height"):
-                    parts[name] = fields.component(name, min_width=160, info=None)
+                    parts[name] = fields.component(name, min_width=140, info=None)
             names, weights, words = loras_table(shared)
             with gr.Accordion("Mask and outpainting", open=False):
                 for name in ("outpaint", *fields.GROUPS["Mask"]):
                     parts[name] = fields.component(name)
-    with gr.Row(equal_height=False):
-        with gr.Column(min_width=320):
-            says = gr.HTML(bar("ready", 0), elem_id="redraw-says")
-            preview = preview_field()
-            result = pictures_field("Result", height=420, elem_id="redrawn")
-            again = gr.Button("Go on from the result", size="sm")
-        with gr.Column(min_width=320):
-            both = gr.ImageSlider(label="Before and after", interactive=False, height=420, elem_id="both")
 
     read = {name: fields.reader(name) for name in parts}
     inputs = [editor, *parts.values(), model, names, weights, words]
@@ -92,13 +103,14 @@ def redraw_tab(shared: Shared, drawn: Any) -> Any:
         before = _on_white(painted(image)[0])
         for state in follow(shared, running):
             ended = running.done.is_set() and running.files
-            yield *state, _both(shared, before, shared.served(running.files[0])) if ended else gr.skip()
+            pair = _both(shared, before, shared.served(running.files[0])) if ended else None
+            yield *state, gr.update(value=pair, visible=True) if pair else gr.skip()
 
     go.click(
         on_go,
         inputs,
         [task, says, preview, result, both],
-        validator=fields.checks([_check_picture, *read.values()]),
+        validator=fields.checks([_check_picture, *read.values(), None, *lora_checks(shared)]),
         show_progress="hidden",
         concurrency_limit=None,
         api_name="redraw",

@@ -7,10 +7,10 @@ from urllib.parse import parse_qs
 
 import gradio as gr
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse
+from fastapi.responses import FileResponse, HTMLResponse, Response
 
 from sdjax.app.folders import chosen
-from sdjax.app.page import CSS, page, theme
+from sdjax.app.page import CSS, SCRIPT, page, theme
 from sdjax.app.shared import Shared
 from sdjax.errors import SdjaxError
 
@@ -41,6 +41,14 @@ def application(shared: Shared, host: str, token: str) -> FastAPI:
             return HTMLResponse(f"<p>{escape(str(error))}</p>", 404)
         return HTMLResponse(text)
 
+    @app.get("/result")
+    def result(name: str) -> Response:
+        try:
+            path = chosen(shared.folders.results_by_name(), name, "result")
+        except SdjaxError as error:
+            return HTMLResponse(f"<p>{escape(str(error))}</p>", 404)
+        return FileResponse(path, filename=f"{'-'.join(name.split('/')[1:])}{path.suffix}")
+
     blocks = page(shared)
     app = gr.mount_gradio_app(
         app,
@@ -48,6 +56,7 @@ def application(shared: Shared, host: str, token: str) -> FastAPI:
         path="/",
         theme=theme(),
         css=CSS,
+        js=SCRIPT,
         footer_links=[],
         run_history=False,
         show_error=True,

@@ -1,8 +1,10 @@
 """What the tabs of the page share: the folders, the queue, the painter, and how they show a task."""
 
+import contextlib
 import dataclasses
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -16,6 +18,8 @@ from sdjax.app.queue import Queue, Task
 from sdjax.settings import parse
 
 _BETWEEN_LOOKS = 0.2  # seconds
+_KEPT, _KEPT_BYTES = 3600, 1_000_000_000
+"""Files for the browser are kept for so many seconds, and the newest of so many bytes for longer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,8 @@ class Shared:
     temporary: Path
 
     def put(self, order: Order) -> Task:
-        """Puts an order in the queue."""
+        """Puts an order in the queue. Raises DataError if too many wait."""
+        tidy(self.temporary)
         return self.queue.put(self.painter.work(order))
 
     def follow(self, task: Task) -> Iterator[str]:
@@ -68,6 +73,25 @@ class Shared:
         """The files of words. Raises ConfigError for a name that is not listed."""
         listed = self.folders.words_by_name()
         return tuple(chosen(listed, name, "a word") for name in names or ())
+
+
+def tidy(folder: Path) -> None:
+    """Removes the oldest files of the temporary folder: of pictures that were sent, uploads and previews."""
+    files = []
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # another visitor's request may have removed it
+            if path.is_file():
+                status = path.stat()
+                files.append((status.st_mtime, status.st_size, path))
+    left = sum(size for _, size, _ in files)
+    for changed, size, path in sorted(files):
+        if left <= _KEPT_BYTES or time.time() - changed < _KEPT:
+            return
+        with contextlib.suppress(OSError):
+            path.unlink()
+            if path.parent != folder:
+                path.parent.rmdir()  # it held this file alone
+        left -= size
 
 
 def bar(says: str, share: float) -> str:

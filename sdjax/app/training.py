@@ -37,6 +37,7 @@ class Lesson:
     """What a run is to learn, as the page asks for it. None: the usual value for the model."""
 
     way: str
+    model: str
     style_data: Path | None = None
     thing_data: Path | None = None
     word: str = "<thing>"
@@ -67,11 +68,11 @@ class State(NamedTuple):
         return "finished" if self.done >= self.total else "stopped"
 
 
-def lesson_config(lesson: Lesson, model: str, dtype: str, output: Path) -> RunConfig:
+def lesson_config(lesson: Lesson, dtype: str, output: Path) -> RunConfig:
     """Returns the settings of a run. Raises ConfigError, which names the setting."""
     from sdjax.outline import Outline
 
-    side = Outline.load(model, weights=False).native_size
+    side = Outline.load(lesson.model, weights=False).native_size
     small = side <= 128  # such as the embedded model
     batch = lesson.batch_size or (8 if small else 1)
     stages = []
@@ -98,7 +99,7 @@ def lesson_config(lesson: Lesson, model: str, dtype: str, output: Path) -> RunCo
         stages.append(stage)
     steps = stages[0]["steps"]
     table = {
-        **{"model": model, "output": str(output), "dtype": dtype, "seed": lesson.seed, "stages": stages},
+        **{"model": lesson.model, "output": str(output), "dtype": dtype, "seed": lesson.seed, "stages": stages},
         "data": {
             **{"path": stages[0]["data"]["path"], "batch_size": batch, "missing_caption": "empty"},
             "resolution": lesson.resolution or side,

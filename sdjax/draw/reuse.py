@@ -1,12 +1,15 @@
-"""The settings of a picture again, from the text in its PNG file: sdjax's, A1111's, or that of another program."""
+"""The settings of a picture again, from the text in its PNG file: sdjax's, A1111's or ComfyUI's."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
 
+from sdjax.draw import comfyui
 from sdjax.draw.settings import SPACING_LABELS, declarations, from_text
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.png_parameters import parsed_parameters
+from sdjax.settings import read_value
 
 _FOR_INFORMATION = {"Model", "Model hash", "Version", "Size", "Seed", "Variation seed"}
 
@@ -14,11 +17,13 @@ _FOR_INFORMATION = {"Model", "Model hash", "Version", "Size", "Seed", "Variation
 def settings_of(image: Image.Image) -> tuple[dict[str, Any], list[str]]:
     """Returns the settings of a picture by name, and the labels that were left out, as sdjax has no such setting.
 
-    Raises DataError for a picture without such a text.
+    Raises DataError for a picture without such a text, and for a graph of ComfyUI that cannot be read.
     """
     text = image.info.get("parameters")
+    if not text and any(name in image.info for name in ("prompt", "workflow")):
+        return _of_comfyui({str(name): text for name, text in image.info.items()})
     if not isinstance(text, str) or not text.strip():
-        raise DataError("this picture holds no settings: give a PNG file as sdjax or A1111 wrote it")
+        raise DataError("this picture holds no settings: give a PNG file as sdjax, A1111 or ComfyUI wrote it")
     prompt, negative, fields = parsed_parameters(text)
     settings: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
     left_out = []
@@ -34,6 +39,17 @@ def settings_of(image: Image.Image) -> tuple[dict[str, Any], list[str]]:
                 left_out.append(label)
         except (ConfigError, ValueError):
             left_out.append(label)
+    return settings, left_out
+
+
+def _of_comfyui(info: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    given, left_out = comfyui.settings_of(info)
+    settings = {}
+    for name, value in given.items():
+        try:
+            settings[name] = read_value(declarations()[name][0], value, name)
+        except ConfigError:
+            left_out.append(name)
     return settings, left_out
 
 

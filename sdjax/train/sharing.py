@@ -3,13 +3,30 @@
 import json
 from pathlib import Path
 
-from sdjax.errors import DataError
+from sdjax.errors import ConfigError, DataError
 from sdjax.formats import hub
 from sdjax.runtime.whole_file import replacing
-from sdjax.train import snapshots
+from sdjax.train import config_file, snapshots
 
 LICENCE = "## Licence\n"
 """The heading of the last section of a card."""
+
+
+def push_run(run: Path, repository: str, licence: str = "", stage: str | None = None, *, private: bool = False) -> str:
+    """Uploads the export of a finished run to a repository on the hub and returns its address.
+
+    licence: by default that in the settings of the run. stage: by default the last, whose export is the whole result.
+    Raises ConfigError without a licence or for a wrong name, and DataError for the rest.
+    """
+    config = config_file.load_run(run, stage)
+    licence = licence or config.license
+    if not licence:
+        raise ConfigError(
+            f"say under which licence the files may be used, as far as that of {config.model} allows: "
+            "creativeml-openrail-m, openrail++, apache-2.0, cc-by-4.0, other, ... (`sdjax push --license`)"
+        )
+    hub.check_upload(repository)
+    return push(run, stage or config.stages[-1].name, repository, licence, private=private)
 
 
 def push(run: str | Path, stage: str, repository: str, licence: str, *, private: bool = False) -> str:
