@@ -37,35 +37,63 @@ def test_a_block_is_the_largest_that_divides_the_last_axis(shape, block):
     assert eight_bit.block_of(shape) == block
 
 
-def test_the_first_moment_is_rounded_to_the_nearest_code():
+def chances(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).random(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_code_is_one_of_the_two_around_a_number(signed):
     x = moments(0, 32, 256)
-    codes, scales = eight_bit.encode(jnp.asarray(x), 128, signed=True)
-    assert codes.dtype == jnp.int8 and scales.shape == (32, 2)
-    got = eight_bit.decode(codes, scales)
-    np.testing.assert_allclose(got, decoded(codes, scales), rtol=1e-5)
-    k = 127 * np.sqrt(np.abs(decoded(codes, scales)) / np.repeat(np.maximum(scales, 1e-30), 128, -1))
-    largest = np.repeat(np.abs(x).reshape(32, 2, 128).max(-1), 128, -1)
-    expected = 127 * np.sqrt(np.abs(x) / np.maximum(largest, 1e-30))
-    assert np.all(np.abs(k - expected) <= 0.5 + 1e-3)  # half a code, in the scale of the codes
-    assert np.all(np.asarray(got)[1] == 0) and np.all(np.sign(got)[np.asarray(got) != 0] == np.sign(x)[got != 0])
-    assert np.asarray(got)[0, 3] == 1e4
-    other = np.asarray(got)[0, 128:]  # the block beside the outlier
-    large = np.abs(x[0, 128:]) > 0.01 * np.abs(x[0, 128:]).max()
-    np.testing.assert_allclose(other[large], x[0, 128:][large], rtol=0.1)
-
-
-def test_the_second_moment_is_rounded_up_and_never_to_zero():
-    x = np.square(moments(0, 32, 256))
-    codes, scales = eight_bit.encode(jnp.asarray(x), 128, signed=False)
+    x = x if signed else np.square(x)
+    codes, scales = eight_bit.encode(jnp.asarray(x), chances(1, *x.shape), 128, signed=signed)
+    assert codes.dtype == (jnp.int8 if signed else jnp.uint8)
+    np.testing.assert_allclose(scales, np.abs(x).reshape(32, 2, 128).max(-1))
     got = np.asarray(eight_bit.decode(codes, scales))
     np.testing.assert_allclose(got, decoded(codes, scales), rtol=1e-5)
-    assert np.all(got >= x * (1 - 5e-3))  # a number a thousandth of a code above a code has that code
-    assert np.all((got > 0) == (x > 0))
-    k = np.asarray(codes, np.float64)[x > 0]
-    below = np.repeat(scales, 128, -1)[x > 0] * (np.maximum(k - 1, 0) / 255) ** 4
-    assert np.all(below <= x[x > 0] * (1 + 1e-3))  # the next code below would be too small
-    again, _ = eight_bit.encode(jnp.asarray(got), 128, signed=False)
-    np.testing.assert_array_equal(again, codes)
+    power, most = (2, 127) if signed else (4, 255)
+    place = most * (np.abs(x) / np.maximum(np.repeat(scales, 128, -1), 1e-30)) ** (1 / power)
+    k = np.abs(np.asarray(codes, np.float64))
+    between = np.abs(k - place) < 1 + 1e-3
+    assert np.all(between | ((k == 1) & (place < 1)))
+    assert np.all(np.sign(got)[got != 0] == np.sign(x)[got != 0]) and np.all(got[1] == 0)
+    assert got[0, 3] == x[0, 3]  # the largest of a block is exact
+    if not signed:
+        assert np.all((got > 0) == (x > 0))
+    other = place[0, 128:] > 40  # the block beside the outlier keeps its numbers
+    assert other.sum() > 10
+    np.testing.assert_allclose(got[0, 128:][other], x[0, 128:][other], rtol=0.12)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_rounding_is_right_on_average(signed):
+    x = np.linspace(0.01, 1, 128, dtype=np.float32)[None]
+    encode = jax.jit(lambda chance: eight_bit.decode(*eight_bit.encode(jnp.asarray(x), chance, 128, signed=signed)))
+    mean = np.mean([encode(chances(i, *x.shape)) for i in range(1000)], axis=0)
+    np.testing.assert_allclose(mean, x, rtol=0.01)
+
+
+def test_chances_are_even_and_differ_between_steps_and_places():
+    still = jnp.zeros((64, 256), jnp.float32)  # where no gradient comes, step and place decide
+    drawn = np.stack([eight_bit.chance(jnp.int32(n), still) for n in range(20)])
+    assert drawn.min() >= 0 and drawn.max() < 1
+    histogram, _ = np.histogram(drawn, bins=20, range=(0, 1))
+    np.testing.assert_allclose(histogram, drawn.size / 20, rtol=0.03)
+    flat = drawn.reshape(20, -1)
+    assert np.abs(np.corrcoef(flat) - np.eye(20)).max() < 0.04  # between steps
+    assert abs(np.corrcoef(drawn[:, :, 1:].ravel(), drawn[:, :, :-1].ravel())[0, 1]) < 0.01  # between neighbours
+    assert abs(np.corrcoef(drawn[:, 1:].ravel(), drawn[:, :-1].ravel())[0, 1]) < 0.01
+
+
+def test_a_second_moment_that_changes_little_in_a_step_follows():
+    """It falls by a thousandth in a step, far less than the distance of two codes, and is not held where it is."""
+    optimizer = eight_bit.scale_by_adam(B1, 0.999, EPS)
+    state, update = optimizer.init({"w": jnp.zeros((64, 128))}), jax.jit(optimizer.update)
+    large, small = jnp.full((64, 128), 1.0), jnp.full((64, 128), 0.1).at[:, 0].set(1.0)
+    for n in range(400):
+        _, state = update({"w": large if n < 1 else small}, state)
+    v = decoded(state.second.codes["w"], state.second.scales["w"])[:, 1:]
+    expected = 1e-3 * 0.999**399 + 0.01 * (1 - 0.999**399)
+    np.testing.assert_allclose(v.mean(), expected, rtol=0.02)
 
 
 def test_a_step_is_adams_from_the_decoded_moments():
@@ -83,7 +111,7 @@ def test_a_step_is_adams_from_the_decoded_moments():
         m, v = B1 * m + (1 - B1) * np.asarray(g["large"]), B2 * v + (1 - B2) * np.asarray(g["large"]) ** 2
         expected = m / (1 - B1**n) / (np.sqrt(v / (1 - B2**n)) + EPS)
         np.testing.assert_allclose(direction["large"], expected, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(decoded(state.first.codes["large"], state.first.scales["large"]), m, atol=0.02)
+        np.testing.assert_allclose(decoded(state.first.codes["large"], state.first.scales["large"]), m, atol=0.03)
         with jax.numpy_dtype_promotion("standard"):
             wanted, plain_state = plain.update(g, plain_state)
         np.testing.assert_allclose(direction["small"], wanted["small"], rtol=1e-5)

@@ -129,6 +129,7 @@ def test_advice_names_what_makes_a_run_fit(settings, monkeypatch):
     changes = programs._changes(config, 1)
     assert [list(values) for values in changes] == [
         ["dtype = 'bfloat16'"],
+        ["base_dtype = 'int8'"],
         ["data.batch_size = 1, data.accumulation = 8"],
         [f"remat = true, remat_policy = '{policy}'" for policy in ("attention", "blocks", "levels")],
     ]
@@ -139,7 +140,7 @@ def test_advice_names_what_makes_a_run_fit(settings, monkeypatch):
     assert meshes == [["parallel.mesh = { data = 1, fsdp = 4 }"], ["parallel.mesh = { data = 1, tensor = 4 }"]]
     stronger = programs._changes(dataclasses.replace(config, remat=True), 1)[-1]
     assert list(stronger) == ["remat = true, remat_policy = 'levels'"]
-    monkeypatch.setattr(programs, "_changes", lambda *_: changes[:2])
+    monkeypatch.setattr(programs, "_changes", lambda *_: changes[:3:2])
     smaller = target._replace(memory=0.7 * needed)
     assert programs.advice(config, smaller)[-1].startswith("data.batch_size = 1, data.accumulation = 8: 0.0 GB")
     nothing_fits = lambda target, tried: [compiled.Planned(program, None, 9.0) for program in tried]
