@@ -72,8 +72,8 @@ def adapted(
             down, up, scale = (weights[name].astype(y.dtype) for name in ("down", "up", "scale"))
             y = y + apply(x, down) @ up * scale
         elif form(weights) == "LoKr":
-            factors = (factor.astype(y.dtype) for factor in _kronecker_factors(weights))
-            y = y + _kronecker(*factors, x, apply) * weights["scale"].astype(y.dtype)
+            w1, w2 = (factor.astype(y.dtype) for factor in _kronecker_factors(weights))
+            y = y + _kronecker(w1, w2, x, apply) * weights["scale"].astype(y.dtype)
         else:
             y = y + jax.checkpoint(lambda x, weights: apply(x, delta(weights).astype(y.dtype)))(x, weights)
         if "magnitude" not in weights:

@@ -17,7 +17,7 @@ Arrays of less than 4096 numbers, and those that no block divides, stay float32.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +55,8 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
         zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
         return State(jnp.int32(0), _rounded(zeros(), zeros(), signed=True), _rounded(zeros(), zeros(), signed=False))
 
-    def update(updates: PyTree, state: State, params: PyTree = None) -> tuple[PyTree, State]:
-        count = optax.safe_increment(state.count)
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, State]:
+        count = cast(Array, optax.safe_increment(state.count))
         updates = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
         first = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, _wide(state.first), updates)
         second = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), _wide(state.second), updates)
