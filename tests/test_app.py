@@ -481,7 +481,13 @@ def test_a_page_that_is_ended_leaves_no_temporary_files(tmp_path, ending):
     (tmp_path / "tmp").mkdir()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "sdjax", "app", "--port", str(port)]
+    script = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and pass that on
+from sdjax.app.__main__ import main
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", script, "--port", str(port)]
     own = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
     with subprocess.Popen(command, cwd=tmp_path, env=own, stdout=subprocess.PIPE) as server:
         assert b"http://127.0.0.1" in server.stdout.readline()
