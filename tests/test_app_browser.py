@@ -103,6 +103,7 @@ def test_draw_and_use_the_settings_of_a_picture_again(page, address):
     _, home = address
     look(page, "draw-empty")
     set_text(page, "#prompt", "red heart")
+    page.get_by_label("Steps").first.fill("300")  # a picture that is drawn at once has no preview
     page.click("#draw")
     page.wait_for_selector("#preview img")
     look(page, "draw-preview")

@@ -116,15 +116,17 @@ class Painter:
     def _watch(self, task: Task, model: Any, key: Any, done: int, count: int) -> Callable[[int, int, Any], None]:
         from sdjax.app.preview import Preview
 
-        preview = self._keep("preview", key, lambda: Preview(model))
-        shown = time.monotonic()
+        shown: float | None = None  # a picture that is drawn at once, or while its programs compile, has no preview
 
         def watch(step: int, steps: int, latents: Any) -> None:
             nonlocal shown
             task.check()
             task.share = (done + step / steps) / count
             task.says = f"picture {done + 1} of {count}, step {step} of {steps}"
-            if time.monotonic() - shown > _BETWEEN_PREVIEWS:
+            now = time.monotonic()
+            shown = now if shown is None else shown
+            if now - shown > _BETWEEN_PREVIEWS:
+                preview = self._keep("preview", key, lambda: Preview(model))
                 task.preview, shown = preview(latents), time.monotonic()
 
         return watch

@@ -1,6 +1,5 @@
 """A quick look at latents: their colours by a linear map, which is fitted to the decoder of the model."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -17,7 +16,7 @@ class Preview:
 
     def __init__(self, model: Model) -> None:
         channels, factor = model.outline.vae.config.latent_channels, model.outline.vae.config.factor
-        latents = np.asarray(jax.random.normal(jax.random.key(0), (4, _CELLS // 4, _CELLS // 4, channels)))
+        latents = np.random.default_rng(0).normal(size=(4, _CELLS // 4, _CELLS // 4, channels)).astype(np.float32)
         latents = latents.repeat(4, 1).repeat(4, 2)  # patches of one value, since the decoder looks around
         pixels = np.asarray(model.decode_latents(jnp.asarray(latents)), np.float32)
         colours = pixels.reshape(4, _CELLS, factor, _CELLS, factor, 3).mean((2, 4))
