@@ -250,11 +250,14 @@ class Model:
         if len(weights) != len(loras) or not loras:
             raise ConfigError(f"{len(loras)} LoRAs with {len(weights)} weights: give one weight each, or none")
         parts = dict.fromkeys(part for tree in loras for part in tree)
+        # Those of an earlier call are replaced; one that all pictures share stays.
+        common = {part: tree for part, tree in self.adapters.items() if not lora.stacked(tree)}
+        bare = dataclasses.replace(self, adapters=common)
         adapters = {
             part: lora.stack(
-                [self._sum_beside(part, tree.get(part, {}), w) for tree, w in zip(loras, weights, strict=True)]
+                [bare._sum_beside(part, tree.get(part, {}), w) for tree, w in zip(loras, weights, strict=True)]
             )
-            for part in dict.fromkeys([*self.adapters, *parts])
+            for part in dict.fromkeys([*common, *parts])
         }
         return dataclasses.replace(self, adapters=adapters)
 

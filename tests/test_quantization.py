@@ -172,6 +172,13 @@ def test_each_picture_with_its_lora_on_top_of_a_common_one(kept, adapters):
         each.with_lora(adapters)
 
 
+def test_with_loras_replaces_those_of_an_earlier_call(plain, adapters):
+    again = plain.with_loras([adapters, None]).with_loras([None, {"unet": adapters["unet"]}])
+    once = plain.with_loras([None, {"unet": adapters["unet"]}])
+    assert again.adapters.keys() == {"unet"}
+    jax.tree.map(np.testing.assert_array_equal, again.adapters, once.adapters)
+
+
 def test_loras_of_the_base_are_merged_before_the_rounding(plain, kept, adapters):
     outline = dataclasses.replace(kept.outline, loras=((adapters, 0.7),))
     merged = quantization.quantized(lora.merge(plain.params["unet"], adapters["unet"], 0.7))
