@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from sdjax.data import cache
-from sdjax.data.cache import Views, cache_holes, cache_images, cache_masks, cache_texts
+from sdjax.data.cache import Views, cache_holes, cache_images, cache_masks, cache_sizes, cache_texts
 from sdjax.data.holes import random_hole
 from sdjax.data.images import Size
 from sdjax.data.records import Record, fingerprint, scan
@@ -430,3 +430,18 @@ def test_many_captions_lie_in_several_entries(tmp_path, monkeypatch):
     texts = cache_texts(captions, lambda texts: {"length": np.array([*map(len, texts)])}, folder=tmp_path, model="m")
     assert [int(texts.arrays["length"][texts.rows[caption]]) for caption in captions] == [*range(7)]
     assert len(list(tmp_path.glob("texts-*"))) == 3
+
+
+def test_images_framed_on_their_subject_have_entries_and_size_conditions_of_their_own(tmp_path):
+    image = Image.new("RGB", (64, 48), "white")
+    image.paste("red", (10, 20, 29, 39))
+    image.save(tmp_path / "a.png")
+    record = Record("a.png", tmp_path / "a.png", "x")
+    pixels = {}
+    for on_subject in (False, True):
+        views = Views(Size(16, 16), on_subject=on_subject)
+        images = cache_images([record], views, None, folder=tmp_path / "cache", model="")
+        (pixels[on_subject],) = images.arrays["pixels"][0]
+        (conditions,) = cache_sizes(images, views, folder=tmp_path / "cache").arrays["sizes"][0]
+        assert [*conditions] == ([20, 20, 0, 0, 16, 16] if on_subject else [48, 64, 0, 3, 16, 16])
+    assert np.mean(pixels[True][..., 1] == 0) > 3 * np.mean(pixels[False][..., 1] == 0)

@@ -8,7 +8,17 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from sdjax.data import images
-from sdjax.data.images import Crop, Size, random_crops, read_mask, read_size, size_conditions, to_float
+from sdjax.data.images import (
+    Crop,
+    Size,
+    find_subject,
+    framed_on_subject,
+    random_crops,
+    read_mask,
+    read_size,
+    size_conditions,
+    to_float,
+)
 from sdjax.data.images import read_image as read_views
 from sdjax.errors import DataError
 
@@ -351,3 +361,58 @@ def test_a_picture_to_draw_from_is_guarded(tmp_path, kind):
 def test_deep_grey_is_not_clipped_in_the_library():
     deep = Image.fromarray(np.full((8, 8), 257 * 100, np.uint16))
     assert images.on_white(deep).getpixel((0, 0)) == (100, 100, 100)
+
+
+def spot(colour=RED, background=WHITE, box=(10, 20, 30, 25), size=(64, 48)):
+    """A rectangle on a plain background."""
+    image = Image.new("RGB", size, background)
+    image.paste(colour, box)
+    return image
+
+
+@pytest.mark.parametrize("colours", [(RED, WHITE), (WHITE, BLUE), (BLUE, GREEN)])
+def test_the_subject_is_what_differs_from_the_border(colours):
+    found = find_subject(spot(*colours))
+    assert found[:4] == (10, 20, 30, 25)
+    assert (found.length, found.background) == (20, colours[1])
+
+
+@pytest.mark.parametrize("image", [spot(WHITE, (250, 250, 250)), Image.new("RGB", (8, 8), RED)])
+def test_hardly_any_difference_is_no_subject(image):
+    assert find_subject(image) is None
+
+
+def test_transparency_is_the_background():
+    image = Image.new("RGBA", (64, 48))
+    image.paste((255, 255, 255, 255), (10, 20, 30, 25))  # as white as what is put behind it
+    found = find_subject(image, "white")
+    assert found[:4] == (10, 20, 30, 25)
+    assert find_subject(image, "blue").background == BLUE
+
+
+def test_a_photograph_has_no_plain_border_and_stays_whole(tmp_path):
+    random = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    assert find_subject(random) is None
+    assert framed_on_subject(random).tobytes() == random.tobytes()
+    random.save(tmp_path / "a.png")
+    (read,) = read_views(tmp_path / "a.png", Size(16, 16), on_subject=True)
+    np.testing.assert_array_equal(read, np.asarray(random))
+
+
+@pytest.mark.parametrize("box", [(40, 80, 120, 100), (0, 0, 80, 80), (176, 64, 256, 176), (20, 80, 256, 96)])
+def test_a_framed_subject_fills_the_square_and_is_in_its_middle(box):
+    framed = framed_on_subject(spot(background=GREEN, box=box, size=(256, 192)))
+    length = max(box[2] - box[0], box[3] - box[1])
+    assert framed.width == framed.height == max(round(length / 0.95), length)
+    found = find_subject(framed)
+    assert (found.length, found.background) == (length, GREEN)
+    assert abs(found.left + found.right - framed.width) <= 1
+    assert abs(found.top + found.bottom - framed.height) <= 1
+
+
+def test_an_image_is_read_on_its_subject(tmp_path):
+    spot(box=(10, 20, 29, 39)).save(tmp_path / "a.png")
+    (read,) = read_views(tmp_path / "a.png", Size(20, 20), on_subject=True)
+    assert (read == np.asarray(spot(box=(0, 0, 19, 19), size=(20, 20)))).all()
+    (whole,) = read_views(tmp_path / "a.png", Size(20, 20))
+    assert (whole != read).any()

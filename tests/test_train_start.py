@@ -148,7 +148,7 @@ def beneath(micro_models, tmp_path):
 
 def test_pictures_and_exports_of_a_run_on_files(run_of, beneath, micro_base):
     """Pictures hold the files beneath; the LoRA and word do not, and the card and the metadata name the files."""
-    validation = {"prompts": ["a <old>"], "steps": 1, "guidance": 2.0}
+    validation = {"prompts": ["a <old>"], "steps": 1, "guidance": 2.0, "weights": [0.5]}
     config, output = run_of("run", [STYLE], base=beneath, validation=validation)
     assert train(config) == 0
     below = micro_base.with_embedding(beneath["embeddings"][0])
@@ -157,7 +157,7 @@ def test_pictures_and_exports_of_a_run_on_files(run_of, beneath, micro_base):
     ours = output / "export" / "style" / "lora.safetensors"
     drawn = [
         sd.text2image("a <old>", steps=1, guidance=2.0, height=16, width=16, progress=False)[0]
-        for sd in (below, below.with_lora(ours))
+        for sd in (below, below.with_lora(ours, 0.5), below.with_lora(ours))
     ]
     sheet = np.asarray(micro_sheet(output / "samples" / "style-before-after.png"))
     for column, picture in enumerate(drawn):

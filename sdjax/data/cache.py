@@ -12,9 +12,18 @@ import numpy as np
 from jaxtyping import Bool, Shaped, UInt8
 
 from sdjax.data.entries import Missing, entries
-from sdjax.data.files import file_digest, loaded, picture_size
+from sdjax.data.files import File, file_digest, loaded, picture_size
 from sdjax.data.holes import make_holes
-from sdjax.data.images import Crop, Size, random_crops, read_image, read_mask, size_conditions
+from sdjax.data.images import (
+    Crop,
+    Size,
+    framed_on_subject,
+    random_crops,
+    read_image,
+    read_mask,
+    read_picture,
+    size_conditions,
+)
 from sdjax.data.joined import joined
 from sdjax.data.records import Record, chosen
 from sdjax.errors import DataError
@@ -71,6 +80,20 @@ class Views(NamedTuple):
     """Number of masks of each crop, for inpainting."""
     full: float = 0.0
     """Share of the random masks that hide the whole crop."""
+    on_subject: bool = False
+    """Whether images are framed on their subject; see `images.framed_on_subject`."""
+
+    def read(self, record: Record, file: File | None = None) -> UInt8[np.ndarray, "V H W 3"]:
+        """The crops of an image. file: that of the record, if it is loaded already."""
+        source = record.file if file is None else file
+        return read_image(source, self.size, self.background, self.crops_of(record), on_subject=self.on_subject)
+
+    def size_of(self, record: Record) -> Size:
+        """The size of what the crops of an image are cut from."""
+        if not self.on_subject:
+            return picture_size(record.file)
+        framed = framed_on_subject(read_picture(record.file), self.background)
+        return Size(framed.height, framed.width)
 
     def crops_of(self, record: Record) -> tuple[Crop, ...]:
         """The crops of an image."""
@@ -79,6 +102,7 @@ class Views(NamedTuple):
     def key(self, records: Iterable[Record], digests: Sequence[str]) -> dict[str, Any]:
         """The part of a cache key that identifies the views of these images. digests: of the files."""
         key = {"size": self.size, "flip": self.flip, "images": digests}
+        key |= {"on_subject": True, "background": self.background} if self.on_subject else {}
         return key | (
             {"crops": self.crops, "seed": self.seed, "names": [r.name for r in records]} if self.crops else {}
         )
@@ -121,7 +145,7 @@ def cache_images(
                 record = members[i]
                 file = loaded(record.file)  # a shard that cannot be read is not a bad image
                 try:
-                    pictures = read_image(file, views.size, views.background, views.crops_of(record))
+                    pictures = views.read(record, file)
                 except DataError as e:
                     if on_bad_image == "fail":
                         raise _bad_image(e) from e
@@ -177,7 +201,7 @@ def cache_sizes(images: Images, views: Views, *, folder: str | Path) -> Images:
         return Missing(key, map(row, records), {})
 
     def row(record: Record) -> Mapping[str, np.ndarray]:
-        sizes = size_conditions(picture_size(record.file), views.size, views.crops_of(record), flip=views.flip)
+        sizes = size_conditions(views.size_of(record), views.size, views.crops_of(record), flip=views.flip)
         return {"sizes": sizes[None]}
 
     arrays, _ = _entries(Path(folder), images.records, entry)
@@ -211,7 +235,7 @@ def cache_holes(
     def shown(record: Record) -> list[np.ndarray]:
         """The image and the mask of each view."""
         crops = views.crops_of(record)
-        pictures = read_image(record.file, views.size, views.background, crops)
+        pictures = views.read(record)
         holes = make_holes(record, views.size, crops, count=views.holes, full=views.full, seed=views.seed)
         pairs = np.repeat(pictures, views.holes, axis=0), holes.reshape(-1, *views.size)
         return [_with_mirrored(array, views.flip) for array in pairs]

@@ -22,6 +22,10 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 MAX_ENLARGEMENT = 8
 """An image that would have to be enlarged more than this many times is refused."""
+BORDER_TOLERANCE = 12
+"""Difference from the background, of 255, from which a pixel belongs to the subject."""
+SUBJECT_SHARE = 0.95
+"""Share of the side of a picture that its subject fills if it is framed on it."""
 MAX_ASPECT = 8
 """An image whose long side is more than this many times its short side is refused: a crop would show too little."""
 
@@ -77,7 +81,12 @@ def read_size(path: Source) -> Size:
 
 
 def read_image(
-    path: Source, size: Size, background: str = "white", crops: Sequence[Crop] = (Crop(),)
+    path: Source,
+    size: Size,
+    background: str = "white",
+    crops: Sequence[Crop] = (Crop(),),
+    *,
+    on_subject: bool = False,
 ) -> UInt8[np.ndarray, "V H W 3"]:
     """Reads an image, turns it upright (EXIF), fills transparency with `background`, resizes its crops (Lanczos).
 
@@ -85,16 +94,72 @@ def read_image(
     RGB. Of an animation, the first frame is taken, with a warning. Raises DataError for a missing, truncated or foreign
     file, for decompression and PNG text bombs (Pillow's limits: 89 million pixels, 1 MB a text chunk), and for images
     that are too small or too narrow (MAX_ENLARGEMENT, MAX_ASPECT).
+
+    on_subject: see `framed_on_subject`; the crops are then those of the square.
     """
 
     def upright(image: Image.Image) -> Image.Image:
         _mention_frames(path, image)
-        return _rgb(ImageOps.exif_transpose(image), background)
+        turned = eight_bits(ImageOps.exif_transpose(image))
+        return framed_on_subject(turned, background) if on_subject else _rgb(turned, background)
 
     image = _read(path, upright)
     _check_enlargement(path, image, size)
     # Crops begin at whole pixels, so that a crop that is not resized stays sharp.
     return _cut(image, size, crops, Image.Resampling.LANCZOS, whole=True)
+
+
+class Framing(NamedTuple):
+    """Where the subject of a picture on a plain background is. The values are in pixels."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    background: tuple[int, int, int]
+    """The colour of the border."""
+
+    @property
+    def length(self) -> int:
+        """The longer side of the subject."""
+        return max(self.right - self.left, self.bottom - self.top)
+
+
+def find_subject(image: Image.Image, background: str = "white") -> Framing | None:
+    """Finds the smallest box that holds everything that differs from the background.
+
+    The background is what is transparent. If nothing is, it is the colour of the border, from which BORDER_TOLERANCE of
+    255 is no difference. Returns None for a picture without such a border (most photographs), or without a subject.
+    """
+    if image.has_transparency_data:
+        other = np.asarray(image.convert("RGBA").getchannel("A")) > BORDER_TOLERANCE
+        colour = np.array(ImageColor.getrgb(background)[:3])
+    else:
+        values = np.asarray(image.convert("RGB"), np.int16)
+        border = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+        colour = np.median(border, axis=0).round().astype(np.int16)
+        other = np.max(np.abs(values - colour), axis=-1) > BORDER_TOLERANCE
+        if np.mean(np.max(np.abs(border - colour), axis=-1) > BORDER_TOLERANCE) > 0.25:  # a subject may touch the border
+            return None
+    if not other.any():
+        return None
+    rows, columns = np.flatnonzero(other.any(1)), np.flatnonzero(other.any(0))
+    ends = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    return Framing(*ends, background=(int(colour[0]), int(colour[1]), int(colour[2])))
+
+
+def framed_on_subject(image: Image.Image, background: str = "white") -> Image.Image:
+    """Cuts a square around the subject, which then fills SUBJECT_SHARE of its side; what lies outside is background.
+
+    Without a plain background the picture is returned whole, on `background` where it is transparent.
+    """
+    found, flat = find_subject(image, background), _rgb(image, background)
+    if found is None:
+        return flat
+    side = max(round(found.length / SUBJECT_SHARE), found.length)
+    square = Image.new("RGB", (side, side), found.background)
+    square.paste(flat, ((side - found.left - found.right) // 2, (side - found.top - found.bottom) // 2))
+    return square
 
 
 def size_conditions(

@@ -83,8 +83,10 @@ class Data:
     """Share of the examples that are trained with the empty caption, 0 to 1."""
     repeats: Logged[dict[str, Annotated[int, Range(0, MOST_REPEATS)]]] = field(default_factory=dict)
     """How often an epoch shows an image: pattern of its name, such as cat/* -> number. The first match counts."""
+    crop: Logged[Literal["middle", "subject"]] = "middle"
+    """What is cut from each image: the middle, or on a plain background a square around the subject, which fills it."""
     random_crops: Logged[Whole] = 0
-    """Random crops of each image, cached and used in turn. 0: one crop, in the middle."""
+    """Random crops of each image, cached and used in turn. 0: one crop, see crop."""
     buckets: Logged[bool] = False
     """Keep the shape of each image. Batches then have several sizes of about resolution x resolution pixels."""
     bucket_step: Logged[Annotated[int, Range(8, 512, multiple=8)]] = 64
@@ -301,6 +303,10 @@ class Validation:
     """Largest number of images for the held-out loss. 0: all held-out images."""
     held_out_timesteps: Count = 4
     """Number of time steps at which the held-out loss measures each image, evenly spread."""
+    held_out_pictures: Whole = 0
+    """Draw the captions of so many held-out images too, and measure how far the pictures are from the images."""
+    weights: tuple[float, ...] = (0.6, 0.8)
+    """Weights of the LoRA, beside 1, at which before and after shows it."""
 
 
 @dataclass(frozen=True)
@@ -513,7 +519,7 @@ def check(config: RunConfig) -> None:
         if stage.name in names[:i]:
             raise ConfigError(f"stages.{i}.name = {stage.name!r} is taken by an earlier stage: names must differ")
         _check_stage(stage, f"stages.{i}")
-        _check_data(config.data_of(stage), f"stages.{i}.data")
+        _check_data(config.data_of(stage), f"stages.{i}.data", masked=stage.masked_loss)
     mesh = config.parallel.mesh
     if mesh.sizes.count(-1) > 1:
         raise ConfigError("parallel.mesh: only one of data, fsdp and tensor may be -1")
@@ -665,7 +671,7 @@ def _check_consistency(stage: Stage, key: str) -> None:
             raise ConfigError(f"{key}: {name} has no meaning in consistency distillation: leave it out")
 
 
-def _check_data(data: Data, key: str) -> None:
+def _check_data(data: Data, key: str, *, masked: bool) -> None:
     from PIL import ImageColor
 
     try:
@@ -679,5 +685,9 @@ def _check_data(data: Data, key: str) -> None:
     }
     if len(names := [name for name, value in held_out.items() if value]) > 1:
         raise ConfigError(f"{key}: {' and '.join(names)} all say which images are held out: choose one")
+    if data.crop == "subject":
+        others = {name: getattr(data, name) for name in ("random_crops", "buckets", "mask_path", "inpaint_mask_path")}
+        if names := [name for name, value in (others | {"masked_loss": masked}).items() if value]:
+            raise ConfigError(f"{key}: crop = 'subject' cuts one square of each image: leave out {' and '.join(names)}")
     if data.inpaint_masks and data.inpaint_mask_path:
         raise ConfigError(f"{key}: inpaint_masks makes random masks, inpaint_mask_path reads masks: choose one")

@@ -46,7 +46,7 @@ def encode(run: Run, plan: StagePlan, earlier: Results) -> tuple[Dataset, Datase
     folder = Path(data.cache or Path(run.config.output) / "cache")
     encode_images = _image_encoder(run, plan, earlier, folder)
     square = Size(data.resolution, data.resolution)
-    middle = cache.Views(square, data.background)
+    middle = cache.Views(square, data.background, on_subject=data.crop == "subject")
     shown = middle._replace(flip=data.flip, holes=plan.holes, full=data.inpaint_full)
     views = shown._replace(crops=data.random_crops, seed=run.config.seed)
     training = [

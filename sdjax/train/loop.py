@@ -153,7 +153,7 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
         for training, reached in current():
             shown: dict[str, Path | None] = {}
             if training in working and processes.is_first():
-                grid = training.validate.before_and_after()
+                grid = training.validate.before_and_after(reached)
                 over_time, losses = training.validate.over_time(), training.metrics.draw_losses()
                 shown = {"before and after": grid, "pictures over time": over_time, "losses": losses}
             training.finish(reached, grid)

@@ -33,6 +33,8 @@ MOST_SKIPPED = 20
 class Metrics:
     """Writes `{"stage", "step", "loss", ...}` for each step, `{"stage", "step", "held_out_loss"}` for each validation.
 
+    A validation that draws held-out captions also has `held_out_distance`, see `likeness.distance`.
+
     `step` counts the optimizer steps done in the stage: 1 after the first step, 0 in the validation before it. With
     float16 a line also has `loss_scale`, the scale of the step, and `skipped_steps`, the steps skipped so far.
     The trackers of the run get the numbers of each line, and pictures.
@@ -128,11 +130,13 @@ class Metrics:
         """Closes the trackers."""
         self._trackers.close()
 
-    def held_out(self, step: int, loss: float) -> None:
-        """Writes and logs the held-out loss."""
-        self.write({"stage": self._plan.stage.name, "step": step, "held_out_loss": _finite(loss)})
+    def held_out(self, step: int, loss: float, distance: float | None = None) -> None:
+        """Writes and logs the held-out loss, and the distance of pictures from the held-out images if there is one."""
+        measured = {} if distance is None else {"held_out_distance": _finite(distance)}
+        self.write({"stage": self._plan.stage.name, "step": step, "held_out_loss": _finite(loss), **measured})
         self.progress.show(held_out=loss)
-        log.info("%s, %s, step %d: held-out loss %.5f", self._name, self._plan.stage.name, step, loss)
+        shown = "" if distance is None else f", pictures {distance:.4f} from the held-out images"
+        log.info("%s, %s, step %d: held-out loss %.5f%s", self._name, self._plan.stage.name, step, loss, shown)
 
     def _place(self, line: Mapping[str, Any]) -> Place:
         return Place(self._before[line["stage"]] + line["step"], "held_out_loss" in line)

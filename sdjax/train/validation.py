@@ -1,5 +1,6 @@
 """Validation of a stage: the loss on held-out images, and pictures, with the same noise and seeds each time."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -15,14 +16,16 @@ from PIL import Image
 
 from sdjax.data.dataset import Bucket, Dataset, texts_of
 from sdjax.data.images import Size, picture, read_image
+from sdjax.data.records import Record
 from sdjax.draw import grids
 from sdjax.draw.pipeline import StableDiffusion
-from sdjax.errors import TrainingStopped
+from sdjax.errors import DataError, TrainingStopped
 from sdjax.formats.png_parameters import save_png
 from sdjax.model import Model
 from sdjax.models import vae
 from sdjax.runtime.devices import within
-from sdjax.train.config import Validation
+from sdjax.train import likeness
+from sdjax.train.config import Data, Validation
 from sdjax.train.metrics import Metrics
 from sdjax.train.results import Results, after, base_weights
 from sdjax.train.stages import Run, StagePlan
@@ -63,9 +66,16 @@ class Validator:
         self._captions: Sequence[str] = self._settings.prompts
         self._originals: list[Image.Image] = []
         self._masked: list[tuple[str, Image.Image, Image.Image]] = []
+        self._prompts: list[str] = list(self._settings.prompts)
+        self._true: list[Image.Image] = []
         if plan.holes and held_out is not None:
             self._masked = _masked_pictures(held_out.buckets[0], plan, count=4)
             self._captions = [*self._captions, *(caption for caption, _, _ in self._masked)]
+        elif held_out is not None and self._settings.held_out_pictures and "vae" not in plan.stage.parts:
+            records = _spread(held_out.buckets[0].records, self._settings.held_out_pictures)
+            self._true = [_shown(record, plan.data) for record in records]
+            self._prompts += [record.captions[0] for record in records]
+            self._captions = self._prompts
         if "vae" in plan.stage.parts:
             pixels = held_out.buckets[0].arrays["pixels"][:, 0] if held_out is not None else ()
             shown = pixels[:: max(1, len(pixels) // 12)][:12]
@@ -82,14 +92,20 @@ class Validator:
 
     def __call__(self, step: int, state: State) -> Path | None:
         """Measures and draws with the state (on the host) after `step` steps. Returns the grid of pictures, if any."""
+        loss = None
         if self._held_out_loss is not None:
             best = self._parallel.place_model(evaluated(self._plan.recipe, state))
             with within(self._parallel.mesh):
-                self._metrics.held_out(step, self._held_out_loss(best, self._frozen))
+                loss = self._held_out_loss(best, self._frozen)
+        if self._captions:
+            self._drawn = {k: v for k, v in self._drawn.items() if k == 0}  # the first and the newest are kept
+            self._drawn[step] = self._draw(self._current(state))
+        if loss is not None:
+            self._metrics.held_out(step, loss, self._distance(self._drawn[step]) if self._true else None)
         if not self._captions:
             return None
-        self._drawn = {k: v for k, v in self._drawn.items() if k == 0}  # the first and the newest are kept
-        self._drawn[step] = self._draw(self._current(state))
+        if step == 0:
+            self._compare_framing()
         path = self._sheet(step)
         _save(path, grids.captioned(self._drawn[step], self._captions, columns=_COLUMNS))
         self._metrics.picture(step, "samples", path)
@@ -105,11 +121,12 @@ class Validator:
         """What each picture shows."""
         return list(self._captions)
 
-    def before_and_after(self) -> Path | None:
-        """Saves a sheet of pictures by the base model, the stage before and the finished stage.
+    def before_and_after(self, state: State) -> Path | None:
+        """Saves a sheet of pictures by the base model, the stage before and the finished stage, with its state.
 
         Returns its path, or None without prompts. The stage before is left out if the run was resumed within this
-        stage. The base model is given the init words in place of new words.
+        stage. The base model is given the init words in place of new words. A LoRA is shown at several weights, and
+        the one whose pictures are nearest to the held-out images is logged.
         """
         if not self._captions:
             return None
@@ -123,9 +140,11 @@ class Validator:
         columns = {"original" if self._originals else "base": before}
         if number and 0 in self._drawn and not self._originals:
             columns[self._run.config.stages[number - 1].name] = self._drawn[0]
-        columns[name] = self._drawn[self._plan.stage.steps]
+        columns |= self._at_weights(state)
+        blank = Image.new("RGB", before[0].size, "white")
+        if self._true:
+            columns = {"held out": [*[blank] * len(self._settings.prompts), *self._true], **columns}
         if self._masked:
-            blank = Image.new("RGB", before[0].size, "white")
             hidden = [Image.composite(Image.new("RGB", mask.size, "grey"), own, mask) for _, own, mask in self._masked]
             columns = {"given": [*[blank] * len(self._settings.prompts), *hidden], **columns}
         pictures = [picture for row in zip(*columns.values(), strict=True) for picture in row]
@@ -134,6 +153,37 @@ class Validator:
         _save(path, grids.captioned(pictures, captions, columns=len(columns)))
         self._metrics.picture(self._plan.stage.steps, "before-after", path)
         return path
+
+    def _at_weights(self, state: State) -> dict[str, list[Image.Image]]:
+        """Returns the pictures of the finished stage, by name; those of a LoRA at each weight."""
+        stage = self._plan.stage
+        finished = {stage.name: self._drawn[stage.steps]}
+        if "lora" not in stage.train or stage.consistency_steps:
+            return finished
+        others = {weight: self._draw(self._current(state, weight)) for weight in self._settings.weights if weight != 1}
+        drawn = dict(sorted((others | {1.0: self._drawn[stage.steps]}).items()))
+        if self._true:
+            apart = {weight: self._distance(pictures) for weight, pictures in drawn.items()}
+            found = ", ".join(f"{weight:g}: {value:.4f}" for weight, value in apart.items())
+            nearest = min(apart, key=apart.__getitem__)
+            log.info("stage %s: weight %g is nearest to the held-out images (%s)", stage.name, nearest, found)
+        return {f"{stage.name} {weight:g}": pictures for weight, pictures in drawn.items() if weight != 1} | finished
+
+    def _distance(self, pictures: Sequence[Image.Image]) -> float:
+        """Returns how far the pictures of the held-out captions are from the held-out images."""
+        return likeness.distance(pictures[len(self._settings.prompts) :], self._true)
+
+    def _compare_framing(self) -> None:
+        """Warns if the training images show their subjects smaller than the model draws them."""
+        plan = self._plan
+        if plan.number or self._originals or self._masked:
+            return
+        given = []
+        for record in _spread(plan.records, 16):
+            with contextlib.suppress(DataError):  # an unreadable image that the run skips
+                given.append(_shown(record, plan.data))
+        if advice := likeness.framing_advice(given, self._drawn[0]):
+            log.warning("stage %s: %s", plan.stage.name, advice)
 
     @property
     def _starts_as_base(self) -> bool:
@@ -167,7 +217,7 @@ class Validator:
 
     def _without_words(self) -> list[str]:
         """Returns the prompts with init words in place of new words."""
-        prompts = list(self._settings.prompts)
+        prompts = self._prompts
         for stage in self._run.config.stages[: self._plan.number + 1]:
             for word, init in zip(stage.placeholder_tokens, stage.init_tokens, strict=False):
                 if init and not init.startswith("<") and not Path(init).suffix:
@@ -189,19 +239,20 @@ class Validator:
             "clip_skip": self._run.config.clip_skip,
             "progress": False,
         }
-        texts = settings.prompts if prompts is None else prompts
+        texts = self._prompts if prompts is None else prompts
         drawn = [_one(sd.text2image, side, text, seed=settings.seed + i, **shared) for i, text in enumerate(texts)]
         masked = enumerate(self._masked)
         return drawn + [_one(sd.inpaint, side, *given, seed=settings.seed + i, **shared) for i, given in masked]
 
-    def _current(self, state: State) -> Model:
-        """Returns the model as this state leaves it."""
+    def _current(self, state: State, weight: float = 1.0) -> Model:
+        """Returns the model as this state leaves it. weight: of the LoRA that the stage trains."""
         recipe = self._plan.recipe
         models = variables(recipe, evaluated(recipe, state), self._frozen)
         params = {part: trained["params"] for part, trained in models.items()}
         rows = after(recipe, self._earlier, state, self._frozen).rows
         model = Model(recipe.outline, params | self._untrained, rows, mesh=self._parallel.mesh)
-        model = model.with_lora({part: trained["lora"] for part, trained in models.items() if "lora" in trained})
+        adapters = {part: trained["lora"] for part, trained in models.items() if "lora" in trained}
+        model = model.with_lora(adapters, weight)
         params, adapters = self._parallel.place_model((model.params, model.adapters))
         return dataclasses.replace(model, params=params, adapters=adapters)
 
@@ -232,16 +283,31 @@ def _one(draw: Callable[..., list[Image.Image]], side: int, *arguments: Any, **s
         return Image.new("RGB", (side, side))
 
 
+def _spread(records: Sequence[Record], count: int) -> list[Record]:
+    """Returns up to `count` records, evenly spread."""
+    return [records[row] for row in _spread_rows(len(records), count)]
+
+
+def _spread_rows(total: int, count: int) -> range:
+    return range(0, total, -(-total // count))
+
+
+def _shown(record: Record, data: Data) -> Image.Image:
+    """Returns an image as training shows it."""
+    size = Size(data.resolution, data.resolution)
+    (pixels,) = read_image(record.file, size, data.background, on_subject=data.crop == "subject")
+    return Image.fromarray(pixels)
+
+
 def _masked_pictures(bucket: Bucket, plan: StagePlan, *, count: int) -> list[tuple[str, Image.Image, Image.Image]]:
     """Returns some held-out images with their captions and masks. A mask covers whole latents."""
-    size, factor = Size(plan.data.resolution, plan.data.resolution), plan.recipe.outline.vae.config.factor
-    rows = range(0, len(bucket.records), -(-len(bucket.records) // count))
+    factor = plan.recipe.outline.vae.config.factor
     found = []
-    for row, record in ((row, bucket.records[row]) for row in rows):
-        (pixels,) = read_image(record.file, size, plan.data.background)
+    for row in _spread_rows(len(bucket.records), count):
+        record = bucket.records[row]
         hole = np.asarray(bucket.arrays["hole"][row, 0, ..., 0]).astype(bool)
         mask = np.kron(hole, np.ones((factor, factor), bool))
-        found.append((record.captions[0], Image.fromarray(pixels), Image.fromarray(mask).convert("L")))
+        found.append((record.captions[0], _shown(record, plan.data), Image.fromarray(mask).convert("L")))
     return found
 
 
