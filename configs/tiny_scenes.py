@@ -34,6 +34,8 @@ DRESSED = ("hat", "glasses", "monocle", "nerd", "sunglasses", "disguised", "halo
 
 CHARACTERS = (("blue", "cat face", "top hat"), ("green", "fox", "crown"), ("purple", "bear", "sunglasses"))
 """Made-up characters: colour, head, thing worn. No picture shows two of a character's parts together."""
+PLANA = ("pink", "cat face", "billed cap")
+"""What the character of the examples is like, see configs/tiny_character.py. No picture shows all three together."""
 
 Random = np.random.Generator
 
@@ -50,8 +52,9 @@ def eyes(name: str) -> float | None:
 
 
 def is_withheld(colour: str | None, name: str, worn: str | None = None) -> bool:
-    """Whether a picture would show two parts of a made-up character together."""
-    return any(sum((colour == a, name == b, worn == c)) >= 2 for a, b, c in CHARACTERS)
+    """Whether a picture would show two parts of a made-up character together, or plana."""
+    shown = colour, name, worn
+    return shown == PLANA or any(sum(a == b for a, b in zip(shown, each, strict=True)) >= 2 for each in CHARACTERS)
 
 
 # ------------------------------------------------------------------------------------------------ one emoji

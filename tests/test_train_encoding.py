@@ -320,6 +320,24 @@ def test_class_images_are_read_from_a_folder(model, shapes):
     np.testing.assert_array_equal(batch["context"][4:], texts[dataset.prior.buckets[0].text_rows[[0] * 4, 0]])
 
 
+def test_pictures_beside_keep_their_own_captions(model, images):
+    folder = micro.make_images(images.parent / "others", 3)  # with captions in metadata.jsonl
+    captions = [json.loads(line)["text"] for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    run = plan_run(model, images, {"accumulation": 2}, prior_path=str(folder))
+    assert [record.caption for record in run.stages[0].classes] == captions
+    dataset, _ = encoded(run)
+    (bucket,) = dataset.prior.buckets
+    assert len({*bucket.text_rows[:, 0].tolist()}) == len(set(captions))
+    (batch,) = batches(run, dataset, 1)
+    half = len(batch["context"]) // 2
+    known = dataset.texts["context"][bucket.text_rows[:, 0]]
+    assert all(any((row == each).all() for each in known) for row in batch["context"][half:])
+    assert not list((Path(run.config.output) / "prior").glob("*"))  # none is drawn
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(DataError, match=r"prior_path: no caption for 00\.png; .*prior_prompt"):
+        plan_run(model, images, prior_path=str(folder))
+
+
 def test_class_images_are_learned_everywhere(model, images):
     masks = images.parent / "masks"
     for path in images.glob("*.png"):

@@ -139,7 +139,8 @@ def find_subject(image: Image.Image, background: str = "white") -> Framing | Non
         border = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
         colour = np.median(border, axis=0).round().astype(np.int16)
         other = np.max(np.abs(values - colour), axis=-1) > BORDER_TOLERANCE
-        if np.mean(np.max(np.abs(border - colour), axis=-1) > BORDER_TOLERANCE) > 0.25:  # a subject may touch the border
+        differs = np.max(np.abs(border - colour), axis=-1) > BORDER_TOLERANCE
+        if np.mean(differs) > 0.25:  # a subject may touch the border
             return None
     if not other.any():
         return None

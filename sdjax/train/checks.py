@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 
 from sdjax.data import records
 from sdjax.data.folder import takes_all_below
-from sdjax.data.records import Record
 from sdjax.draw import sampling
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.embedding_file import file_name
@@ -20,7 +19,7 @@ from sdjax.outline import Outline
 from sdjax.settings import LONGEST_NAME
 from sdjax.train.config import Data, RunConfig, Stage
 from sdjax.train.parallel import Parallel
-from sdjax.train.stage_images import holes
+from sdjax.train.stage_images import Images, holes
 
 log = logging.getLogger(__name__)
 
@@ -112,16 +111,14 @@ def check_file_names(words: Mapping[str, int], key: str) -> None:
         taken[name] = word
 
 
-def count_chunks(
-    training: Sequence[Record], held_out: Sequence[Record], prior_prompt: str, outline: Outline, key: str
-) -> int:
+def count_chunks(images: Images, prior_prompt: str, outline: Outline, key: str) -> int:
     """Returns the number of chunks of the longest caption. All captions are encoded with as many.
 
     Warns of a caption of more than 4 chunks; raises DataError for one of more than MOST_CHUNKS. Both name its image.
     """
     count = functools.lru_cache(4096)(lambda text: outline.chunks([text]))  # templates come again and again
     longest, name, chunks = prior_prompt, "prior_prompt", count(prior_prompt)
-    for several in (training, held_out):
+    for several in (images.training, images.held_out, images.classes):
         for number, texts in enumerate(records.captions_of(several)):
             for text in texts:
                 if count(text) > chunks:

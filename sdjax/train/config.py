@@ -237,9 +237,10 @@ class Stage:
     unmasked_weight: Logged[Fraction] = 0.0
     """Weight of the loss, 0 to 1, outside the mask of masked_loss, and of inpainting with a standard model."""
     prior_prompt: Logged[str] = ""
-    """Prior preservation: caption of ordinary pictures of the class, such as a dog. Empty: off."""
+    """Prior preservation: caption of ordinary pictures of the class, such as a dog. Empty, without prior_path: off."""
     prior_path: Logged[str] = ""
-    """Prior preservation: folder of class pictures. The model draws those missing. Empty: OUTPUT/prior/STAGE."""
+    """Prior preservation: folder of class pictures. The model draws those missing. Empty: OUTPUT/prior/STAGE.
+    Without prior_prompt: other pictures that every batch also shows, with their own captions; none is drawn."""
     prior_count: Logged[Count] = 100
     """Prior preservation: number of class pictures."""
     prior_weight: Logged[NotNegative] = 1.0
@@ -252,6 +253,11 @@ class Stage:
     """Autoencoder: at the end, shift and scale each latent channel to mean 0 and deviation 1."""
     data: DataOverride = field(default_factory=DataOverride)  # type: ignore[valid-type]
     """Changes to [data] in this stage."""
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether each batch also holds class pictures, as many as others."""
+        return bool(self.prior_prompt or self.prior_path)
 
     @property
     def parts(self) -> dict[str, str]:
@@ -411,7 +417,7 @@ NUMBERS: dict[str, Callable[[Stage], bool]] = {
     "min_snr_gamma": lambda stage: True,
     "noise_offset": lambda stage: True,
     "input_perturbation": lambda stage: True,
-    "prior_weight": lambda stage: bool(stage.prior_prompt),
+    "prior_weight": lambda stage: stage.has_prior,
 }
 """The settings of a stage that copies may differ in, and whether a stage uses them."""
 
@@ -666,7 +672,7 @@ def _check_consistency(stage: Stage, key: str) -> None:
             f"{key}.consistency_steps needs train = ['lora'] and lora_parts = ['unet']: its teacher is the model "
             "without the adapter"
         )
-    for name in ("min_snr_gamma", "debiased", "input_perturbation", "prior_prompt"):
+    for name in ("min_snr_gamma", "debiased", "input_perturbation", "prior_prompt", "prior_path"):
         if getattr(stage, name):
             raise ConfigError(f"{key}: {name} has no meaning in consistency distillation: leave it out")
 

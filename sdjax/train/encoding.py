@@ -62,7 +62,7 @@ def encode(run: Run, plan: StagePlan, earlier: Results) -> tuple[Dataset, Datase
     held_out = [encode_images("held-out", plan.held_out, held_out_views)] if plan.held_out else []
     _check_usable(held_out)
     prior = []
-    if stage.prior_prompt:
+    if stage.has_prior:
         members = class_images(run, plan, earlier)
         prior = [encode_images("class", members, shown._replace(size=size)) for size in sizes]
         _check_usable(prior)
@@ -88,7 +88,7 @@ _DRAWN = re.compile(r"drawn-([0-9a-f]{8}-)?\d{5}\.png")
 
 
 def class_images(run: Run, plan: StagePlan, earlier: Results) -> Sequence[Record]:
-    """Returns the class images of a stage, all with the prior prompt as their caption.
+    """Returns the class images of a stage, all with the prior prompt as their caption, or with captions of their own.
 
     Images missing in prior_path are drawn with the model that the stage starts from. Image n has seed n. Each is saved
     at once, so that a run that is killed here goes on with the next image. The names of drawn files hold a digest of
@@ -96,6 +96,8 @@ def class_images(run: Run, plan: StagePlan, earlier: Results) -> Sequence[Record
     do not hold it, because random masks depend on names and must not depend on the rounding of earlier stages.
     """
     stage, outline = plan.stage, plan.recipe.outline
+    if not stage.prior_prompt:
+        return plan.classes
     folder = Path(stage.prior_path or Path(run.config.output) / "prior" / stage.name)
     folder.mkdir(parents=True, exist_ok=True)
     drawn_from = [stage.prior_prompt, plan.data.resolution, run.config.clip_skip, run.fingerprint, run.config.dtype]

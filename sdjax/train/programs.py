@@ -116,7 +116,7 @@ def batch_shapes(plan: StagePlan, size: Size) -> dict[str, PyTree]:
     """Returns the shapes of the batch of an optimizer step; see `train.step`. size: of the images in pixels."""
     outline, stage, count = plan.recipe.outline, plan.stage, plan.examples
     array = lambda dtype, *shape: jax.ShapeDtypeStruct((count, *shape), dtype)
-    batch = {"index": array(jnp.int32)} | ({"weight": array(jnp.float32)} if stage.prior_prompt else {})
+    batch = {"index": array(jnp.int32)} | ({"weight": array(jnp.float32)} if stage.has_prior else {})
     if "vae" in stage.parts:
         return batch | {"pixels": array(jnp.uint8, *size, 3)}
     encoded, channels = storable(outline.dtype("vae")), outline.vae.config.latent_channels

@@ -11,7 +11,7 @@ from sdjax.data.buckets import Buckets
 from sdjax.data.images import Size
 from sdjax.data.records import Record, Records
 from sdjax.data.shards import Columns
-from sdjax.errors import ConfigError
+from sdjax.errors import ConfigError, DataError
 from sdjax.outline import Outline
 from sdjax.text import textual_inversion
 from sdjax.train.config import Data, Stage
@@ -30,6 +30,8 @@ class Images(NamedTuple):
 
     training: Sequence[Record]
     held_out: Sequence[Record]
+    classes: Sequence[Record]
+    """The class images of prior_path, if they keep their own captions."""
     fingerprint: dict[str, str]
     """Name of an image -> digest; see `records.fingerprint`."""
 
@@ -59,13 +61,28 @@ def find(data: Data, stage: Stage, key: str, seed: int, scan: Scan, keep: Path |
         training, held_out = records.split(everything, count=data.validation_count, fraction=data.validation_fraction)
     if stage.masked_loss and data.mask_path:
         training = records.with_masks(training, data.mask_path)
+    classes = _captioned_classes(stage, key, scan, keep) if stage.prior_path and not stage.prior_prompt else ()
     shown = functools.partial(_with_versions, data=data, stage=stage, seed=seed)
     others = f"{Path(data.validation_path).name}: " if data.validation_path else ""  # both folders may hold a name
     fingerprint: dict[str, str] = {}
     if keep is not None:
         fingerprint = records.fingerprint(training)
         fingerprint |= {others + name: digest for name, digest in records.fingerprint(held_out).items()}
-    return Images(shown(training), shown(held_out, vary=False), fingerprint)
+        fingerprint |= {f"prior_path: {name}": digest for name, digest in records.fingerprint(classes).items()}
+    return Images(shown(training), shown(held_out, vary=False), classes, fingerprint)
+
+
+def _captioned_classes(stage: Stage, key: str, scan: Scan, keep: Path | None) -> Records:
+    """Returns the images of prior_path with the captions they have. Raises DataError if one has none."""
+    how = ("missing_caption", "empty"), ("keep", keep), ("setting", f"{key}: prior_path")
+    found = scan(stage.prior_path, (), how)
+    for number, captions_of_one in enumerate(records.captions_of(found)):
+        if not any(captions_of_one):
+            raise DataError(
+                f"{key}.prior_path: no caption for {found[number].name}; write NAME.txt or metadata.jsonl, or give "
+                "prior_prompt, a caption for all"
+            )
+    return found
 
 
 def _with_versions(images: Records, *, data: Data, stage: Stage, seed: int, vary: bool = True) -> Records:

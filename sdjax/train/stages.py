@@ -52,6 +52,8 @@ class StagePlan(NamedTuple):
     data: Data
     buckets: Buckets
     held_out: Sequence[Record]
+    classes: Sequence[Record]
+    """Class images with captions of their own; see `stage_images.Images`."""
     chunks: int
     """Chunks that the longest caption takes in any text model."""
     recipe: Recipe
@@ -93,7 +95,7 @@ class StagePlan(NamedTuple):
     @property
     def examples(self) -> int:
         """Images that an optimizer step takes, class images included."""
-        return self.data.batch_size * self.data.accumulation * (2 if self.stage.prior_prompt else 1)
+        return self.data.batch_size * self.data.accumulation * (2 if self.stage.has_prior else 1)
 
     def order(self, repeats: tuple[Int32[np.ndarray, " N"], ...], seed: int) -> Order:
         """Returns the order of the batches. repeats: see `Dataset.repeats`. Each stage has another order."""
@@ -303,9 +305,9 @@ def _plan_stage(
     except ConfigError as e:
         raise ConfigError(f"{key}: {e}") from None
     assigned = stage_images.assign(data, images.training, key, outline)
-    chunks = checks.count_chunks(images.training, images.held_out, stage.prior_prompt, recipe.outline, key)
+    chunks = checks.count_chunks(images, stage.prior_prompt, recipe.outline, key)
     return StagePlan(
-        *(number, data, assigned, images.held_out, chunks, recipe),
+        *(number, data, assigned, images.held_out, images.classes, chunks, recipe),
         *(parallel, state, frozen, words, new_words, adapters, total),
         files_beneath=len(below.files),
     )
@@ -345,7 +347,7 @@ def parallelize_stage(
 ) -> Parallel:
     """Returns the step of a stage on the devices that the run asks for. devices: by default all of JAX."""
     mesh = config.parallel.mesh
-    size = data.batch_size * (2 if recipe.stage.prior_prompt else 1)
+    size = data.batch_size * (2 if recipe.stage.has_prior else 1)
     # The kernels' gradients do not depend on each other. On the CPU, a step that trains whole models takes 0.8 of the
     # time if they are computed side by side.
     save_memory = "weights" not in recipe.stage.parts.values()

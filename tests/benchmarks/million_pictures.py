@@ -105,6 +105,7 @@ def plan(folder: Path, cache_folder: Path, model: str, encode: int) -> None:
     from sdjax.data.order import Order, choose
     from sdjax.outline import Outline
     from sdjax.train import checks
+    from sdjax.train.stage_images import Images
 
     report = Report()
     outline = Outline.load(model, "float32")
@@ -125,7 +126,7 @@ def plan(folder: Path, cache_folder: Path, model: str, encode: int) -> None:
     report("order of 100 batches")
     choose(order, 1_000_000)
     report("order of batch 1,000,000")
-    chunks = checks.count_chunks(training, held_out, "", outline, "stages.0")
+    chunks = checks.count_chunks(Images(training, held_out, [], {}), "", outline, "stages.0")
     report(f"captions of at most {chunks} windows")
     parts = {size: members[: encode * len(members) // len(training)] for size, members in assigned.items()}
     found = [
