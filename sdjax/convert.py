@@ -185,7 +185,7 @@ def _save_words(words: Mapping[str, Any], paths: Mapping[str, Path], args: argpa
 
 def _model(args: argparse.Namespace) -> list[Path]:
     from sdjax.formats.carried import carried
-    from sdjax.merging import merged
+    from sdjax.formats.merging import merged
     from sdjax.model import Model
 
     _check_free(args, args.dst)
@@ -221,7 +221,7 @@ def _lora(args: argparse.Namespace) -> list[Path]:
 
     from sdjax.formats.carried import carried
     from sdjax.formats.lora_file import save_lora
-    from sdjax.low_rank import Limit
+    from sdjax.lora.low_rank import Limit
 
     _check_free(args, args.dst)
     model = _outline(args.base or args.model, args)
@@ -247,7 +247,7 @@ def _lora(args: argparse.Namespace) -> list[Path]:
 
 
 def _combined(model: Any, weighted: Sequence[tuple[Mapping[str, Any], float]], limit: Any) -> dict[str, Any]:
-    from sdjax import low_rank
+    from sdjax.lora import low_rank
 
     params = {part: model.view_weights(part) for part in {part for tree, _ in weighted for part in tree}}
     nearest = low_rank.combined(params, weighted, limit)
@@ -258,7 +258,7 @@ def _combined(model: Any, weighted: Sequence[tuple[Mapping[str, Any], float]], l
 
 def _extract(args: argparse.Namespace, base: Any, limit: Any) -> dict[str, Any]:
     """The adapters that turn one model, given by its outline, into a tuned one, for all parts but the VAE."""
-    from sdjax import low_rank
+    from sdjax.lora import low_rank
 
     tuned = _outline(args.src, args)
     parts = [part for part in base.shapes if part != "vae"]

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from sdjax import low_rank
 from sdjax.errors import DataError
 from sdjax.formats import lora_kohya, lora_peft
 from sdjax.formats.diffusers_folder import read_folder
@@ -24,6 +23,7 @@ from sdjax.formats.lora_layer import TorchAdapter, alpha_of, from_torch
 from sdjax.formats.lora_lycoris import FORM_NAMES
 from sdjax.formats.single_file import family_of, is_whole_model, split_parts
 from sdjax.formats.weights_file import is_safetensors, read_tensors
+from sdjax.lora import low_rank
 
 _TARGET = re.compile(
     r"(attn\d_to_[a-z]+|self_attn_\w_proj|self_attn_out_proj|mlp_fc\d|ff_net_\d|proj_(?:in|out)|conv\d|conv_\w+|conv"

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax import lora, low_rank
+from sdjax import lora
 from sdjax.errors import ConfigError
-from sdjax.low_rank import Limit
+from sdjax.lora import low_rank
+from sdjax.lora.low_rank import Limit
 from sdjax.trees import layers, nest
 
 SHAPES = {("unet", "a", "to_q"): (12, 8), ("unet", "b", "conv"): (3, 3, 4, 8), ("text_encoder", "c", "fc1"): (6, 24)}

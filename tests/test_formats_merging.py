@@ -8,7 +8,7 @@ import pytest
 from sdjax import lora
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.deferred import Deferred
-from sdjax.merging import merged
+from sdjax.formats.merging import merged
 from sdjax.model import Model
 from sdjax.outline import Outline
 from sdjax.trees import leaves
