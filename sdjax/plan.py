@@ -83,6 +83,7 @@ def _drawing(args: argparse.Namespace) -> dict[str, Any]:
         count=args.count,
         steps=args.steps,
         base_dtype=args.base_dtype or "",
+        upscale=args.upscale,
     )
     return compiled.report(target, compiled.compile_for(target, programs)) | {"advice": []}
 
@@ -104,6 +105,7 @@ def _parser() -> command.Parser:
     add("--size", type=int, metavar="PIXELS", help="with --draw: the side of the pictures (default: the model's)")
     add("--count", type=int, default=1, metavar="N", help="with --draw: pictures drawn at once (default: 1)")
     add("--steps", type=int, default=20, metavar="N", help="with --draw: sampler steps (default: 20)")
+    add("--upscale", default="", metavar="MODEL", help="with --draw: also enlarge, by the file of an upscaler, or tiny")
     add("--dtype", metavar="TYPE", help="with --draw: number type (default: bfloat16)")
     add("--base-dtype", choices=["int8"], help="with --draw: keep the U-Net's weights in eight bits")
     return parser

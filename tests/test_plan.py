@@ -49,6 +49,16 @@ def test_a_call_to_draw(micro_models, no_weights, capsys):
     }
 
 
+def test_a_call_to_draw_and_enlarge(micro_models, no_weights, capsys):
+    arguments = ["--draw", "--model", str(micro_models()), "--size", "200", "--count", "2", "--upscale", "tiny"]
+    assert plan.main([*arguments, "--json"]) == 0
+    *_, last = json.loads(capsys.readouterr().out)["programs"]
+    assert (last["name"], last["runs"]) == ("upscale a tile", 2 * 4)  # tiles of 192 pixels
+    assert last["memory_gb"] > 0
+    assert plan.main([*arguments[:-1], "gone.pth"]) == 3
+    assert "upscaler 'gone.pth': no such file" in capsys.readouterr().err
+
+
 def test_the_times_are_those_of_the_data_sheet():
     chip = chips.TPUS["v5e"]
     figures = compiled.Figures(1e9, 197e12, 819e8, {}, None, 0, 1.0)

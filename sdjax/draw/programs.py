@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sdjax.data.images import Size
-from sdjax.draw import sampling
+from sdjax.draw import sampling, upscaling
 from sdjax.draw.conditioning import Condition
 from sdjax.draw.loop import Given, compiled_sampler_step
 from sdjax.errors import ConfigError
@@ -32,10 +32,12 @@ def drawing_with(
     count: int,
     steps: int,
     base_dtype: str = "",
+    upscale: str = "",
 ) -> list[Program]:
     """Returns the programs that draw square pictures with a model, which needs no weights.
 
     source, dtype, base_dtype: see `Outline.load`. devices: share the pictures. side: in pixels; None: the model's.
+    upscale: file of an upscaler, or "tiny"; empty: none.
     """
     read_value(Count, count, "--count")
     outline = Outline.load(source, dtype, platform=devices[0].platform, base_dtype=base_dtype, weights=False)
@@ -43,7 +45,9 @@ def drawing_with(
     if side < 8 or side % outline.size_multiple:
         raise ConfigError(f"--size {side}: expected a multiple of {outline.size_multiple}")
     mesh = mesh_of(devices) if len(devices) > 1 else None
-    return drawing(outline, Size(side, side), count=count, steps=steps, mesh=mesh)
+    size = Size(side, side)
+    enlarging = [upscaling.load(upscale).program(size, count)] if upscale else []
+    return [*drawing(outline, size, count=count, steps=steps, mesh=mesh), *enlarging]
 
 
 def drawing(

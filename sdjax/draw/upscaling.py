@@ -19,8 +19,9 @@ from sdjax.errors import ConfigError, DataError
 from sdjax.formats.png_parameters import with_fields
 from sdjax.formats.upscaler_file import read_upscaler
 from sdjax.models.layers import Compute
-from sdjax.models.tiling import Tiling, tiled
+from sdjax.models.tiling import Tiling, tiled, tiles
 from sdjax.models.upscaler import COLOURS, Network, make_network
+from sdjax.runtime.compiled import Program
 from sdjax.settings import read_value
 
 TILE, OVERLAP, MARGIN = 192, 24, 8
@@ -87,8 +88,23 @@ class Upscaler:
         """Returns the pixels after the network, which sees them in tiles. Values are in [0, 1]."""
         scale = self.network.config.scale
         compute = functools.partial(_apply, self.network, self.params)
-        tiling = Tiling(TILE * scale, OVERLAP * scale, MARGIN * scale)
-        return tiled(compute, pixels[None], tiling, factor=scale, encode=False, channels=COLOURS)[0]
+        return tiled(compute, pixels[None], self._tiling, factor=scale, encode=False, channels=COLOURS)[0]
+
+    @property
+    def _tiling(self) -> Tiling:
+        scale = self.network.config.scale
+        return Tiling(TILE * scale, OVERLAP * scale, MARGIN * scale)
+
+    def program(self, size: Size, count: int) -> Program:
+        """Returns the program that enlarges one tile, for so many pictures of a size."""
+        rows, columns = (tiles(side, self._tiling, self.network.config.scale) for side in size)
+        pixels = jax.ShapeDtypeStruct((1, rows[0][1], columns[0][1], COLOURS), jnp.float32)
+        params = jax.eval_shape(lambda: self.params)
+
+        def lower(place: Any) -> Any:
+            return _apply.lower(self.network, *place(params, pixels))
+
+        return Program("upscale a tile", lower, runs=count * len(rows) * len(columns))
 
 
 def load(model: str | os.PathLike) -> Upscaler:
