@@ -144,3 +144,24 @@ def test_biases_and_norms_are_left_out_with_a_warning(caplog):
     found = low_rank.combined(base, [(tree, 1.0)], Limit(3))
     assert "1 changes of biases and norms are left out" in caplog.text
     assert all(layer.keys() == {"down", "up", "scale"} for _, layer in layers(found.adapters, "down"))
+
+
+@pytest.mark.parametrize(("decay", "excess"), [("noise", 0.03), ("slow", 1e-3), ("rank 5", 0.0)])
+def test_of_a_large_layer_only_the_leading_part_is_decomposed(monkeypatch, decay, excess):
+    random, size = np.random.default_rng(0), (96, 160)
+    left, right = (np.linalg.qr(random.normal(size=(side, 96)))[0] for side in size)
+    values = {"noise": random.uniform(0.9, 1.1, 96), "slow": np.arange(1, 97) ** -0.7, "rank 5": np.arange(96) < 5}
+    kernel = ((left * values[decay]) @ right.T).astype(np.float32)
+    tuned, base = ({"unet": {"to_q": {"kernel": each}}} for each in (kernel, np.zeros_like(kernel)))
+    shapes, decompose = [], np.linalg.svd
+    monkeypatch.setattr(np.linalg, "svd", lambda a, **how: shapes.append(a.shape) or decompose(a, **how))
+    found = low_rank.extract(tuned, base, Limit(rank=8))
+    assert shapes == [(8 + low_rank._MORE, 160)]
+    path = ("unet", "to_q")
+    missing = np.square(kernel - product(dict(layers(found.adapters, "down"))[path]), dtype=np.float64).sum()
+    least = np.square(np.sort(values[decay])[:-8].astype(np.float64)).sum()
+    assert least * (1 - 1e-4) - 1e-8 <= missing <= least * (1 + excess) + 1e-8
+    assert found.lost[path] == pytest.approx(missing, rel=1e-4, abs=1e-5)
+    monkeypatch.setattr(np.linalg, "svd", decompose)
+    exact = low_rank.extract(tuned, base, Limit(rank=8, ratio=1e9))  # another limit, which needs all values
+    np.testing.assert_allclose(exact.lost[path], least, rtol=1e-4, atol=1e-8)
