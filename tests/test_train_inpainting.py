@@ -187,11 +187,13 @@ def test_lora_and_words_are_trained_exported_and_resumed_to_the_same_bits(settin
     assert all(np.abs(layer["up"]).max() > 0 for _, layer in trees.layers(adapter["unet"], "up"))
     losses = [line["held_out_loss"] for line in micro.metric_lines(output, "held_out_loss")]
     assert len(losses) == 2 and losses[0] != losses[1]
-    # One row for the prompt and one for each of four held-out images, whose kept part stays as it is.
+    # One row for the prompt and one for each of four held-out images, whose kept part stays as it is. The columns: what
+    # is given, the base model, and the LoRA at three weights.
     sheet = Image.open(output / "samples" / "style-before-after.png")
-    assert sheet.size == (6 + 3 * (192 + 6), 6 + 5 * (192 + 22 + 6))
+    assert sheet.size == (6 + 5 * (192 + 6), 6 + 5 * (192 + 22 + 6))
     held_out = encode(plan := stages.plan_run(config), plan.stages[0], NOTHING)[1]
-    given, *drawn = (np.asarray(sheet.crop((x, 226, x + 192, 418)).convert("RGB"))[6::12, 6::12] for x in (6, 204, 402))
+    lefts = range(6, sheet.width, 192 + 6)
+    given, *drawn = (np.asarray(sheet.crop((x, 226, x + 192, 418)).convert("RGB"))[6::12, 6::12] for x in lefts)
     hidden = np.kron(held_out.buckets[0].arrays["hole"][0, 0, ..., 0], np.ones((2, 2))) > 0
     assert (given[hidden] == 128).all()
     for picture in drawn:
