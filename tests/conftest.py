@@ -43,6 +43,14 @@ def final_latents(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def base_unet():
+    """The configuration and parameters of a small U-Net with random weights, which tests adapt."""
+    import adapters
+
+    return adapters.base_unet()
+
+
+@pytest.fixture(scope="session")
 def tiny():
     """The embedded model."""
     import sdjax

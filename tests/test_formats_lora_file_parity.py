@@ -1,12 +1,15 @@
 """LoRA files: sdjax, and diffusers with peft, read each other's files with the same change of every kernel."""
 
 import numpy as np
+import oracle
 import pictures
 import pytest
+from adapters import SD1, apply, inputs_of, random_adapter
 from safetensors.numpy import load_file, save_file
 from test_formats_lora_file import assert_same, delta, kohya_file, random_lora, torch_layout
 from test_formats_parameter_names import torch_expected
 
+from sdjax import lora
 from sdjax.formats.lora_file import load_lora, save_lora
 from sdjax.formats.parameter_names import module_name
 from sdjax.trees import layers, nest
@@ -239,3 +242,40 @@ def test_sdxl_names_are_those_of_the_original_unet(tmp_path, pipelines):
     assert any("down_blocks_1_attentions_0" in key for key in plain)
     save_file(plain | text, tmp_path / "c.safetensors")
     assert_same(lora, load_lora(tmp_path / "c.safetensors", trees))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("style", ["kohya", "peft"])
+@pytest.mark.parametrize("which", ["attention", "transformer", "all"])
+def test_diffusers_loads_our_files(tmp_path, style, which):
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    model = oracle.randomised(UNet2DConditionModel(**SD1))
+    read = oracle.saved(model, tmp_path / "unet")
+    # kohya's LoCon has no modules for layers such as time_emb_proj. Those of transformers and resnets are exported.
+    which = ["attentions", "resnets.*/conv", "samplers_0"] if which == "all" else which
+    adapter = random_adapter(read.params, which=which, alpha=1.0)
+    save_lora(tmp_path / "lora.safetensors", {"unet": adapter}, {"unet": read.params}, style=style)
+    tensors, alphas = StableDiffusionPipeline.lora_state_dict(tmp_path / "lora.safetensors")
+    StableDiffusionPipeline.load_lora_into_unet(tensors, alphas, model)
+    inputs = inputs_of(SD1)
+    out = model(
+        *(convert(x) for convert, x in zip((oracle.channels_first, oracle.tensor, oracle.tensor), inputs, strict=False))
+    )
+    ours = apply(read.module.config, read.params, adapter)
+    assert oracle.error(ours, apply(read.module.config, read.params)) > 0.01
+    assert oracle.error(ours, oracle.channels_last(out.sample)) <= 1e-4
+    again = load_lora(tmp_path / "lora.safetensors", {"unet": read.params})["unet"]
+    assert oracle.error(apply(read.module.config, read.params, again), ours) <= 1e-6
+
+
+def test_alpha_survives_both_styles(tmp_path, base_unet):
+    """The change is the same with alpha as a tensor, in the metadata, or folded into the weights."""
+    _, params = base_unet
+    adapter = random_adapter(params, alpha=1.0)
+    for style in ("kohya", "peft"):
+        save_lora(tmp_path / f"{style}.safetensors", {"unet": adapter}, {"unet": params}, style=style)
+        again = load_lora(tmp_path / f"{style}.safetensors", {"unet": params})["unet"]
+        changes = {path: lora.delta(layer) for path, layer in layers(again, "down")}
+        for path, layer in layers(adapter, "down"):
+            np.testing.assert_allclose(changes[path], lora.delta(layer), rtol=1e-5, atol=1e-7)

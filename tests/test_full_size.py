@@ -1,4 +1,4 @@
-"""The published sizes, with random weights: the parts of SD1.5, SD2.1 and SDXL, beside PyTorch.
+"""The published sizes, with random weights: the parts of SD1.5, SD2.1, SDXL and its refiner, beside PyTorch.
 
 These tests run only with `python -m pytest -m slow -s tests/test_full_size.py`. SDXL's U-Net takes 13 GB of memory and
 13 GB of disk. PyTorch and sdjax run one after the other, each in a new process, so that memory holds one model.
@@ -37,6 +37,19 @@ UNETS = {
         "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
         "use_linear_projection": True,
     },
+    "sdxl refiner": {
+        "sample_size": 128,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "attention_head_dim": [6, 12, 24, 24],
+        "block_out_channels": [384, 768, 1536, 1536],
+        "cross_attention_dim": 1280,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "projection_class_embeddings_input_dim": 2560,
+        "transformer_layers_per_block": 4,
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "use_linear_projection": True,
+    },
 }
 VAE = {
     "block_out_channels": [128, 256, 512, 512],
@@ -69,6 +82,8 @@ def unet_inputs(config):
     added = None
     if "addition_embed_type" in config:
         ids = np.array([[1024, 1024, 0, 0, 1024, 1024], [512, 768, 0, 64, 512, 768]], np.float32)
+        if config["projection_class_embeddings_input_dim"] == 1280 + 5 * config["addition_time_embed_dim"]:
+            ids = np.array([[1024, 1024, 0, 0, 6], [512, 768, 0, 64, 2.5]], np.float32)  # the refiner's aesthetic score
         added = {"text_embeds": normal(1, 2, 1280), "time_ids": ids}
     timesteps = np.array([17, 801], np.float32)
     return normal(2, 2, size, size, 4), timesteps, normal(3, 2, 77, config["cross_attention_dim"]), added
