@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> None:
     args, flags = _parser().parse_known_args(argv)
-    if args.draw and (args.config or flags):
-        raise ConfigError(f"--draw plans a call to draw, which has no {args.config or flags[0]}")
+    if args.draw and (args.config or flags or args.only_step):
+        raise ConfigError(f"--draw plans a call to draw, which has no {args.config or (flags or ['--only-step'])[0]}")
     if (args.model if args.draw else args.config) is None:
         raise ConfigError("give CONFIG.toml of a training run, or --draw --model MODEL")
     if args.target is not None:
@@ -53,7 +53,10 @@ def _training(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     if args.target is None:
         divide_cpu(config.parallel.cpu_devices)
     target = chips.described(args.target) if args.target else chips.present()
-    planned = compiled.compile_for(target, programs.training(config, target.devices))
+    needed = programs.training(config, target.devices)
+    if args.only_step:
+        needed = (program for program in needed if program.name.endswith(": step"))
+    planned = compiled.compile_for(target, needed)
     report = compiled.report(target, planned)
     steps = [row.get("seconds_at_least") for row in report["programs"] if row["name"].endswith(": step")]
     report["steps"] = sum(stage.steps for stage in config.stages)
@@ -100,6 +103,7 @@ def _parser() -> command.Parser:
     add("config", nargs="?", metavar="CONFIG.toml", help="settings of a training run; --key value changes one")
     add("--for", dest="target", metavar="DEVICES", help="what to compile for (default: this machine)")
     add("--json", action="store_true", help="print one JSON object")
+    add("--only-step", action="store_true", help="plan the training steps alone, without encoding and validation")
     add("--draw", action="store_true", help="plan drawing in place of training")
     add("--model", metavar="MODEL", help="with --draw: tiny, a folder or a hub id; weights are not read")
     add("--size", type=int, metavar="PIXELS", help="with --draw: the side of the pictures (default: the model's)")

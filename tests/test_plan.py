@@ -33,6 +33,9 @@ def test_a_training_run(config, no_weights, capsys, tmp_path):
         assert row["megacycles"] is row["seconds_at_least"] is None  # no data sheet of this CPU
     assert report["seconds_per_step_at_least"] is None
     assert not (tmp_path / "run").exists()
+    assert plan.main([config, "--only-step", "--json"]) == 0
+    only = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in only["programs"]] == ["style: step"] and only["fits"]
     assert plan.main([config]) == 0
     out = capsys.readouterr().out
     assert "style: step" in out and "fits: " in out and f"on each of {len(jax.devices())} devices" in out
@@ -74,6 +77,7 @@ def test_the_times_are_those_of_the_data_sheet():
         ([], "give CONFIG.toml of a training run, or --draw --model MODEL"),
         (["--draw"], "give CONFIG.toml of a training run, or --draw --model MODEL"),
         (["--draw", "--model", "tiny", "run.toml"], "--draw plans a call to draw, which has no run.toml"),
+        (["--draw", "--model", "tiny", "--only-step"], "--draw plans a call to draw, which has no --only-step"),
         (["--draw", "--model", "tiny", "--size", "63"], "--size 63: expected a multiple of 8"),
         (["--draw", "--model", "tiny", "--count", "0"], "--count = 0: expected at least 1"),
         (["--draw", "--model", "tiny", "--for", "v9"], "--for v9: choices are t4, l4, a100, h100, and TPU slices of"),

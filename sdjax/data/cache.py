@@ -102,7 +102,7 @@ class Views(NamedTuple):
     def key(self, records: Iterable[Record], digests: Sequence[str]) -> dict[str, Any]:
         """The part of a cache key that identifies the views of these images. digests: of the files."""
         key = {"size": self.size, "flip": self.flip, "images": digests}
-        key |= {"on_subject": True, "background": self.background} if self.on_subject else {}
+        key |= {"on_subject": True} if self.on_subject else {}
         return key | (
             {"crops": self.crops, "seed": self.seed, "names": [r.name for r in records]} if self.crops else {}
         )

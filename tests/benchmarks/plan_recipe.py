@@ -1,6 +1,6 @@
 """Plans a recipe for a published model without the model: `sdjax plan` with its shapes and the sample pictures.
 
-    python tests/benchmarks/plan_recipe.py configs/sd15_lora.toml --for v5e:2x2 [--json] [--stages.0.steps 100 ...]
+    python tests/benchmarks/plan_recipe.py configs/sd15_lora.toml --for v5e:2x2 [--only-step] [--data.batch_size 4 ...]
     python tests/benchmarks/plan_recipe.py sdxl --draw --size 1024 --for v5e [--json]
 
 Nothing of the released weights is read. A training step of full size takes minutes to compile.
