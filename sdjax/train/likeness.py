@@ -15,12 +15,25 @@ _SIDE, _CELL = 64, 4
 def distance(drawn: Sequence[Image.Image], true: Sequence[Image.Image]) -> float:
     """Returns the mean distance of drawn pictures from the true ones. 0: they are alike.
 
-    Compared are colours and edges on a grid of 16 x 16, after pictures on a plain background are framed on their
-    subject. So place and size of a subject do not count, and a shape that falls apart does. The distance is the root
-    of the mean squared difference, for colours in [0, 1].
+    Their `features` are compared, so place and size of a subject do not count, and a shape that falls apart does. The
+    distance is the root of the mean squared difference.
     """
-    apart = np.stack([_features(a) - _features(b) for a, b in zip(drawn, true, strict=True)])
+    apart = np.stack([features(a) - features(b) for a, b in zip(drawn, true, strict=True)])
     return float(np.sqrt(np.mean(np.square(apart), axis=1)).mean())
+
+
+def features(picture: Image.Image) -> Float[np.ndarray, " F"]:
+    """Returns what is compared of a picture, after it is framed on its subject.
+
+    These are the means of red, green and blue over 4 x 4 of 64 x 64 pixels, and twice the means of the absolute
+    horizontal and vertical differences of grey, all for values in [0, 1].
+    """
+    framed = framed_on_subject(picture).resize((_SIDE, _SIDE), Image.Resampling.BOX)
+    colours = np.asarray(framed, np.float64) / 255
+    grey = np.pad(colours @ np.array([0.299, 0.587, 0.114]), ((0, 1), (0, 1)), mode="edge")
+    edges = np.abs(np.stack([np.diff(grey, axis=1)[:-1], np.diff(grey, axis=0)[:, :-1]], axis=-1))
+    cells = np.concatenate([colours, 2 * edges], axis=-1).reshape(_SIDE // _CELL, _CELL, _SIDE // _CELL, _CELL, -1)
+    return cells.mean((1, 3)).ravel()
 
 
 def framing_advice(given: Sequence[Image.Image], drawn: Sequence[Image.Image]) -> str | None:
@@ -42,12 +55,3 @@ def _subject_share(pictures: Sequence[Image.Image]) -> float | None:
     found = [(find_subject(picture), max(picture.size)) for picture in pictures]
     shares = [subject.length / side for subject, side in found if subject is not None]
     return float(np.median(shares)) if shares and 2 * len(shares) > len(pictures) else None
-
-
-def _features(picture: Image.Image) -> Float[np.ndarray, " F"]:
-    framed = framed_on_subject(picture).resize((_SIDE, _SIDE), Image.Resampling.BOX)
-    colours = np.asarray(framed, np.float64) / 255
-    grey = np.pad(colours @ np.array([0.299, 0.587, 0.114]), ((0, 1), (0, 1)), mode="edge")
-    edges = np.abs(np.stack([np.diff(grey, axis=1)[:-1], np.diff(grey, axis=0)[:, :-1]], axis=-1))
-    cells = np.concatenate([colours, 2 * edges], axis=-1).reshape(_SIDE // _CELL, _CELL, _SIDE // _CELL, _CELL, -1)
-    return cells.mean((1, 3)).ravel()

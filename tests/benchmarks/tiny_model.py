@@ -33,10 +33,8 @@ style: 100 names that are not among the sample pictures, with and without the Lo
 character: 16 pictures of the word. named: share whose nearest picture, of all true pictures and the character's six
     other poses, is a pose.
 
-The distance of two pictures is the Euclidean distance of their features: the means of red, green and blue over 4 x 4
-pixels, and twice the means of the absolute horizontal and vertical differences of grey, all for values in [0, 1], after
-each picture is cropped to its subject. Neither names nor seeds are chosen: names come in the order of their hashes, and
-picture n of a measure has seed n.
+The distance of two pictures is the Euclidean one of their features (`sdjax.train.likeness.features`). Neither names
+nor seeds are chosen: names come in the order of their hashes, and picture n of a measure has seed n.
 """
 
 import argparse
@@ -52,6 +50,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import sdjax
+from sdjax.data.images import picture
+from sdjax.train import likeness
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white")
 SHAPES = ("heart", "circle", "square")
@@ -89,33 +89,9 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return -10 * np.log10(np.maximum(np.mean(np.square(a - b), axis=(-3, -2, -1)), 1e-10))
 
 
-def centred(pixels: np.ndarray) -> np.ndarray:
-    """Returns a picture [64, 64, 3] cropped to what is not white, with a longer side of 60 pixels, in the middle."""
-    subject = pixels.min(-1) < 0.94
-    if not subject.any():
-        return pixels
-    rows, columns = np.flatnonzero(subject.any(1)), np.flatnonzero(subject.any(0))
-    crop = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    factor = 60 / max(crop.shape[:2])
-    height, width = (max(1, round(side * factor)) for side in crop.shape[:2])
-    image = Image.fromarray(np.round(crop * 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-    out = np.ones((64, 64, 3))
-    top, left = (64 - height) // 2, (64 - width) // 2
-    out[top : top + height, left : left + width] = np.asarray(image, np.float64) / 255
-    return out
-
-
 def features(pixels: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
     """Returns the features [N, 1280] of pictures [N, 64, 64, 3] in [0, 1]."""
-
-    def means(x):
-        n, h, w, c = x.shape
-        return x.reshape(n, h // 4, 4, w // 4, 4, c).mean((2, 4)).reshape(n, -1)
-
-    cropped = np.stack([centred(each) for each in pixels])
-    grey = np.pad(cropped @ np.array([0.299, 0.587, 0.114]), ((0, 0), (0, 1), (0, 1)), mode="edge")
-    across, down = np.abs(np.diff(grey, axis=2))[:, :-1], np.abs(np.diff(grey, axis=1))[:, :, :-1]
-    return np.concatenate([means(cropped), 2 * means(np.stack([across, down], axis=-1))], axis=1)
+    return np.stack([likeness.features(picture(each)) for each in pixels])
 
 
 class References:
