@@ -10,7 +10,7 @@ from PIL import Image
 from upscalers import RRDB, random_rrdb, save_compact
 
 import sdjax
-from sdjax.data.images import on_white
+from sdjax.data.images import Size, on_white
 from sdjax.draw import upscaling
 from sdjax.errors import ConfigError, DataError
 from sdjax.formats.png_parameters import save_png
@@ -197,3 +197,10 @@ def test_upscalers_are_checked_before_anything_is_drawn(tiny, settings, kind, me
     monkeypatch.setattr("sdjax.draw.loop.sample_latents", None)
     with pytest.raises(kind, match=message):
         tiny.text2image("red heart", **quickly, **settings)
+
+
+def test_the_program_of_a_tile_is_that_of_the_platform():
+    """A TPU's kernels divide a convolution into several, also where the program is traced on a machine without one."""
+    tile = functools.partial(upscaling.load("tiny").program, Size(64, 64), 1)
+    count = lambda platform: tile(platform).lower(lambda *arrays: arrays).as_text().count("convolution(")
+    assert count("tpu") > count("cpu") > 0

@@ -46,7 +46,7 @@ def drawing_with(
         raise ConfigError(f"--size {side}: expected a multiple of {outline.size_multiple}")
     mesh = mesh_of(devices) if len(devices) > 1 else None
     size = Size(side, side)
-    enlarging = [upscaling.load(upscale).program(size, count)] if upscale else []
+    enlarging = [upscaling.load(upscale).program(size, count, devices[0].platform)] if upscale else []
     return [*drawing(outline, size, count=count, steps=steps, mesh=mesh), *enlarging]
 
 

@@ -95,14 +95,15 @@ class Upscaler:
         scale = self.network.config.scale
         return Tiling(TILE * scale, OVERLAP * scale, MARGIN * scale)
 
-    def program(self, size: Size, count: int) -> Program:
-        """Returns the program that enlarges one tile, for so many pictures of a size."""
+    def program(self, size: Size, count: int, platform: str) -> Program:
+        """Returns the program that enlarges one tile, for so many pictures of a size, on a platform; see `Compute`."""
+        network = make_network(self.network.config, Compute(platform=platform))
         rows, columns = (tiles(side, self._tiling, self.network.config.scale) for side in size)
         pixels = jax.ShapeDtypeStruct((1, rows[0][1], columns[0][1], COLOURS), jnp.float32)
         params = jax.eval_shape(lambda: self.params)
 
         def lower(place: Any) -> Any:
-            return _apply.lower(self.network, *place(params, pixels))
+            return _apply.lower(network, *place(params, pixels))
 
         return Program("upscale a tile", lower, runs=count * len(rows) * len(columns))
 
