@@ -10,6 +10,7 @@ import oracle
 
 from sdjax import lora, trees
 from sdjax.models import unet
+from sdjax.models.layers import Compute
 from sdjax.trees import leaves
 
 SD1 = {
@@ -94,3 +95,19 @@ def params_at(tree, path):
     for name in path:
         tree = tree[name]
     return tree
+
+
+def gradients(read, adapter, inputs, wanted, *, remat=None):
+    """Returns mean((out - wanted)^2), out, and its gradients by the adapter's trained leaves and by the context."""
+    model = unet.UNet(read.module.config, Compute(remat=remat))
+    trained, scales = lora.split(adapter)
+    latents, timesteps, context, added = inputs
+
+    def loss(trained, context, params):
+        variables = {"params": params, "lora": lora.join(trained, scales)}
+        out = model.apply(variables, latents, timesteps, context, added)
+        return jnp.mean(jnp.square(out - wanted)), out
+
+    program = oracle.quick_jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    (value, out), grads = program(trained, context, read.params)
+    return value, out, *grads

@@ -9,11 +9,12 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import oracle
+import peft_gradients
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.parity]
 
-FLOAT32, BFLOAT16 = 1e-4, 3e-2
+FLOAT32, BFLOAT16, GRADIENT = 1e-4, 3e-2, 1e-3
 
 UNETS = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -135,6 +136,16 @@ def run_text(config, folder):
     return [array.numpy() for array in (out.last_hidden_state, pooled, out.hidden_states[-2])]
 
 
+def run_lora(config, folder):
+    from diffusers import UNet2DConditionModel
+
+    model = oracle.randomised(UNet2DConditionModel(**config))
+    model.save_pretrained(folder, max_shard_size="1GB")
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    inputs, wanted = unet_inputs(config), normal(4, *unet_inputs(config)[0].shape)
+    return peft_gradients.by_torch(model, folder, inputs, wanted, target_modules=targets)
+
+
 # In a process with JAX: the model is read and computed by sdjax, and the errors are returned.
 
 
@@ -160,6 +171,14 @@ def our_errors(kind, config, folder, expected, dtype):
     return [oracle.error(output, reference) for output, reference in zip(outputs, expected, strict=True)]
 
 
+def lora_errors(config, folder, expected):
+    import jax
+
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    inputs, wanted = unet_inputs(config), normal(4, *unet_inputs(config)[0].shape)
+    return peft_gradients.errors(oracle.read_model(folder), folder, inputs, wanted, expected)
+
+
 def alone(function, *args):
     """The result of a function, computed in a process that ends with it."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -179,6 +198,20 @@ def test_full_size(tmp_path, kind, name):
             errors = alone(our_errors, kind, config, tmp_path, expected, dtype)
             print(f"{kind} {name} {dtype}: {', '.join(f'{error:.1e}' for error in errors)}", flush=True)
             assert max(errors) <= bound
+    finally:
+        for file in tmp_path.glob("*.safetensors"):
+            file.unlink()
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_gradients_at_full_size(tmp_path, name):
+    """Of a LoRA on the attention layers, and of the context, through which a new word is trained."""
+    expected = alone(run_lora, UNETS[name], tmp_path)
+    try:
+        errors = alone(lora_errors, UNETS[name], tmp_path, expected)
+        print(f"lora {name}: {', '.join(f'{part} {error:.1e}' for part, error in errors.items())}", flush=True)
+        assert max(errors["loss"], errors["out"]) <= FLOAT32
+        assert max(errors["by_context"], errors["by_adapter"]) <= GRADIENT
     finally:
         for file in tmp_path.glob("*.safetensors"):
             file.unlink()

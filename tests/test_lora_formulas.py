@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import peft_gradients
 import pytest
-from adapters import BATCH, FAMILIES, SD1, apply, inputs_of, normal, params_at, random_adapter
+from adapters import BATCH, FAMILIES, SD1, apply, gradients, inputs_of, normal, params_at, random_adapter
 
 from sdjax import lora, trees
 from sdjax.errors import ConfigError
-from sdjax.formats.lora_file import load_lora
 from sdjax.models import unet
-from sdjax.models.layers import Compute
 from sdjax.settings import RematPolicy
 from sdjax.trees import leaves
 
@@ -159,22 +158,6 @@ def test_gradients_of_other_kinds_are_those_of_the_merged_kernel(options, shape)
         np.testing.assert_allclose(np.vdot(gradient["conv"][name], direction), (ends[0] - ends[1]) / 2e-4, rtol=1e-3)
 
 
-def gradients(read, adapter, inputs, wanted, *, remat=None):
-    """Returns mean((out - wanted)^2), out, and its gradients by the adapter's trained leaves and by the context."""
-    model = unet.UNet(read.module.config, Compute(remat=remat))
-    trained, scales = lora.split(adapter)
-    latents, timesteps, context, added = inputs
-
-    def loss(trained, context):
-        out = model.apply(
-            {"params": read.params, "lora": lora.join(trained, scales)}, latents, timesteps, context, added
-        )
-        return jnp.mean(jnp.square(out - wanted)), out
-
-    (value, out), grads = oracle.quick_jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(trained, context)
-    return value, out, *grads
-
-
 def test_remat_changes_no_gradient(base_unet):
     config, params = base_unet
     adapter = random_adapter(params, which="all")
@@ -194,77 +177,17 @@ KINDS = {
 }
 
 
-def peft_unet(folder, config, kind):
-    """Returns a diffusers U-Net with a random peft adapter, our U-Net and adapter from their files, and `write`.
-
-    write(folder, tensors): our adapter, from a file that diffusers writes of the tensors.
-    """
-    import torch
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
-
-    model = oracle.randomised(UNet2DConditionModel(**config))
-    read = oracle.saved(model, folder / "unet")
-    options = {"r": 4, "lora_alpha": 4, "init_lora_weights": False} | KINDS[kind]
-    torch.manual_seed(0)
-    model.add_adapter(LoraConfig(**options))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_magnitude" in name:
-                parameter.mul_(1.3).add_(0.1)
-    model.eval()
-
-    def write(folder, tensors):
-        StableDiffusionPipeline.save_lora_weights(
-            folder,
-            unet_lora_layers=convert_state_dict_to_diffusers(tensors),
-            unet_lora_adapter_metadata={key: value for key, value in options.items() if key != "init_lora_weights"},
-        )
-        return load_lora(folder, {"unet": read.params})["unet"]
-
-    adapter = write(folder / "lora", get_peft_model_state_dict(model))
-    return model, read, adapter, write
-
-
 @pytest.mark.parity
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_gradients_match_peft(tmp_path, family, kind):
-    import torch
-    from peft.utils import get_peft_model_state_dict
+    from diffusers import UNet2DConditionModel
 
     config = FAMILIES[family]
-    model, read, adapter, write = peft_unet(tmp_path, config, kind)
-    latents, timesteps, context, added = inputs_of(config)
-    wanted = normal(9, BATCH, 8, 8, 4)
-    their_context = oracle.tensor(context).requires_grad_()
-    out = model(
-        oracle.channels_first(latents),
-        oracle.tensor(timesteps),
-        their_context,
-        added_cond_kwargs={name: oracle.tensor(value) for name, value in (added or {}).items()},
-    ).sample
-    loss = torch.mean((out - oracle.channels_first(wanted)) ** 2)
-    loss.backward()
-
-    value, ours, by_adapter, by_context = gradients(read, adapter, (latents, timesteps, context, added), wanted)
-    assert oracle.error(ours, oracle.channels_last(out)) <= 1e-4
-    assert oracle.error(value, loss.detach()) <= 1e-4
-    assert oracle.error(by_context, their_context.grad) <= 1e-3
-
-    # The gradients of peft are written to an adapter file, which we read as one of our trees.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(parameter.grad)
-    expected = dict(leaves(lora.split(write(tmp_path / "grad", get_peft_model_state_dict(model)))[0]))
-    ours = dict(leaves(by_adapter))
-    assert ours.keys() == expected.keys()
-    assert len(ours) >= 10
-    largest = max(float(np.linalg.norm(leaf)) for leaf in expected.values())
-    for path, leaf in expected.items():
-        # Relative to the gradient of this layer, unless it is so small that it is rounding of the other gradients.
-        difference = np.linalg.norm(np.asarray(ours[path]) - leaf)
-        assert difference <= 1e-3 * max(float(np.linalg.norm(leaf)), 1e-4 * largest), "/".join(path)
+    model = oracle.randomised(UNet2DConditionModel(**config))
+    read = oracle.saved(model, tmp_path)
+    asked = inputs_of(config), normal(9, BATCH, 8, 8, 4)
+    expected = peft_gradients.by_torch(model, tmp_path, *asked, **KINDS[kind])
+    errors = peft_gradients.errors(read, tmp_path, *asked, expected)
+    assert max(errors["loss"], errors["out"]) <= 1e-4
+    assert max(errors["by_context"], errors["by_adapter"]) <= 1e-3
