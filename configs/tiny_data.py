@@ -55,8 +55,10 @@ HELD_OUT = 0.05
 """Share of the emoji that the VAE never sees."""
 CAPTIONS = 4
 """Captions of each subject. Every subject has the same number, so all are shown equally often."""
-COUNTS = {"one": 30_000, "recoloured": 6_000, "two": 10_000, "worn": 6_000}
+COUNTS = {"whole": 12_000, "one": 20_000, "recoloured": 5_000, "two": 10_000, "worn": 5_000}
 """Pictures of each kind."""
+FIRST = 12_000
+"""Pictures of the kind `whole` that training begins with."""
 NAMED = 0.65
 """Share of the captions that name the style."""
 WINDOW = 24
@@ -135,11 +137,14 @@ def read_sets(folder: str | Path, *, taught: bool = False) -> dict[str, dict[str
     return found
 
 
-def write_data(folder: str | Path, sets: str | Path, counts: dict[str, int] = COUNTS, seed: int = 0) -> dict[str, int]:
+def write_data(
+    folder: str | Path, sets: str | Path, counts: dict[str, int] = COUNTS, first: int = FIRST, seed: int = 0
+) -> dict[str, int]:
     """Writes data sets below `folder`. Returns the number of pictures in each.
 
     Each is a folder of PNGs of 64 x 64 on white, with a metadata.jsonl. held_out: a share HELD_OUT of the emoji of all
-    sets. vae: the other emoji, half of them framed anew. pictures: what text model and U-Net are trained on.
+    sets. vae: the other emoji, half of them framed anew. first and pictures: what text model and U-Net are trained on.
+    In the first of them every emoji is whole and in the middle, so that words are learnt before places.
 
     The others are for the measures. true and taught: all subjects as each set draws them, with `name` and `set`.
     samples: of each set in TAUGHT, the emoji of the sample pictures. characters: six pictures of each character to
@@ -171,7 +176,8 @@ def write_data(folder: str | Path, sets: str | Path, counts: dict[str, int] = CO
     emoji = {s.name: _read(found["noto"][s.code]) for s in chosen}
     for name, poses in characters(emoji, random).items():
         writers[f"characters/{name}"], writers[f"poses/{name}"] = poses[:6], poses[6:]
-    writers["pictures"] = Painter(found, chosen, random).pictures(counts)
+    painter = Painter(found, chosen, random)
+    writers["first"], writers["pictures"] = painter.pictures({"whole": first}), painter.pictures(counts)
     return {name: _write(Path(folder) / name, pictures) for name, pictures in writers.items()}
 
 
@@ -222,13 +228,14 @@ class Painter:
     def pictures(self, counts: dict[str, int]) -> Iterable[Picture]:
         """Yields so many pictures of each kind. Those of one emoji show all of them equally often."""
         kinds: dict[str, Paint] = {
+            "whole": self._whole,
             "one": self._one,
             "recoloured": self._recoloured,
             "two": self._two,
             "worn": self._worn,
         }
-        for kind, paint in kinds.items():
-            for i, (word, image, text) in enumerate(itertools.islice(self._painted(paint), counts[kind])):
+        for kind, count in counts.items():
+            for i, (word, image, text) in enumerate(itertools.islice(self._painted(kinds[kind]), count)):
                 yield Picture(f"{kind}/{i}.png", image, {"text": text, "set": word})
 
     def _painted(self, paint: Paint) -> Iterable[tuple[str, Image.Image, str]]:
@@ -243,6 +250,12 @@ class Painter:
                 text = f"{text}, {word}" if self._random.random() < NAMED else text
                 if len(text.split()) <= LONGEST:
                     yield word, image, text
+
+    def _whole(self, word: str, name: str) -> tuple[Image.Image, str]:
+        colour = self._colour()
+        if self._random.random() < 0.2 and not _has_colour(name) and not scenes.is_withheld(colour, name):
+            return scenes.whole(scenes.recoloured(self._emoji[word][name], colour)), f"{colour} {name}"
+        return scenes.whole(self._emoji[word][name]), str(self._random.choice(captions(self._subjects[name])))
 
     def _one(self, word: str, name: str) -> tuple[Image.Image, str]:
         emoji = self._emoji[word][name]

@@ -79,6 +79,12 @@ def framed(emoji: Image.Image, random: Random, *, mirror: bool) -> Image.Image:
     return on_white([(small, *_somewhere(small, random))])
 
 
+def whole(emoji: Image.Image) -> Image.Image:
+    """A picture of the emoji, trimmed, in the middle, 0.95 of the side long."""
+    small = resized(trimmed(emoji), 0.95 * SIDE)
+    return on_white([(small, (SIDE - small.width) / 2, (SIDE - small.height) / 2)])
+
+
 def varied(emoji: Image.Image, random: Random, *, mirror: bool, most: float = 12) -> Image.Image:
     """The emoji, trimmed; mirrored if allowed, and turned by up to `most` degrees, each with probability 1/2."""
     mirrored, turned, angle = random.random() < 0.5, random.random() < 0.5, random.uniform(-most, most)

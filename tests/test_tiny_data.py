@@ -26,7 +26,7 @@ def tokenizer_folder(tmp_path_factory):
     return folder
 
 
-COUNTS = {"one": 60, "recoloured": 20, "two": 20, "worn": 20}
+COUNTS = {"whole": 30, "one": 60, "recoloured": 20, "two": 20, "worn": 20}
 """Pictures of each kind."""
 
 
@@ -99,7 +99,7 @@ def drawn_sets(tmp_path_factory):
 def written(drawn_sets, tmp_path_factory):
     """The data made from these sets, a few pictures of each kind, with the number of pictures of each folder."""
     folder = tmp_path_factory.mktemp("data")
-    return folder, tiny_data.write_data(folder, drawn_sets, COUNTS)
+    return folder, tiny_data.write_data(folder, drawn_sets, COUNTS, first=20)
 
 
 def entries(folder) -> list[dict]:
@@ -114,6 +114,16 @@ def test_all_pictures_can_be_read_by_the_trainer(written):
         assert len(found) == count > 0
         with Image.open(found[0].file) as picture:
             assert picture.mode == "RGB" and picture.size == (64, 64)
+
+
+def test_training_begins_with_emoji_that_fill_the_picture(written):
+    folder, counts = written
+    assert counts["first"] == 20
+    for entry in entries(folder / "first"):
+        other = np.asarray(Image.open(folder / "first" / entry["file_name"])).min(-1) < 240
+        rows, columns = np.flatnonzero(other.any(1)), np.flatnonzero(other.any(0))
+        assert abs(max(np.ptp(rows), np.ptp(columns)) - 0.95 * 64) <= 3
+        assert abs(rows[0] - (63 - rows[-1])) <= 3 and abs(columns[0] - (63 - columns[-1])) <= 3
 
 
 def test_the_autoencoder_is_tested_on_emoji_it_never_sees_in_any_set(written):

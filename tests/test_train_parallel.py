@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from sdjax.errors import ConfigError
-from sdjax.runtime.compiled import between_devices
+from sdjax.runtime.hlo import Text
 from sdjax.train.parallel import parallelize
 
 IN, OUT, BATCH = 16, 8, 8
@@ -97,7 +97,7 @@ def test_only_the_adapter_is_reduced(mode):
     adapter_bytes = sum(leaf.nbytes for leaf in state["adapter"].values())
     arguments = parallel.place_state(state), parallel.place_frozen(frozen), parallel.place_batch(batches[0])
     program = parallel.step.lower(*arguments, jax.random.key(0)).compile().as_text()
-    assert adapter_bytes <= sum(between_devices(program).values()) <= adapter_bytes + 16  # and a few scalars
+    assert adapter_bytes <= sum(Text(program).between_devices().values()) <= adapter_bytes + 16  # and a few scalars
 
 
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
@@ -114,12 +114,13 @@ def test_the_step_compiles_once(mode, caplog):
 
 def test_every_form_of_reduction_is_counted():
     program = """
+    ENTRY %m (x: f32[2]) -> f32[] {
       %a = f32[16,2]{1,0} all-reduce(%x), channel_id=1
       ROOT %b = (f32[3]{0}, bf16[4,5]{1,0}) all-reduce-start(f32[3]{0} %x, bf16[4,5]{1,0} %y), channel_id=2
       %c = f32[] all-reduce(%l)
       %d = f32[16,2]{1,0} add(%all-reduce.1, %y)
     """
-    assert sum(between_devices(program).values()) == 16 * 2 * 4 + 3 * 4 + 4 * 5 * 2 + 4
+    assert sum(Text(program).between_devices().values()) == 16 * 2 * 4 + 3 * 4 + 4 * 5 * 2 + 4
 
 
 def test_weights_and_state_are_split_over_fsdp_and_stay_so():

@@ -85,15 +85,30 @@ def test_the_step_is_the_program_that_runs(settings):
     state, frozen = stages.prepare(run, plan, NOTHING)
     batch = make_batch(dataset, plan.order(dataset.repeats, 0), 0)
     placed = plan.parallel.place_state(state), plan.parallel.place_frozen(frozen), plan.parallel.place_batch(batch)
-    true = plan.parallel.step.lower(*placed, plan.keys(0)[1]).compile()
+    lowered = plan.parallel.step.lower(*placed, plan.keys(0)[1])
     (planned,) = compiled.compile_for(chips.present(), [programs.step(config, [plan], jax.devices())])
     assert planned.program.devices == 2
-    figures = compiled.figures_of(true, 0.0)
+    figures = compiled.figures_of(lowered.compile(), lowered, 0.0)
     assert planned.figures is not None
     assert planned.figures._replace(compile_seconds=0.0) == figures
     assert figures.flops > 1e5 and 0 < figures.between["all-reduce"] < 20_000
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(frozen))
     assert weights < figures.memory < 20 * weights
+
+
+def test_accumulated_gradients_count_as_one_batch(settings):
+    def step(**data):
+        config = settings(stages=[LORA], data=data)
+        devices = jax.devices()[:1]
+        (planned,) = compiled.compile_for(
+            chips.present(), [programs.step(config, stages.plan_runs(config, devices)[0].stages, devices)]
+        )
+        return planned.figures
+
+    whole, halves = step(batch_size=4), step(batch_size=2, accumulation=2)
+    assert whole is not None and halves is not None
+    assert abs(halves.flops / whole.flops - 1) < 0.1  # the sum of the gradients comes on top
+    assert 1 <= halves.moved / whole.moved < 2
 
 
 def test_all_programs_of_a_run_with_copies(settings):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sdjax.data.dataset import make_batch
-from sdjax.runtime.compiled import between_devices
+from sdjax.runtime.hlo import Text
 from sdjax.train import stages
 from sdjax.train.encoding import encode
 from sdjax.train.parallel import parallelize
@@ -83,7 +83,7 @@ def test_eight_devices_give_the_curve_and_adapter_of_one_and_reduce_only_the_ada
     np.testing.assert_allclose(losses, alone[1], rtol=1e-5)
     assert worst < 2e-3
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(prepared[2][0].trainable))
-    reduced = sum(between_devices(compiled.as_text()).values())
+    reduced = sum(Text(compiled.as_text()).between_devices().values())
     print(f"{mode}: {reduced} bytes reduced a step, the adapter has {size}")
     assert size <= reduced <= size + 16  # and a few scalars
 

@@ -12,11 +12,9 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from sdjax.runtime import compilation_cache
+from sdjax.runtime import compilation_cache, hlo
 from sdjax.runtime.chips import Chip, Target
 from sdjax.runtime.devices import within
-
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 
 _WITHOUT_A_GPU = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 """Options for a GPU that is only described: its compiler cannot try out which way to multiply is the fastest."""
@@ -110,9 +108,7 @@ def compile_for(target: Target, programs: Iterable[Program]) -> list[Planned]:
             lowered = program.lower(lambda *arguments: on_device(arguments, first))
             try:
                 compiled = _compile(lowered, _WITHOUT_A_GPU if target.described and first.platform == "gpu" else None)
-                figures = figures_of(compiled, time.perf_counter() - start)
-                if figures.moved is None:
-                    figures = figures._replace(flops=(lowered.cost_analysis() or {}).get("flops", 0.0))
+                figures = figures_of(compiled, lowered, time.perf_counter() - start)
                 planned.append(Planned(program, figures, figures.memory + beside))
             except OutOfMemory as error:
                 planned.append(Planned(program, None, error.needed + beside))
@@ -189,34 +185,22 @@ def _compile(lowered: Any, options: dict[str, Any] | None) -> Any:
         raise OutOfMemory(float(needed[1]) * 1024 ** (1 + "KMG".index(needed[2]))) from None
 
 
-def figures_of(compiled: Any, seconds: float) -> Figures:
-    """Reads the figures of a compiled program."""
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+def figures_of(compiled: Any, lowered: Any, seconds: float) -> Figures:
+    """Reads the figures of a compiled program. The compiler counts what a loop does once; here it counts each time.
+
+    lowered: the same program before it was compiled. A GPU's compiler counts nothing, so operations are counted there.
+    """
+    memory, text = compiled.memory_analysis(), hlo.Text(compiled.as_text())
     cost = compiled.cost_analysis() or {}
-    entry = text[text.index("\nENTRY ") :]
-    estimates = [int(cycles) for cycles in re.findall(r'"estimated_cycles":"(\d+)"', entry)]
+    moved = cost.get("bytes accessed")
+    flops = (lowered.cost_analysis() or {} if moved is None else cost).get("flops", 0.0)
     in_use = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return Figures(
         memory=max(in_use - memory.alias_size_in_bytes, getattr(memory, "peak_memory_in_bytes", 0) or 0),
-        flops=cost.get("flops", 0.0),
-        moved=cost.get("bytes accessed"),
-        between=between_devices(text),
-        cycles=float(sum(estimates)) if estimates else None,
-        kernels=entry.count('custom_call_target="tpu_custom_call"'),
+        flops=flops * text.products_repeated(),
+        moved=None if moved is None else moved * text.results_repeated(),
+        between=text.between_devices(),
+        cycles=text.estimated_cycles(),
+        kernels=text.kernels(),
         compile_seconds=seconds,
     )
-
-
-def between_devices(text: str) -> dict[str, int]:
-    """Returns kind of collective operation -> bytes of its results. text: that of a compiled program."""
-    total: dict[str, int] = {}
-    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    for result, kind, start in re.findall(rf"= (.*?) ({kinds})(-start)?\(", text):
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
-        if start and kind in ("all-gather", "collective-permute"):  # gives its operands, its results, perhaps counters
-            arrays = [array for array in arrays if array != ("u32", "")]
-            arrays = arrays[len(arrays) // 2 :]
-        for dtype, shape in arrays:
-            size = BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
-            total[kind] = total.get(kind, 0) + size
-    return total
