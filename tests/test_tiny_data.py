@@ -229,7 +229,8 @@ def test_an_untrained_model_can_have_a_trained_autoencoder(tmp_path):
 @pytest.mark.parametrize("name", ["tiny_vae", "tiny_model"])
 def test_settings_are_read(name):
     arguments = parse_args([f"configs/{name}.toml"])
-    (stage,) = arguments.config.stages
-    assert stage.train == (("vae",) if name == "tiny_vae" else ("unet", "text_encoder"))
+    trained = {stage.name: stage.train for stage in arguments.config.stages}
+    whole = ("unet", "text_encoder")
+    assert trained == ({"vae": ("vae",)} if name == "tiny_vae" else {"words": whole, "model": whole})
     assert arguments.config.data.resolution == 64
     assert not set(tiny_data.WITHHELD) - set(arguments.config.validation.prompts) or name == "tiny_vae"
