@@ -33,7 +33,7 @@ TEXT_MODELS = {
     "sd21": {"text_encoder": "sd21"},
     "sdxl": {"text_encoder": "sd15 and sdxl", "text_encoder_2": "sdxl 2"},
 }
-FAMILIES = pytest.mark.parametrize("family", UNETS)
+FAMILIES = pytest.mark.parametrize("family", TEXT_MODELS)
 
 
 @functools.cache

@@ -45,7 +45,8 @@ class Text:
         """How often a loop runs; 1 if that is not known. The TPU's compiler leaves it to the bound in the condition."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop):
             return int(known[1])
-        bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", self._parts[used["condition"]])
+        condition = self._parts[used["condition"]]
+        bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", condition) if "direction=LT" in condition else []
         return max(map(int, bounds), default=1)
 
     def _sum(self, count: Callable[[str], int]) -> int:
