@@ -144,7 +144,8 @@ def write_data(
 
     Each is a folder of PNGs of 64 x 64 on white, with a metadata.jsonl. held_out: a share HELD_OUT of the emoji of all
     sets. vae: the other emoji, half of them framed anew. first and pictures: what text model and U-Net are trained on.
-    In the first of them every emoji is whole and in the middle, so that words are learnt before places.
+    In the first of them every emoji is whole and in the middle, and its style is named, so that words are learnt before
+    places.
 
     The others are for the measures. true and taught: all subjects as each set draws them, with `name` and `set`.
     samples: of each set in TAUGHT, the emoji of the sample pictures. characters: six pictures of each character to
@@ -177,7 +178,7 @@ def write_data(
     for name, poses in characters(emoji, random).items():
         writers[f"characters/{name}"], writers[f"poses/{name}"] = poses[:6], poses[6:]
     painter = Painter(found, chosen, random)
-    writers["first"], writers["pictures"] = painter.pictures({"whole": first}), painter.pictures(counts)
+    writers["first"], writers["pictures"] = painter.pictures({"whole": first}, named=1.0), painter.pictures(counts)
     return {name: _write(Path(folder) / name, pictures) for name, pictures in writers.items()}
 
 
@@ -225,8 +226,11 @@ class Painter:
             if name in self._subjects and (word != "glyph" or not _has_colour(name))  # glyphs are black and white
         ]
 
-    def pictures(self, counts: dict[str, int]) -> Iterable[Picture]:
-        """Yields so many pictures of each kind. Those of one emoji show all of them equally often."""
+    def pictures(self, counts: dict[str, int], named: float = NAMED) -> Iterable[Picture]:
+        """Yields so many pictures of each kind. Those of one emoji show all of them equally often.
+
+        named: share of the captions that name the style.
+        """
         kinds: dict[str, Paint] = {
             "whole": self._whole,
             "one": self._one,
@@ -235,10 +239,10 @@ class Painter:
             "worn": self._worn,
         }
         for kind, count in counts.items():
-            for i, (word, image, text) in enumerate(itertools.islice(self._painted(kinds[kind]), count)):
+            for i, (word, image, text) in enumerate(itertools.islice(self._painted(kinds[kind], named), count)):
                 yield Picture(f"{kind}/{i}.png", image, {"text": text, "set": word})
 
-    def _painted(self, paint: Paint) -> Iterable[tuple[str, Image.Image, str]]:
+    def _painted(self, paint: Paint, named: float) -> Iterable[tuple[str, Image.Image, str]]:
         """Yields set, picture and caption, without end. Each turn shows every emoji that can be painted so once."""
         while True:
             for i in self._random.permutation(len(self._all)):
@@ -247,7 +251,7 @@ class Painter:
                 if painted is None:
                     continue
                 image, text = painted
-                text = f"{text}, {word}" if self._random.random() < NAMED else text
+                text = f"{text}, {word}" if self._random.random() < named else text
                 if len(text.split()) <= LONGEST:
                     yield word, image, text
 

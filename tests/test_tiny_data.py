@@ -120,6 +120,7 @@ def test_training_begins_with_emoji_that_fill_the_picture(written):
     folder, counts = written
     assert counts["first"] == 20
     for entry in entries(folder / "first"):
+        assert entry["text"].endswith(f", {entry['set']}")
         other = np.asarray(Image.open(folder / "first" / entry["file_name"])).min(-1) < 240
         rows, columns = np.flatnonzero(other.any(1)), np.flatnonzero(other.any(0))
         assert abs(max(np.ptp(rows), np.ptp(columns)) - 0.95 * 64) <= 3
