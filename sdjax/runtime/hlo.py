@@ -4,9 +4,9 @@ import math
 import re
 from collections.abc import Callable, Iterable
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 
-_COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _PRODUCT = re.compile(r" (?:convolution|dot)\(|__cublas|__cudnn\$conv")
 _RESULT = re.compile(r"= (\w+)\[([\d,]*)\]\S* (?!parameter|get-tuple-element|bitcast|constant)[\w-]+\(")
 _USED = re.compile(r"\b(body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
@@ -73,7 +73,7 @@ class Text:
 
     def between_devices(self) -> dict[str, int]:
         """Returns kind of collective operation -> bytes of its results."""
-        kinds = {kind: self._sum(lambda part, kind=kind: _collected(part, kind)) for kind in _COLLECTIVES.split("|")}
+        kinds = {kind: self._sum(lambda part, kind=kind: _collected(part, kind)) for kind in _COLLECTIVES}
         return {kind: size for kind, size in kinds.items() if size}
 
     def _repeated(self, count: Callable[[str], int], names: Iterable[str]) -> float:
@@ -95,4 +95,4 @@ def _collected(part: str, kind: str) -> int:
 
 
 def _size(dtype: str, shape: str) -> int:
-    return BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
+    return _BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
