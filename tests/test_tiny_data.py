@@ -196,35 +196,26 @@ def test_clip_reads_the_tokenizer_as_we_do(tokenizer_folder):
     assert merges == tiny_data.train_tokenizer(TEXTS, merges=150)[1]
 
 
-def test_untrained_model_loads_and_its_branches_start_at_zero(tmp_path):
-    counts = tiny_data.write_model(tmp_path / "model", ["red heart", "a cat"], seed=1)
-    model = Model.load(tmp_path / "model")
-    unet, vae, text = model.params["unet"], model.params["vae"], model.params["text_encoder"]
-    for ends in (
-        unet["conv_out"],
-        unet["mid_block"]["resnets_0"]["conv2"],
-        unet["mid_block"]["attentions_0"]["proj_out"],
-        vae["decoder"]["mid_block"]["attentions_0"]["to_out_0"],
-        vae["encoder"]["down_blocks_0"]["resnets_0"]["conv2"],
-        text["encoder"]["layers_0"]["mlp"]["fc2"],
-    ):
-        assert not np.any(np.asarray(ends["kernel"]))
-    kernel = np.asarray(unet["mid_block"]["resnets_0"]["conv1"]["kernel"])
-    assert np.std(kernel) * np.sqrt(9 * kernel.shape[2]) == pytest.approx(1, abs=0.02)
-    assert model.outline.schedule.prediction_type == "v_prediction"
-    # The real vocabulary is larger than that of these two captions. Weights are float16; the tokenizer is below 100 kB.
-    whole = 2 * (
-        sum(counts.values())
-        + (512 + tiny_data.MERGES + 2 - model.outline.text_models["text_encoder"].config.vocab_size) * 192
+def test_the_first_model_knows_what_the_model_before_knew(tmp_path):
+    texts = ["red heart", "a cat", "red heart, glyph"]
+    counts = tiny_data.write_model(tmp_path / "model", texts, before="tiny", vae="tiny")
+    ours, before = Model.load(tmp_path / "model"), Model.load("tiny")
+    for part in ("unet", "vae"):
+        assert jax.tree.all(jax.tree.map(np.array_equal, ours.params[part], before.params[part]))
+    assert ours.outline.schedule.config == before.outline.schedule.config
+    context, known = ours.encode_text("red heart"), before.encode_text("red heart")
+    assert context.shape[1] == tiny_data.WINDOW
+    np.testing.assert_allclose(context[:, :3], known[:, :3], atol=1e-5)  # the beginning, red, heart
+    rows, positions = (
+        ours.params["text_encoder"]["embeddings"][f"{kind}_embedding"]["embedding"] for kind in ("token", "position")
     )
-    assert whole + 100_000 < 24_000_000
-
-
-def test_an_untrained_model_can_have_a_trained_autoencoder(tmp_path):
-    tiny_data.write_model(tmp_path / "model", ["red heart"], vae_of="tiny")
-    ours, tiny = Model.load(tmp_path / "model"), Model.load("tiny")
-    assert jax.tree.all(jax.tree.map(np.array_equal, ours.params["vae"], tiny.params["vae"]))
-    assert not np.any(np.asarray(ours.params["unet"]["conv_out"]["kernel"]))
+    new = ours.outline.tokenizers["tokenizer"].words("glyph")
+    assert len(new) == 1
+    assert 0.015 < np.std(rows[np.array(new)]) < 0.025
+    assert np.array_equal(positions[-1], positions[-2])
+    # The real vocabulary is larger than that of these captions. Weights are float16; the tokenizer is below 100 kB.
+    missing = 512 + tiny_data.MERGES + 2 - len(rows)
+    assert 2 * (sum(counts.values()) + missing * rows.shape[1]) + 100_000 < 24_000_000
 
 
 @pytest.mark.parametrize("name", ["tiny_vae", "tiny_model"])
