@@ -56,6 +56,48 @@ def test_a_signal_saves_and_the_rest_gives_the_same_bits(finished, settings):
     assert losses == expected
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_training_goes_on_while_a_checkpoint_is_written(settings, finished, monkeypatch, background):
+    """A checkpoint holds the state of its own step, although later steps are done while it is written."""
+    config = settings(checkpoint={"every": 2, "keep": 5, "background": background})
+    save, reached = checkpoint.save, []
+
+    def save_late(folder, step, *rest):
+        lines = lambda: len(micro.metric_lines(Path(config.output)))
+        until = time.monotonic() + (30 if background and step == 2 else 0)
+        while lines() < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+        reached.append((step, lines()))
+        save(folder, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", save_late)
+    assert train(config) == 0
+    # The save of step 4 waits for that of step 2. The last one is never in the background.
+    assert reached[0] == (2, 3 if background else 2)
+    assert [step for step, _ in reached] == [2, 4, 6]
+    assert micro.exported(Path(config.output)) == micro.exported(finished[0])
+    shutil.rmtree(Path(config.output) / "export")
+    assert train(config, resume=True, resume_step=2) == 0
+    assert micro.exported(Path(config.output)) == micro.exported(finished[0])
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run(settings, monkeypatch):
+    config = settings(checkpoint={"every": 1})
+    save = checkpoint.save
+
+    def full(folder, step, *rest):
+        if step == 3:
+            raise DataError("no space left")
+        save(folder, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(DataError, match="no space left"):
+        train(config)
+    assert checkpoint.steps(Path(config.output) / "checkpoints") == [1, 2]
+    monkeypatch.undo()
+    assert train(config, resume=True) == 0
+
+
 def stop_at(config, lines):
     """Trains, and sends SIGTERM once metrics.jsonl has this many steps. Returns the folder of the run."""
     output = Path(config.output)

@@ -333,6 +333,9 @@ class Checkpoint:
     """Optimizer steps between checkpoints. 0: only at the end of a stage."""
     keep: Count = 3
     """Number of newest checkpoints that are kept."""
+    background: bool = True
+    """Write checkpoints while training goes on, from a copy of the state in the memory of the host. Several processes
+    always stop for it."""
     allow_changed_data: bool = False
     """Resume even if the images or captions have changed."""
 

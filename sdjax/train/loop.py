@@ -5,8 +5,9 @@ stopped or killed goes on from its newest intact checkpoint, and ends with the s
 """
 
 import contextlib
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sdjax.data.dataset import make_batch, prefetch
 from sdjax.errors import ConfigError, DataError, TrainingStopped
 from sdjax.formats import hub
 from sdjax.runtime import out_of_memory, processes
+from sdjax.runtime.background import background
 from sdjax.runtime.whole_file import replacing
 from sdjax.train import checkpoint, config_file, loss_scaling, snapshots, trackers
 from sdjax.train.autoencoder import normalised
@@ -120,15 +122,19 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
 
     validated, written = config.validation_steps(plan.number), config.file_steps(plan.number)
     every = config.checkpoint.every
+    beside = config.checkpoint.background and not processes.are_several()  # who would wait for each other, by a program
     with contextlib.ExitStack() as entered:
         stop, agreed = entered.enter_context(checkpoint.StopSignal()), processes.Agreed()
+        saves = entered.enter_context(background())
         batches = entered.enter_context(contextlib.closing(prefetch(batch, range(begin, plan.stage.steps))))
         for training in trainings:
             entered.enter_context(training.metrics.of_stage(training.plan, begin, shown=training is first))
         progress = first.metrics.progress
         for step in range(begin, plan.stage.steps + 1):  # the number of steps done
+            saves.check()
             if code := agreed(stop.exit_code):
-                _save(step, current())
+                saves.wait()
+                _saving(step, current())()
                 return code
             if step in validated:
                 grid, writes = None, step in written
@@ -147,8 +153,13 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
             for i, training in enumerate(trainings):
                 values = {name: value[i] for name, value in measured.items()} if copies else measured
                 training.metrics.measured(step + 1, values)
-            if step + 1 == plan.stage.steps or (every and (step + 1) % every == 0):
-                _save(step + 1, current())
+            last = step + 1 == plan.stage.steps
+            if last or (every and (step + 1) % every == 0):
+                saves.wait()
+                if last or not beside:
+                    _saving(step + 1, current())()
+                else:
+                    saves.start(_saving(step + 1, _copied(current())))
         grid = None
         for training, reached in current():
             shown: dict[str, Path | None] = {}
@@ -182,13 +193,23 @@ def _read(trainings: Sequence["Training"]) -> None:
         training.warned = True
 
 
-def _save(step: int, current: Sequence[tuple["Training", State]]) -> None:
-    """Saves each run after `step` steps. The checkpoints before are kept until all have saved."""
-    for training, reached in current:
-        training.save(step, reached)
+def _saving(step: int, current: Sequence[tuple["Training", State]]) -> Callable[[], None]:
+    """Returns a function that saves each run after `step` steps, and keeps earlier checkpoints until all have saved."""
+    steps = [work for training, reached in current for work in training.saving(step, reached)]
     if processes.is_first():
-        for training, _ in current:
-            training.prune()
+        steps += [training.pruning() for training, _ in current]
+
+    def save() -> None:
+        for work in steps:
+            work()
+
+    return save
+
+
+def _copied(current: Sequence[tuple["Training", State]]) -> list[tuple["Training", State]]:
+    """Returns the states in memory of their own: on the CPU they share it with arrays that the next step overwrites."""
+    own = lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+    return [(training, jax.tree.map(own, reached)) for training, reached in current]
 
 
 class Training:
@@ -313,23 +334,25 @@ class Training:
         """Returns the batch of step `number` (0 is the first)."""
         return make_batch(self._dataset, self._order, number)
 
-    def save(self, step: int, state: State) -> None:
-        """Saves the state (on the host) after `step` steps of the stage, unless it is saved already."""
+    def saving(self, step: int, state: State) -> list[Callable[[], None]]:
+        """Returns what saves the state (on the host) after `step` steps of the stage: nothing if that is done."""
         if self._saved == step:
-            return
-        self.step = step
-        first = not checkpoint.steps(self.checkpoints)
-        checkpoint.save(
-            self.checkpoints,
-            self.reached,
-            {"earlier": self.earlier, "state": state},
-            {"run": self.run.identity, "stage": self.number, "step": step, "first": first, "date": self.date},
-        )
-        self._saved = step
+            return []
+        self.step = self._saved = step
+        metadata = {
+            "run": self.run.identity,
+            "stage": self.number,
+            "step": step,
+            "first": not checkpoint.steps(self.checkpoints),
+            "date": self.date,
+        }
+        tree = {"earlier": self.earlier, "state": state}
+        return [functools.partial(checkpoint.save, self.checkpoints, self.reached, tree, metadata)]
 
-    def prune(self) -> None:
-        """Removes the checkpoints that are not to be kept beside the newest one."""
-        checkpoint.prune(self.checkpoints, self.reached, keep=self.run.config.checkpoint.keep)
+    def pruning(self) -> Callable[[], None]:
+        """Returns what removes the checkpoints that are not to be kept beside that of the present step."""
+        keep = self.run.config.checkpoint.keep
+        return functools.partial(checkpoint.prune, self.checkpoints, self.reached, keep=keep)
 
     def write(self, step: int, state: State, grid: Path | None) -> None:
         """Writes the LoRA and words of a state (on the host) after `step` steps. grid: pictures by it."""
