@@ -45,13 +45,19 @@ KINDS = {
 PEAKS = {"A100": 312e12, "RTX 3090": 71e12, "TPU v5e": 197e12, "TPU v6e": 918e12}
 
 
-def skeleton(kind: str, folder: Path) -> Path:
-    """Writes a model folder with the published shapes, the tokenizer of the embedded model, and no weights."""
+def skeleton(kind: str, folder: Path, depth: int | None = None) -> Path:
+    """Writes a model folder with the published shapes, the tokenizer of the embedded model, and no weights.
+
+    depth: most blocks of each transformer of the U-Net; None: as published.
+    """
     texts = {"sd15": ["sd15 and sdxl"], "sd21": ["sd21"], "sdxl": ["sd15 and sdxl", "sdxl 2"]}[kind]
     configs = {
         "unet": UNETS[kind] | {"_class_name": "UNet2DConditionModel"},
         "vae": VAES["sdxl" if kind == "sdxl" else "sd"] | {"_class_name": "AutoencoderKL"},
     }
+    if depth is not None:
+        published = configs["unet"]["transformer_layers_per_block"]
+        configs["unet"]["transformer_layers_per_block"] = [min(blocks, depth) for blocks in published]
     index = {"_class_name": "StableDiffusionXLPipeline" if kind == "sdxl" else "StableDiffusionPipeline"}
     for suffix, text in zip(("", "_2"), texts, strict=False):
         architecture = "CLIPTextModelWithProjection" if suffix else "CLIPTextModel"
