@@ -122,7 +122,14 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
 
     validated, written = config.validation_steps(plan.number), config.file_steps(plan.number)
     every = config.checkpoint.every
-    beside = config.checkpoint.background and not processes.are_several()  # who would wait for each other, by a program
+
+    def save(step: int, *, beside: bool) -> None:
+        saves.wait()
+        if beside and not processes.are_several():  # several wait for each other while they save, by a program
+            saves.start(_saving(step, _own(current())))
+        else:
+            _saving(step, current())()
+
     with contextlib.ExitStack() as entered:
         stop, agreed = entered.enter_context(checkpoint.StopSignal()), processes.Agreed()
         saves = entered.enter_context(background())
@@ -133,8 +140,7 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
         for step in range(begin, plan.stage.steps + 1):  # the number of steps done
             saves.check()
             if code := agreed(stop.exit_code):
-                saves.wait()
-                _saving(step, current())()
+                save(step, beside=False)
                 return code
             if step in validated:
                 grid, writes = None, step in written
@@ -155,11 +161,7 @@ def _train_stage(trainings: Sequence["Training"]) -> int:
                 training.metrics.measured(step + 1, values)
             last = step + 1 == plan.stage.steps
             if last or (every and (step + 1) % every == 0):
-                saves.wait()
-                if last or not beside:
-                    _saving(step + 1, current())()
-                else:
-                    saves.start(_saving(step + 1, _copied(current())))
+                save(step + 1, beside=config.checkpoint.background and not last)
         grid = None
         for training, reached in current():
             shown: dict[str, Path | None] = {}
@@ -206,10 +208,12 @@ def _saving(step: int, current: Sequence[tuple["Training", State]]) -> Callable[
     return save
 
 
-def _copied(current: Sequence[tuple["Training", State]]) -> list[tuple["Training", State]]:
-    """Returns the states in memory of their own: on the CPU they share it with arrays that the next step overwrites."""
-    own = lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf
-    return [(training, jax.tree.map(own, reached)) for training, reached in current]
+def _own(current: Sequence[tuple["Training", State]]) -> Sequence[tuple["Training", State]]:
+    """Returns the states in memory of their own. On the CPU they share that of arrays that the next step overwrites."""
+    if jax.default_backend() != "cpu":
+        return current
+    copy = lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+    return [(training, jax.tree.map(copy, reached)) for training, reached in current]
 
 
 class Training:
