@@ -16,6 +16,16 @@ import jax
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def arrays_of_any_size_are_split():
+    """The models of the tests have no array that `train.partition` would split over fsdp for its size."""
+    from sdjax.train import partition
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partition, "SMALLEST", 0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """kind -> (diffusers' pipeline, ours) of the same weights; see `pictures.pair`."""

@@ -30,6 +30,15 @@ def test_what_an_operation_sends_is_counted_once(line, expected):
     assert Text(f"%add () -> f32[] {{\n}}\nENTRY %m () -> f32[] {{\n  {line}\n}}\n").between_devices() == expected
 
 
+def test_an_operation_in_pieces_is_counted_once():
+    """A TPU's compiler writes it in each fusion that does a piece of it; the numbers of other kinds are their own."""
+    line = "%a = bf16[8]{{0}} all-{}(%x), channel_id={}, dimensions={{0}}"
+    lines = [line.format(*found) for found in (("gather", 7), ("gather", 7), ("gather", 8), ("reduce", 7))]
+    body = "\n".join(f"  {line}" for line in lines)
+    found = Text(f"%add () -> f32[] {{\n}}\nENTRY %m () -> f32[] {{\n{body}\n}}\n").between_devices()
+    assert found == {"all-gather": 32, "all-reduce": 16}
+
+
 LOOP = """HloModule m
 
 %add (a: f32[], b: f32[]) -> f32[] {

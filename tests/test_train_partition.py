@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from sdjax import lora
 from sdjax.outline import Outline
 from sdjax.runtime.devices import mesh_of
+from sdjax.train import partition
 from sdjax.train.partition import spec, written
 
 
@@ -50,6 +51,15 @@ def specs(tree, mesh):
 )
 def test_a_layer(mesh, path, shape, expected):
     assert spec(path, shape, mesh) == expected
+
+
+def test_small_arrays_lie_whole_on_the_devices_of_fsdp(mesh, monkeypatch):
+    """Also what the optimizer joins of them, of any size."""
+    monkeypatch.setattr(partition, "SMALLEST", 1 << 16)
+    assert spec("unet/proj_in/kernel", (256, 256), mesh) == P("fsdp")
+    assert spec("unet/proj_in/kernel", (128, 256), mesh) == P()
+    assert spec("unet/attn1/to_q/kernel", (128, 256), mesh) == P(None, "tensor")
+    assert spec("optimizer/unet/0/mu/matrix/kernel", (1, 1 << 20), mesh_of(jax.devices()[:2], fsdp=2)) == P()
 
 
 def test_an_axis_of_one_device_splits_nothing():

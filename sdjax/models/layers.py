@@ -7,6 +7,7 @@ collection `params`, and let `lora.adapted` add it. No other code of a forward p
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -19,6 +20,7 @@ from sdjax.models.kernels.attention import attention
 from sdjax.models.kernels.convolution import Padding, convolution
 from sdjax.models.kernels.norms import group_norm, layer_norm
 from sdjax.models.kernels.upsampling import upsample_nearest
+from sdjax.models.split import is_stored_in_parts, whole
 from sdjax.settings import RematPolicy
 
 
@@ -85,6 +87,27 @@ def _kernel(module: nn.Module, shape: tuple[int, ...]) -> dict[str, Array]:
     return layer
 
 
+def _adapter(module: nn.Module) -> Any:
+    """Returns the LoRA adapter of a layer, or an empty dict."""
+    return jax.tree.map(whole, module.variables.get("lora", {}))
+
+
+def _applied(apply: Callable[[Array, Array], Array], x: Array, kernel: dict[str, Array], dtype: Any) -> Array:
+    """Returns `apply(x, W)` with the weights W of a kernel, see `quantization.applied`.
+
+    Weights that are stored in parts are put together in the number type of the computation, and in the backward pass
+    again: kept from the forward pass, those of all layers would lie whole on each device.
+    """
+
+    def gathered(x: Array, kernel: dict[str, Array]) -> Array:
+        narrow = kernel if quantization.STEP in kernel else {"kernel": kernel["kernel"].astype(dtype)}
+        return quantization.applied(apply, x, {name: whole(leaf) for name, leaf in narrow.items()}, dtype)
+
+    if is_stored_in_parts():
+        return jax.checkpoint(gathered)(x, kernel)
+    return quantization.applied(apply, x, kernel, dtype)
+
+
 class Dense(nn.Module):
     """Linear layer, `[..., in] -> [..., features]`, with its LoRA adapter."""
 
@@ -97,15 +120,15 @@ class Dense(nn.Module):
         """Returns `[..., features]`; or, if parts > 1, a list of so many arrays, which are computed one by one."""
         dtype = self.compute.dtype
         kernel = _kernel(self, (x.shape[-1], self.features))
-        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        bias = whole(parameter(self, "bias", nn.initializers.zeros, (self.features,))) if self.use_bias else None
         x = x.astype(dtype)
 
         def layer(kernel, bias, adapter):
-            y = quantization.applied(jnp.matmul, x, kernel, dtype)
+            y = _applied(jnp.matmul, x, kernel, dtype)
             y = lora.adapted(adapter, x, y, quantization.weights(kernel))
             return y if bias is None else y + bias.astype(dtype)
 
-        adapter = self.variables.get("lora", {})
+        adapter = _adapter(self)
         if parts == 1:
             return layer(kernel, bias, adapter)
 
@@ -133,7 +156,7 @@ class Conv(nn.Module):
         dtype = self.compute.dtype
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = _kernel(self, shape)
-        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
+        bias = whole(parameter(self, "bias", nn.initializers.zeros, (self.features,)))
         margin = (self.size // 2, self.size // 2)
         padding = self.padding or (margin, margin)
         x = x.astype(dtype)
@@ -141,8 +164,8 @@ class Conv(nn.Module):
         def convolve(x, kernel, half=None):
             return convolution(x, kernel.astype(dtype), self.stride, padding, self.compute.target, half)
 
-        y = quantization.applied(functools.partial(convolve, half=half), x, kernel, dtype)
-        y = lora.adapted(self.variables.get("lora", {}), x, y, quantization.weights(kernel), convolve)
+        y = _applied(functools.partial(convolve, half=half), x, kernel, dtype)
+        y = lora.adapted(_adapter(self), x, y, quantization.weights(kernel), convolve)
         return y + bias.astype(dtype)
 
 
@@ -156,8 +179,8 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *S C"]) -> Float[Array, "B *S C"]:
-        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
-        bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],))
+        scale = whole(parameter(self, "scale", nn.initializers.ones, (x.shape[-1],)))
+        bias = whole(parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)))
         y = group_norm(x, scale, bias, self.groups, self.epsilon, self.silu, self.compute.target)
         return jnp.asarray(y, self.compute.dtype)
 
@@ -170,8 +193,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
-        bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],))
+        scale = whole(parameter(self, "scale", nn.initializers.ones, (x.shape[-1],)))
+        bias = whole(parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)))
         y = layer_norm(x, scale, bias, self.epsilon, self.compute.target)
         return jnp.asarray(y, self.compute.dtype)
 

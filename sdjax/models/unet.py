@@ -12,7 +12,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sdjax.errors import ConfigError
-from sdjax.models.kernels.attention import is_split_over
 from sdjax.models.layers import (
     ACTIVATIONS,
     Attention,
@@ -26,6 +25,7 @@ from sdjax.models.layers import (
     remat,
     timestep_embedding,
 )
+from sdjax.models.split import is_split_over
 
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # type -> has attention
 UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}

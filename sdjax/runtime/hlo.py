@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(")
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _PRODUCT = re.compile(r" (?:convolution|dot)\(|__cublas|__cudnn\$conv")
 _RESULT = re.compile(r"= (\w+)\[([\d,]*)\]\S* (?!parameter|get-tuple-element|bitcast|constant)[\w-]+\(")
 _USED = re.compile(r"\b(body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
@@ -72,8 +74,20 @@ class Text:
         return self._repeated(lambda part: sum(_size(*found) for found in _RESULT.findall(part)), apart)
 
     def between_devices(self) -> dict[str, int]:
-        """Returns kind of collective operation -> bytes of its results."""
-        kinds = {kind: self._sum(lambda part, kind=kind: _collected(part, kind)) for kind in _COLLECTIVES}
+        """Returns kind of collective operation -> bytes of its results.
+
+        A TPU may do one operation in pieces, between the pieces of others. Each piece is written as the operation, with
+        its channel, and counts once.
+        """
+        kinds, seen = dict.fromkeys(_COLLECTIVES, 0), set[tuple[str, str]]()
+        for name, runs in self._runs.items():
+            for line in self._parts[name].splitlines() if runs else ():
+                if found := _COLLECTIVE.search(line):
+                    result, kind, start = found.groups()
+                    channel = _CHANNEL.search(line)
+                    key = kind, channel[1] if channel else line
+                    kinds[kind] += 0 if key in seen else runs * _collected(result, kind, start)
+                    seen.add(key)
         return {kind: size for kind, size in kinds.items() if size}
 
     def _repeated(self, count: Callable[[str], int], names: Iterable[str]) -> float:
@@ -82,16 +96,13 @@ class Text:
         return sum(self._runs[name] * found for name, found in counts.items()) / once if once else 1.0
 
 
-def _collected(part: str, kind: str) -> int:
-    """The bytes of the results of one kind of collective operation."""
-    total = 0
-    for result, start in re.findall(rf"= (.*?) {kind}(-start)?\(", part):
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
-        if start and kind in ("all-gather", "collective-permute"):  # gives its operands, its results, perhaps counters
-            arrays = [array for array in arrays if array != ("u32", "")]
-            arrays = arrays[len(arrays) // 2 :]
-        total += sum(_size(*array) for array in arrays)
-    return total
+def _collected(result: str, kind: str, start: str | None) -> int:
+    """The bytes of the results of a collective operation."""
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
+    if start and kind in ("all-gather", "collective-permute"):  # gives its operands, its results, perhaps counters
+        arrays = [array for array in arrays if array != ("u32", "")]
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(_size(*array) for array in arrays)
 
 
 def _size(dtype: str, shape: str) -> int:

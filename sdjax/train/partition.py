@@ -1,8 +1,8 @@
 """How weights and what is trained are split over a mesh: a table of rules over the paths of arrays.
 
 The mesh has three axes (`runtime.devices.mesh_of`). A batch is split over `data` and `fsdp`, and the arrays here over
-`fsdp` and `tensor`. Over `fsdp` arrays are only stored in parts: the compiler decides whether to gather a layer or to
-exchange its inputs. Over `tensor` each device computes a part of a layer, and the layers go in pairs (Shoeybi et al.
+`fsdp` and `tensor`. Over `fsdp` arrays are only stored in parts, and a layer's weights are put together where it uses
+them (`models.split`). Over `tensor` each device computes a part of a layer, and the layers go in pairs (Shoeybi et al.
 2019, section 3): the first gives a part of the outputs, such as some heads or channels; the second takes them as its
 inputs, and what it gives is summed over the devices.
 """
@@ -36,6 +36,13 @@ this order, to an axis that is not split yet and that the axis of the mesh divid
 The expressions allow for the arrays of an optimizer, whose paths have a prefix and perhaps the last name twice. The
 axes count from the end: the arrays of several copies have one more in front."""
 
+SMALLEST = 1 << 16
+"""Elements of the smallest array that is split over fsdp. A smaller one takes longer to put together than it saves."""
+_JOINED = r"/(matrix|vector)/"
+"""The optimizer's arrays for small ones, laid end to end (`optimizers._gathered`). They lie whole on the devices of
+fsdp, or their pieces would be exchanged one by one. On a mesh with an axis tensor as well they are split, because XLA's
+compiler for the CPU (jax 0.10.2) then gave wrong numbers."""
+
 
 def spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
     """Returns how an array is split. path: written `a/b/c`. What no rule splits is copied to every device.
@@ -44,12 +51,14 @@ def spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
     PartitionSpec("fsdp", "tensor")
     """
     split: dict[int, str] = {}
+    joined = mesh.shape["tensor"] == 1 and re.search(_JOINED, path)
+    small = math.prod(shape) < SMALLEST or joined
     for pattern, axis, name in RULES:
         parts = mesh.shape[name]
         fitting = [a for a, length in enumerate(shape) if a not in split and length % parts == 0]
         if axis is not LONGEST:
             fitting = [a for a in fitting if a - len(shape) == axis]
-        if parts > 1 and fitting and re.search(pattern, path):
+        if parts > 1 and fitting and re.search(pattern, path) and not (small and name == "fsdp"):
             split[max(fitting, key=lambda a: shape[a])] = name
     return P(*(split.get(axis) for axis in range(max(split, default=-1) + 1)))
 

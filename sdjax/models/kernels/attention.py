@@ -84,8 +84,3 @@ def by_example(
     heads = split(q.shape[2], tuple(name for name in axes if name == "tensor"))
     each = P(examples, None, heads)
     return jax.shard_map(attend, mesh=mesh, in_specs=each, out_specs=each, check_vma=False)(q, k, v)
-
-
-def is_split_over(axis: str) -> bool:
-    """Whether the mesh has an axis of this name with several devices. The mesh: see `by_example`."""
-    return jax.sharding.get_abstract_mesh().shape.get(axis, 1) > 1
