@@ -79,7 +79,8 @@ class Text:
         A TPU may do one operation in pieces, between the pieces of others. Each piece is written as the operation, with
         its channel, and counts once.
         """
-        kinds, seen = dict.fromkeys(_COLLECTIVES, 0), set[tuple[str, str]]()
+        kinds: dict[str, int] = dict.fromkeys(_COLLECTIVES, 0)
+        seen = set[tuple[str, str]]()
         for name, runs in self._runs.items():
             for line in self._parts[name].splitlines() if runs else ():
                 if found := _COLLECTIVE.search(line):
